@@ -1,0 +1,165 @@
+// What a backend computes: one table of kernels, the seam between the library and a processor.
+//
+// Shapes use the letters of the design: R rows, G groups (local experts), N outputs, K inner length.
+// Every kernel keeps two promises, which the tests of every backend check:
+//   - an element's value depends on its own inputs alone, never on the number of rows beside it, on tiles or on threads;
+//   - sums run over the inner dimension in index order, in f32, as one chain per element.
+// Kernels trust their arguments; the public door has checked them. They do not allocate once warm.
+#pragma once
+
+#include <cstdint>
+
+#include <expar/pool.h>
+#include <expar/tensor.h>
+
+namespace expar {
+
+/// One row of a grouped GEMM: row `row` of operand `base`, and the router's weight for it.
+struct RowRef {
+  std::int32_t base = 0;  // 0: the rank's own x, 1: the inbox
+  std::int32_t row = 0;
+  float weight = 1.0F;
+};
+
+/// R rows of `width` elements, gathered by `refs`; without refs, row i is row i of base[0].
+struct Rows {
+  const void* base[2] = {nullptr, nullptr};
+  DType dtype = DType::f32;
+  std::int64_t width = 0;
+  const RowRef* refs = nullptr;  // [R] or null
+};
+
+/// Rows [offsets[g], offsets[g + 1]) belong to group g.
+struct Groups {
+  int count = 0;
+  const std::int64_t* offsets = nullptr;  // [G + 1], offsets[0] = 0
+};
+
+/// Weights [G, N, K], row-major or in the backend's packed layout (see Kernels::pack).
+struct GroupWeights {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  bool packed = false;
+};
+
+/// y[i, n] = sum_k rows[i, k] * w[g(i)][n, k] + bias[g(i)][n]
+struct GemmNT {
+  Groups groups;
+  std::int64_t n = 0, k = 0;
+  Rows rows;  // [R, K], dtype of w
+  GroupWeights w;
+  const float* bias = nullptr;  // [G, N] or null
+  void* y = nullptr;            // [R, N]
+  DType y_dtype = DType::f32;   // f32 or the dtype of w
+};
+
+/// dx[i, k] = sum_n dy[i, n] * w[g(i)][n, k]
+struct GemmNN {
+  Groups groups;
+  std::int64_t n = 0, k = 0;
+  const void* dy = nullptr;  // [R, N], dtype of w
+  GroupWeights w;            // never packed
+  void* dx = nullptr;        // [R, K]
+  DType dx_dtype = DType::f32;
+};
+
+/// dw[g][n, k] = (accumulate ? dw : 0) + sum over the group's rows i, in order, of dy[i, n] * rows[i, k]
+/// dbias[g][n] the same with rows[i, k] = 1. A group without rows gets zeros (or keeps what it has).
+struct GemmTN {
+  Groups groups;
+  std::int64_t n = 0, k = 0;
+  const void* dy = nullptr;  // [R, N], dtype of rows
+  Rows rows;                 // [R, K]
+  float* dw = nullptr;       // [G, N, K]
+  float* dbias = nullptr;    // [G, N] or null
+  bool accumulate = false;
+};
+
+/// The experts' activation. Gated ones read [R, 2F] (gate, then up) and give act(gate) * up; plain ones read [R, F].
+enum class Activation : std::uint8_t { swiglu, gelu };
+constexpr bool gated(Activation a) { return a == Activation::swiglu; }
+
+/// h = act(pre), computed in f32, rounded once. gelu is the exact one (erf).
+struct Activate {
+  Activation act = Activation::swiglu;
+  std::int64_t rows = 0, inner = 0;  // R, F
+  DType dtype = DType::f32;
+  const void* pre = nullptr;  // [R, 2F] or [R, F]
+  void* h = nullptr;          // [R, F]
+};
+
+/// dpre = dh * d act(pre) / d pre, computed in f32, rounded once.
+struct ActivateGrad {
+  Activation act = Activation::swiglu;
+  std::int64_t rows = 0, inner = 0;
+  DType dtype = DType::f32;
+  const void* pre = nullptr;
+  const void* dh = nullptr;  // [R, F]
+  void* dpre = nullptr;      // shape of pre
+};
+
+/// out[i] = rows[i] (scaled: * refs[i].weight, in f32, rounded once). `dot`, where given, gets the f32
+/// inner product rows[i] . other[i], summed in index order, of the unscaled row.
+struct Gather {
+  Rows rows;
+  std::int64_t count = 0;
+  bool scaled = false;
+  void* out = nullptr;  // [count, width], dtype of rows
+  const void* other = nullptr;  // [count, width], dtype of rows; or null
+  float* dot = nullptr;         // [count]; with `other`
+};
+
+/// out[t] = sum_k weight[t, k] * slot[t, k] + residual[t], in slot order, in f32, rounded once.
+/// A null slot is skipped. Without weights every weight is one.
+struct Reduce {
+  std::int64_t tokens = 0, topk = 0, width = 0;
+  DType dtype = DType::f32;
+  const void* const* slots = nullptr;  // [T, K] rows of `width` elements, or null
+  const float* weights = nullptr;      // [T, K] or null
+  const void* residual = nullptr;      // [T, width] or null
+  void* out = nullptr;                 // [T, width]
+};
+
+/// scores = softmax(logits) over E; then the K largest, descending, ties to the lower index.
+struct SoftmaxTopK {
+  std::int64_t tokens = 0, experts = 0, topk = 0;
+  const float* logits = nullptr;  // [T, E]
+  float* scores = nullptr;        // [T, E]
+  float* logsumexp = nullptr;     // [T]
+  std::int32_t* ids = nullptr;    // [T, K]
+  float* top = nullptr;           // [T, K] scores of the chosen
+};
+
+/// AdamW (Loshchilov & Hutter 2019) on flat arrays, elementwise, f32:
+///   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+///   p = p - lr (m / c1 / (sqrt(v / c2) + eps) + decay p),  c1 = 1 - b1^step, c2 = 1 - b2^step
+/// g is multiplied by grad_scale first. `low`, where given, gets p rounded to bf16 in the same pass.
+struct AdamWStep {
+  std::int64_t count = 0;
+  float lr = 0, beta1 = 0, beta2 = 0, eps = 0, decay = 0, c1 = 1, c2 = 1, grad_scale = 1;
+  const float* g = nullptr;
+  float* p = nullptr;
+  float* m = nullptr;
+  float* v = nullptr;
+  bf16* low = nullptr;  // or null
+};
+
+/// A backend. A null entry falls back to `reference`; see registry.h for how a table is chosen.
+struct Kernels {
+  const char* name = "";  // "reference", "cpu"
+  const char* isa = "";   // "portable", "avx2", "avx512_bf16", ...: ranks agree on one before they start
+  void (*gemm_nt)(const GemmNT&, Pool&) = nullptr;
+  void (*gemm_nn)(const GemmNN&, Pool&) = nullptr;
+  void (*gemm_tn)(const GemmTN&, Pool&) = nullptr;
+  void (*activate)(const Activate&, Pool&) = nullptr;
+  void (*activate_grad)(const ActivateGrad&, Pool&) = nullptr;
+  void (*gather)(const Gather&, Pool&) = nullptr;
+  void (*reduce)(const Reduce&, Pool&) = nullptr;
+  void (*softmax_topk)(const SoftmaxTopK&, Pool&) = nullptr;
+  void (*adamw)(const AdamWStep&, Pool&) = nullptr;
+  /// Bytes of one group's packed [N, K] weights, and the packing of G groups; for inference, where weights never change.
+  std::int64_t (*packed_bytes)(DType, std::int64_t n, std::int64_t k) = nullptr;
+  void (*pack)(DType, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed, Pool&) = nullptr;
+};
+
+}  // namespace expar

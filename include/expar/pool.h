@@ -1,0 +1,53 @@
+// A rank's own threads. Each rank has one pool, so that P ranks never start P x cores threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace expar {
+
+/// A reference to a callable that lives at least as long as the call it is passed to. Never allocates.
+template <class Signature>
+class FunctionRef;
+template <class R, class... Args>
+class FunctionRef<R(Args...)> {
+ public:
+  template <class F>
+    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
+  FunctionRef(F&& f)  // NOLINT: implicit by design
+      : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, Args... args) -> R {
+          return (*static_cast<std::remove_reference_t<F>*>(object))(static_cast<Args>(args)...);
+        }) {}
+  R operator()(Args... args) const { return call_(object_, static_cast<Args>(args)...); }
+
+ private:
+  void* object_;
+  R (*call_)(void*, Args...);
+};
+
+/// `threads` workers, the caller among them as worker 0; the others sleep between calls.
+/// One caller at a time. Cost: no allocation per run; about a microsecond to wake sleeping workers.
+class Pool {
+ public:
+  explicit Pool(int threads = 1);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const;
+
+  /// Calls task(index, worker) once for every index in [0, tasks), in no particular order; returns when all have returned.
+  /// The first exception of a task is rethrown here, after all tasks have ended.
+  void run(std::int64_t tasks, FunctionRef<void(std::int64_t index, int worker)> task);
+
+  /// At least `bytes` of 64-byte aligned memory that only `worker` uses; contents do not survive the task.
+  std::byte* scratch(int worker, std::size_t bytes);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace expar
