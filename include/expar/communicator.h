@@ -1,0 +1,181 @@
+// Ranks that work together: their order of operations, their arena, their limit of patience.
+//
+// Communicator is what users hold. Operation and Arena are for those who write a collective of their own:
+// dispatch, combine and every collective of the library are written on them and on nothing else.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <expar/transport.h>
+
+namespace expar {
+
+/// Where a block lies, as a peer sees it.
+struct BlockRef {
+  std::uint32_t segment = 0;
+  std::uint64_t offset = 0;
+};
+
+/// A piece of this rank's arena; move-only. The destructor gives it back: the memory is used again only after every
+/// peer that may touch it has completed the operations it was shown in (see used_by).
+class Block {
+ public:
+  Block() = default;
+  ~Block();
+  Block(Block&&) noexcept;
+  Block& operator=(Block&&) noexcept;
+
+  std::byte* data() const { return bytes_.data(); }
+  std::size_t size() const { return bytes_.size(); }
+  BlockRef ref() const { return ref_; }
+  /// Peers may touch this block until they have completed operation `sequence`.
+  void used_by(std::uint64_t sequence) { last_use_ = sequence > last_use_ ? sequence : last_use_; }
+
+ private:
+  friend class Arena;
+  struct Owner;
+  std::shared_ptr<Owner> owner_;
+  BlockRef ref_;
+  std::span<std::byte> bytes_;
+  std::uint64_t last_use_ = 0;
+};
+
+/// The pool of segments behind a rank's blocks. Growth adds a segment; none ever moves or shrinks.
+class Arena {
+ public:
+  explicit Arena(Transport& transport);
+  ~Arena();
+  /// 64-byte aligned; contents are whatever the last user left. Allocates from the system only while the arena grows.
+  /// Throws Error: no_memory.
+  Block allocate(std::size_t bytes);
+  /// Bytes taken from the system so far.
+  std::size_t capacity() const;
+
+ private:
+  std::shared_ptr<Block::Owner> owner_;
+};
+
+/// What all ranks must agree on when they start an operation: its name and a few numbers. At most eight numbers.
+class Signature {
+ public:
+  explicit Signature(std::string_view operation) : operation_(operation) {}
+  Signature& with(std::string_view field, std::int64_t value);
+  std::string_view operation() const { return operation_; }
+  std::uint64_t hash() const;
+  std::string str() const;  // "dispatch (hidden 64, dtype 1)"
+
+ private:
+  struct Field {
+    std::string_view name;
+    std::int64_t value;
+  };
+  std::string_view operation_;
+  std::array<Field, 8> fields_{};
+  std::size_t count_ = 0;
+};
+
+/// Work that a rank owes its peers and does while it waits for something else.
+class InFlight {
+ public:
+  virtual ~InFlight() = default;
+  /// Does what can be done now, without waiting.
+  virtual void advance() = 0;
+};
+
+struct CommunicatorOptions {
+  /// How long a call may wait. Default: EXPAR_TIMEOUT (seconds), else 120 s. Throws bad_argument if that is not a number > 0.
+  std::chrono::nanoseconds timeout{0};
+};
+
+/// A set of ranks. A cheap handle: copies are the same communicator. One thread at a time uses it.
+/// After `timeout` or `peer_lost`, and after abort(), every later call throws the same error and destructors do not wait.
+class Communicator {
+ public:
+  Communicator() = default;
+  explicit Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options = {});
+
+  int rank() const;
+  int size() const;
+  std::string_view transport_name() const;
+  std::chrono::nanoseconds timeout() const;
+
+  /// Ends the job with a cause of the user's own: every rank's next or current call throws Error internal with this
+  /// message and this rank. Not collective.
+  void abort(std::string_view message) const;
+
+  // ---- for authors of collectives
+  Transport& transport() const;
+  Arena& arena() const;
+  /// transport().wait, while the other operations in flight on this communicator advance.
+  void wait(FunctionRef<bool()> done, const Waiting& waiting) const;
+  /// Sets the job's cause and throws the one in force.
+  [[noreturn]] void fail(const Error& cause) const;
+
+ private:
+  friend class Operation;
+  struct State;
+  std::shared_ptr<State> state_;
+};
+
+/// One collective in progress on this rank. All ranks construct the same operations in the same order.
+///
+/// Two meeting points: `ready` (I have started, here is what you need from me) and `done` (you have all you get from
+/// me). A rank that cannot start says why in its ready, and every rank throws that error at meet(), before bytes move:
+/// the communicator stays usable. Destroying an operation before complete() ends the job.
+class Operation {
+ public:
+  using Words = std::array<std::uint64_t, 5>;
+
+  /// Takes the next sequence number. Throws the job's cause if there is one.
+  Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout);
+  ~Operation();
+  Operation(const Operation&) = delete;
+  Operation& operator=(const Operation&) = delete;
+
+  std::uint64_t sequence() const { return sequence_; }
+
+  /// Runs `prepare`, which validates and returns the words to show; publishes them, or the Error it throws.
+  void ready(FunctionRef<Words()> prepare);
+  /// True once every rank is ready. Never waits.
+  bool met();
+  /// Waits for the ready of every rank. Throws the same Error on every rank: that of the lowest rank that failed, or
+  /// mismatch naming two ranks and what each of them does.
+  void meet();
+  /// What `peer` showed; valid after meet().
+  const Words& words(int peer) const { return words_[static_cast<std::size_t>(peer)]; }
+
+  void done();
+  /// Waits for the done of `peer`; `what` completes "rank 3 is late: ...".
+  bool is_done(int peer) const;
+  void await_done(int peer, std::string_view what);
+
+  /// This rank will touch no peer's memory for this operation again.
+  void complete();
+
+  /// Advance `work` while other operations of the communicator wait, until complete().
+  void keep_advancing(InFlight* work);
+
+  Waiting waiting(int peer, std::string_view what) const;
+
+ private:
+  void check_agreement();
+
+  Communicator communicator_;
+  Signature signature_;
+  std::chrono::nanoseconds timeout_;
+  std::uint64_t sequence_ = 0;
+  InFlight* work_ = nullptr;
+  std::vector<Words> words_;
+  bool ready_ = false;
+  bool met_ = false;
+  bool completed_ = false;
+};
+
+}  // namespace expar

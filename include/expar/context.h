@@ -1,0 +1,52 @@
+// What every call needs to know about where it runs: the ranks, the kernels, the threads.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include <expar/communicator.h>
+#include <expar/kernels.h>
+#include <expar/pool.h>
+
+namespace expar {
+
+/// A queue of work on a device. The CPU has none; the field keeps signatures the same for those that do.
+struct Stream {
+  void* handle = nullptr;
+};
+
+struct ContextOptions {
+  /// Worker threads of this rank. 0: max(1, cores / ranks on this host).
+  int threads = 0;
+  /// "cpu" or "reference"; see registry.h.
+  std::string backend = "cpu";
+};
+
+/// Passed to every call. A cheap handle: copies share the communicator and the pool.
+class Context {
+ public:
+  /// Collective: ranks agree on the lowest common instruction set, so that their bits agree.
+  /// Throws Error: unsupported (no such backend here), bad_argument (threads < 0), as every collective.
+  explicit Context(Communicator communicator, const ContextOptions& options = {});
+
+  /// The same context with another limit on how long one call may wait.
+  Context with_timeout(std::chrono::nanoseconds timeout) const;
+
+  const Communicator& communicator() const { return communicator_; }
+  int rank() const { return communicator_.rank(); }
+  int size() const { return communicator_.size(); }
+  const Kernels& kernels() const { return *kernels_; }
+  Pool& pool() const { return *pool_; }
+  Stream stream() const { return stream_; }
+  std::chrono::nanoseconds timeout() const { return timeout_; }
+
+ private:
+  Communicator communicator_;
+  std::shared_ptr<const Kernels> kernels_;
+  std::shared_ptr<Pool> pool_;
+  Stream stream_;
+  std::chrono::nanoseconds timeout_{0};
+};
+
+}  // namespace expar

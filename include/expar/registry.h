@@ -1,0 +1,67 @@
+// What is built in, by name, and the ways for ranks to find each other.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <expar/communicator.h>
+#include <expar/kernels.h>
+
+namespace expar {
+
+/// The transports and backends of this build that work on this machine. Absent ones are not listed.
+std::vector<std::string> available_transports();
+std::vector<std::string> available_backends();
+/// The instruction sets of a backend that this processor runs, best first.
+std::vector<std::string> available_isas(std::string_view backend);
+
+/// The kernels of `backend`; empty entries are filled from `reference`. `isa` "" takes EXPAR_ISA, else the best.
+/// Throws Error: unsupported (no such backend or instruction set here, with those that are).
+Kernels find_kernels(std::string_view backend, std::string_view isa = {});
+
+struct RunOptions {
+  std::chrono::nanoseconds timeout{0};  // see CommunicatorOptions
+  /// Off: peers do not address each other's memory and rows travel as messages. For tests, and for machines that forbid it.
+  bool mapping = true;
+};
+
+/// Runs `rank_main` on `ranks` threads of this process, each with its communicator (transport "threads"), and waits.
+/// A rank dies when its function leaves or throws; what it throws becomes the cause on all ranks.
+/// Throws the job's root cause, after every rank has returned.
+void run_threads(int ranks, const std::function<void(Communicator)>& rank_main, const RunOptions& options = {});
+
+/// Which job this process belongs to, as its launcher says in the environment.
+struct Job {
+  std::string launcher;  // "expar", "torchrun", "openmpi", "mpich", "slurm", "none"
+  std::string id;        // the same for all ranks of this job and no other job on this host
+  int rank = 0;
+  int size = 1;
+  int local_rank = 0;
+  int local_size = 1;
+};
+
+/// Reads the variables of `expar launch`, torchrun, Open MPI, MPICH and Slurm. Without any of them: rank 0 of 1.
+/// Throws Error: bad_argument (variables that contradict each other, naming them).
+Job job_from_environment();
+
+/// Joins the processes of `job` on this host (transport "shm").
+/// Collective over the job's processes. Throws Error: timeout (naming a rank that never came), io, unsupported.
+Communicator join(const Job& job, const RunOptions& options = {});
+inline Communicator join(const RunOptions& options = {}) { return join(job_from_environment(), options); }
+
+/// Starts `ranks` processes of `command` on this host in rank order, waits for them, and leaves none behind.
+/// Returns the error of the root cause if any failed (a rank that was killed: peer_lost naming it), else nothing.
+/// The children find their rank by job_from_environment() and may hand over their error by report_error().
+struct LaunchResult {
+  bool failed = false;
+  Error error{ErrorCode::internal, ""};
+};
+LaunchResult launch(int ranks, const std::vector<std::string>& command);
+
+/// In a process started by launch(): hands the error that ends this rank to the launcher. Elsewhere: does nothing.
+void report_error(const Error& error) noexcept;
+
+}  // namespace expar
