@@ -181,4 +181,14 @@ class Array {
   Tensor view_;
 };
 
+/// Memory that is used again and again: view() grows it when it must and never shrinks it. Contents do not survive.
+class Buffer {
+ public:
+  /// Throws Error: no_memory.
+  Tensor view(DType dtype, Shape shape);
+
+ private:
+  Array memory_;
+};
+
 }  // namespace expar

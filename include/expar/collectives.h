@@ -1,0 +1,44 @@
+// Collectives over a context's ranks. All of them: collective, in the same order on every rank; throw Error
+// bad_argument, mismatch, timeout, peer_lost as design.md says. Sums run in (rank, row) order, so that equal rows give
+// equal bits however many ranks hold them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include <expar/context.h>
+
+namespace expar {
+
+/// Returns after every rank has entered.
+void barrier(const Context& context);
+
+/// `data` [..] of `root` replaces that of every other rank. Same shape and dtype everywhere.
+/// Cost: one copy of the data per rank.
+void broadcast(const Context& context, Tensor data, int root);
+
+/// Concatenates all ranks' `in` [n_r, ...] along the first axis into `out` [sum of n_r, ...]; n_r may differ and be 0.
+/// Cost: each rank reads every other rank's part once.
+void all_gather(const Context& context, ConstTensor in, Tensor out);
+
+/// out [N] = the sum over all ranks' rows [M_r, N], in (rank, row) order, in f32; M_r may differ and be 0. dtype f32.
+/// Each element is summed by one rank and then read by all.
+/// Cost: 2 reads of N elements and one of each row's share per rank, whatever P.
+void all_reduce(const Context& context, ConstTensor rows, Tensor out);
+
+/// Elements [begin, end) of `elements`, as reduce_scatter and all_reduce share them out.
+struct Part {
+  std::int64_t begin = 0, end = 0;
+};
+Part part_of(std::int64_t elements, int rank, int ranks);
+
+/// As all_reduce, but each rank keeps its part: out [part_of(N, rank, P)].
+void reduce_scatter(const Context& context, ConstTensor rows, Tensor out);
+
+/// Rows of `in` [sum of send_rows, ...], destination by destination, arrive in `out` [sum of receive_rows, ...],
+/// source by source. Both counts have P entries; zero is fine. A count that the two ends see differently is `mismatch`.
+/// Cost: one copy of each row on each side.
+void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::int64_t> send_rows, Tensor out,
+                  std::span<const std::int64_t> receive_rows);
+
+}  // namespace expar

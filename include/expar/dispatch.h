@@ -1,0 +1,134 @@
+// Carries tokens to the ranks that hold their experts, and brings the results back.
+//
+// Each is the other's gradient: the gradient of dispatch is an unweighted combine, that of combine is a dispatch.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+
+#include <expar/plan.h>
+
+namespace expar {
+
+enum class Layout : std::uint8_t {
+  indexed,       // rows once per source token, and per expert a list that says which rows it takes
+  expert_major,  // besides, one packed [R, H] with the rows of each expert together: for callers' own kernels
+};
+
+/// What arrived at this rank. Move-only; its memory goes back to the arena with it.
+/// The rank's own rows are read where they lie: x must neither move nor change while the inbox is in use.
+class Inbox {
+ public:
+  struct Data;
+  Inbox() = default;
+  explicit Inbox(std::unique_ptr<Data> data);
+  ~Inbox();
+  Inbox(Inbox&&) noexcept;
+  Inbox& operator=(Inbox&&) noexcept;
+
+  const Plan& plan() const;
+  /// [U, H] rows of other ranks, source by source, tokens ascending.
+  ConstTensor rows() const;
+  /// [R] for each local expert, in order, the row (base 0: x, base 1: rows()) and the weight it came with.
+  std::span<const RowRef> refs() const;
+  /// All R rows, gathered by refs(), as the kernels take them.
+  Rows gathered() const;
+  /// [R, H] with Layout::expert_major, else absent.
+  ConstTensor packed() const;
+
+ private:
+  friend class PendingDispatch;
+  std::unique_ptr<Data> data_;
+};
+
+struct DispatchOptions {
+  Layout layout = Layout::indexed;
+  /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
+  /// only rows travel. For gradients and replays.
+  const Inbox* lists_of = nullptr;
+};
+
+class PendingDispatch {
+ public:
+  /// Copies what is still to copy, waits for all rows, returns them. Operations may finish in any order.
+  Inbox finish();
+  ~PendingDispatch();
+  PendingDispatch(PendingDispatch&&) noexcept;
+  struct State;
+  explicit PendingDispatch(std::unique_ptr<State> state);
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+/// Carries each token once to each other rank that holds one of its experts.
+///   x       : [T, H]  this rank's tokens, f32 or bf16
+///   weights : [T, K]  f32, travel beside the rows into refs(); absent (`{}`): every weight is 1
+///   plan    : from make_plan; the same plan serves combine and the backward pass
+///   returns : inbox [U, H] and a list of rows per local expert
+/// Collective: H, dtype and layout are the same on all ranks.
+/// Throws Error: bad_argument (x or weights disagree with the plan), mismatch, timeout, peer_lost.
+/// Cost: one read and one write of each row that leaves; no allocation after the first call.
+Inbox dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
+               const DispatchOptions& options = {});
+PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
+                               const DispatchOptions& options = {});
+
+/// Where experts write their R results so that the sources can read them. Move-only.
+class Outbox {
+ public:
+  Outbox() = default;
+  Outbox(Block block, Tensor rows) : block_(std::move(block)), rows_(rows) {}
+  /// [R, H], row i is the result of the inbox's refs()[i].
+  Tensor rows() const { return rows_; }
+  const Block& block() const { return block_; }
+  Block& block() { return block_; }
+
+ private:
+  Block block_;
+  Tensor rows_;
+};
+
+/// Room for R rows of `width` elements in this rank's arena. Not collective. Throws Error: no_memory.
+Outbox make_outbox(const Context& context, const Plan& plan, std::int64_t width, DType dtype);
+
+/// Says in a call of combine that slots are summed as they are.
+inline constexpr std::nullopt_t unweighted = std::nullopt;
+
+struct CombineOptions {
+  /// [T, H] added last, same dtype; absent: nothing.
+  ConstTensor residual;
+};
+
+class PendingCombine {
+ public:
+  /// Waits until the other ranks' results are there and sums them into `out`.
+  void finish();
+  ~PendingCombine();
+  PendingCombine(PendingCombine&&) noexcept;
+  struct State;
+  explicit PendingCombine(std::unique_ptr<State> state);
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+/// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then the residual,
+/// in f32, rounded once. Slots with id -1 are left out.
+///   y       : [R, H]  from make_outbox, filled; it may be destroyed as soon as combine returns
+///   weights : [T, K] f32, or `unweighted`
+///   out     : [T, H]  dtype of y; may be the residual itself
+/// Collective. Throws Error: bad_argument, mismatch, timeout, peer_lost.
+/// Cost: one read of each of the T K rows where they lie, one write of T rows.
+void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,
+             const CombineOptions& options = {});
+PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights,
+                             Tensor out, const CombineOptions& options = {});
+
+/// Brings one row per slot home, unsummed: out [T, K, W] from values [R, W]; zeros where a slot is -1. dtype f32.
+/// With W = 1: the gradient of the weights. Collective. Cost: one read of each row.
+void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tensor out);
+
+}  // namespace expar

@@ -1,0 +1,63 @@
+// The experts' feed-forward networks, forward and backward, on rows that dispatch brought.
+#pragma once
+
+#include <cstdint>
+
+#include <expar/dispatch.h>
+
+namespace expar {
+
+/// L local experts. Gated: up [L, 2F, H] holds gate then up; plain: [L, F, H]. down [L, H, F].
+///   y = down(act(up x + up_bias)) + down_bias
+struct ExpertShape {
+  std::int64_t hidden = 0;  // H
+  std::int64_t inner = 0;   // F
+  Activation activation = Activation::swiglu;
+  bool bias = false;
+  DType dtype = DType::f32;  // of weights, rows and results: f32 or bf16
+
+  std::int64_t up_rows() const { return gated(activation) ? 2 * inner : inner; }
+};
+
+/// Biases are f32 and absent where the shape has none.
+struct ExpertWeights {
+  GroupWeights up, down;
+  ConstTensor up_bias;    // [L, up_rows]
+  ConstTensor down_bias;  // [L, H]
+};
+
+/// f32, in the shapes of the weights. Overwritten, or added to.
+struct ExpertGradients {
+  Tensor up, down, up_bias, down_bias;
+  bool accumulate = false;
+};
+
+/// What forward leaves for backward. Reuse one object per layer: it keeps its memory.
+struct ExpertsRecord {
+  Tensor pre;  // [R, up_rows] before the activation
+  Tensor h;    // [R, F] after it
+  Buffer pre_memory, h_memory;
+};
+
+/// y[i] = expert(row i) for the R rows of the inbox. Not collective.
+/// Throws Error: bad_argument (hidden or dtype of the inbox disagree with the shape).
+/// Cost: each weight is read once per block of rows; the rows are gathered by list, not copied.
+void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
+                     const Inbox& inbox, Outbox& y, ExpertsRecord& record);
+
+/// What backward works in. Reuse one object.
+struct ExpertsScratch {
+  Buffer dy, dh, dpre;
+};
+
+/// The gradient of experts_forward, weighted by the router.
+///   dout     : the gradient of the layer's output, dispatched with the same plan (lists_of the forward inbox)
+///   y        : what forward wrote
+///   dx       : [R, H]  gradient of each gathered row, to be combined unweighted
+///   dweights : [R, 1]  f32, gradient of each row's weight, to be fetched by slot
+/// Not collective. Cost: two GEMMs per forward GEMM.
+void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
+                      const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
+                      const ExpertGradients& gradients, Outbox& dx, Outbox& dweights, ExpertsScratch& scratch);
+
+}  // namespace expar

@@ -1,0 +1,95 @@
+// The MoE layer: router, plan, dispatch, experts and combine in one object, for inference and for training.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <expar/experts.h>
+#include <expar/optimizer.h>
+#include <expar/router.h>
+
+namespace expar {
+
+struct MoeLayerOptions {
+  std::int64_t hidden = 0;  // H
+  std::int64_t inner = 0;   // F
+  RouterOptions router;     // E, K, losses
+  Activation activation = Activation::swiglu;
+  bool bias = false;
+  DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
+};
+
+/// Milliseconds that this rank spent, added up over calls.
+struct PhaseTimes {
+  double route = 0, dispatch = 0, experts = 0, combine = 0, backward = 0;
+};
+
+/// What forward leaves for backward: routing, plan, inbox, results. Reuse one per layer and call in flight.
+struct MoeRecord {
+  ConstTensor x;
+  std::vector<std::int64_t> shards;
+  Routing routing;
+  RouterLosses losses;
+  Plan plan;
+  Inbox inbox;
+  Outbox y;
+  ExpertsRecord experts;
+};
+
+/// Parameters: router.weight [E, H] f32, the same on all ranks; experts.up, experts.down (and biases) of this rank's
+/// experts, f32 masters with bf16 copies where dtype is bf16.
+class MoeLayer {
+ public:
+  /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
+  MoeLayer(const Context& context, const MoeLayerOptions& options);
+  ~MoeLayer();
+  MoeLayer(MoeLayer&&) noexcept;
+
+  const MoeLayerOptions& options() const;
+  ExpertRange local_experts() const;
+
+  /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
+  /// weights normal with deviation 1 / sqrt(inputs), biases 0. Also refreshes the low-precision copies.
+  void initialise(std::uint64_t seed, std::string_view prefix);
+  /// Refreshes the low-precision copies after the masters were written by hand.
+  void refresh();
+
+  /// The experts' parameters of this rank; gradients are complete after backward.
+  std::vector<Parameter> expert_parameters(std::string_view prefix);
+  /// router.weight; its gradient is to be summed over shards and ranks by the caller, see router_shard_gradients.
+  Parameter router_parameter(std::string_view prefix);
+  /// [S, E, H] f32, the router's gradient of each of this rank's shards, after backward.
+  ConstTensor router_shard_gradients() const;
+
+  /// out = moe(x) + residual, for inference: nothing is kept.
+  ///   x, out : [T, H] of dtype
+  ///   residual : [T, H] or absent
+  /// Collective. Throws Error: bad_argument (shapes; NaN logits), mismatch, timeout, peer_lost.
+  void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {});
+
+  /// The same for training.
+  ///   shards : this rank's micro-shards of the global batch, [S + 1] from 0 to T (see router_losses)
+  ///   record : keeps what backward needs; x must stay unchanged until then
+  void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
+               std::span<const std::int64_t> shards, MoeRecord& record);
+
+  /// dx = gradient of x (through router and experts, without the residual), given dout; adds nothing, overwrites all
+  /// gradients. The losses of the router count with their coefficients; dout belongs to a loss that is a mean over the
+  /// global batch.
+  ///   dout, dx : [T, H] of dtype
+  /// Collective.
+  void backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx);
+
+  /// Since the last call; resets them.
+  PhaseTimes take_times();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace expar

@@ -1,0 +1,49 @@
+// AdamW on named parameters; low-precision copies are refreshed in the same pass, so that none is ever stale.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <expar/context.h>
+
+namespace expar {
+
+/// A trained array. All views have the same number of elements.
+struct Parameter {
+  std::string name;  // global: "layers.0.experts.up"
+  Tensor value;      // f32, the master copy
+  Tensor gradient;   // f32
+  Tensor low;        // bf16 copy of value that the kernels read; absent: they read value
+  bool decay = true;
+};
+
+struct AdamWOptions {
+  float lr = 1e-3F;
+  float beta1 = 0.9F;
+  float beta2 = 0.95F;
+  float eps = 1e-8F;
+  float decay = 0.0F;
+};
+
+/// Decoupled weight decay (Loshchilov & Hutter 2019), elementwise, so the same bits however parameters are sharded.
+class AdamW {
+ public:
+  explicit AdamW(const AdamWOptions& options = {}) : options_(options) {}
+
+  /// One step over `parameters`: the same ones, in the same order, every time. Not collective.
+  ///   lr : the learning rate of this step
+  /// Throws Error: bad_argument (the parameters changed). Cost: reads p, m, v, g and writes p, m, v once.
+  void step(const Context& context, std::span<const Parameter> parameters, float lr);
+
+ private:
+  struct Moments {
+    Array m, v;
+  };
+  AdamWOptions options_;
+  std::vector<Moments> moments_;
+  std::int64_t step_ = 0;
+};
+
+}  // namespace expar

@@ -1,0 +1,99 @@
+// Who sends which row where: made once from the router's choice, used by dispatch, combine and both their gradients.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include <expar/context.h>
+
+namespace expar {
+
+/// The experts of a rank without a placement: floor(r E / P) ... floor((r + 1) E / P) - 1. May be none.
+struct ExpertRange {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+ExpertRange experts_of(int rank, int ranks, std::int64_t experts);
+int owner_of(std::int64_t expert, int ranks, std::int64_t experts);
+
+struct PlanOptions {
+  std::int64_t experts = 0;  // E
+  /// Each expert's rows begin at a multiple of this (for callers' own kernels); the rows between are zero.
+  std::int64_t alignment = 1;
+};
+
+/// Where the row of one (token, slot) lives: row `row` of the outbox of rank `rank`. rank -1: not routed.
+struct SlotRow {
+  std::int32_t rank = -1;
+  std::int32_t row = 0;
+};
+
+/// A value: cheap to move and to copy, safe to keep. Every rank derives the same offsets from the same counts.
+/// The rows of an expert stand in (source rank, token, slot) order: the global token order, whatever P is.
+class Plan {
+ public:
+  struct Data;
+  Plan() = default;
+  explicit Plan(std::shared_ptr<const Data> data) : data_(std::move(data)) {}
+  explicit operator bool() const { return data_ != nullptr; }
+
+  std::int64_t tokens() const;   // T
+  std::int64_t topk() const;     // K
+  std::int64_t experts() const;  // E
+  ExpertRange local() const;     // the experts of this rank
+
+  /// [P, E] rows that each rank has for each expert.
+  std::span<const std::int32_t> counts() const;
+  /// [E] rows of each expert over all ranks.
+  std::span<const std::int64_t> expert_totals() const;
+  /// [L + 1] first row of each local expert in the outbox; the last is R.
+  std::span<const std::int64_t> offsets() const;
+  /// [L] rows of each local expert; offsets()[e] + rows()[e] <= offsets()[e + 1].
+  std::span<const std::int64_t> rows() const;
+  std::int64_t received() const { return offsets().back(); }  // R
+  /// [P + 1] first inbox row of each source; the last is U. This rank's own part is empty: its rows stay in x.
+  std::span<const std::int64_t> sources() const;
+  std::int64_t unique() const { return sources().back(); }  // U
+  /// The tokens that go to `rank`, ascending, each once, and the inbox row of `rank` that the first of them takes.
+  std::span<const std::int32_t> sends(int rank) const;
+  std::int64_t send_row(int rank) const;
+  /// [T, K]
+  std::span<const std::int32_t> ids() const;
+  std::span<const SlotRow> slots() const;
+  /// First outbox row that `rank` holds for this rank's slots of `expert`.
+  std::int64_t slot_start(std::int64_t expert) const;
+  /// First outbox row here of `source`'s slots of local expert `e`.
+  std::int64_t source_start(int source, std::int64_t e) const;
+
+  /// Payload bytes that this rank writes to other ranks in a dispatch of rows of `width` elements.
+  std::int64_t bytes(std::int64_t width, DType dtype) const;
+  /// The same on every rank: ties a plan to the operations that use it.
+  std::uint64_t id() const;
+
+ private:
+  std::shared_ptr<const Data> data_;
+};
+
+class PendingPlan {
+ public:
+  Plan finish();
+  ~PendingPlan();
+  PendingPlan(PendingPlan&&) noexcept;
+  struct State;
+  explicit PendingPlan(std::unique_ptr<State> state);
+
+ private:
+  std::unique_ptr<State> state_;
+};
+
+/// Counts this rank's rows, exchanges the counts, and works out every offset.
+///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per rank.
+/// Collective: K, E and the alignment are the same on all ranks.
+/// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
+/// Cost: one exchange of P x (E + P) integers.
+Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
+PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
+
+}  // namespace expar
