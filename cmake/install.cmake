@@ -4,9 +4,7 @@ include(CMakePackageConfigHelpers)
 
 set(expar_package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/expar)
 
-install(TARGETS expar EXPORT expar-targets)
-install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/expar DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}
-        FILES_MATCHING PATTERN "*.h")
+install(TARGETS expar EXPORT expar-targets FILE_SET HEADERS)
 install(EXPORT expar-targets NAMESPACE expar:: DESTINATION ${expar_package_dir})
 
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/expar-config.cmake.in
