@@ -50,7 +50,7 @@ class Block {
 /// The pool of segments behind a rank's blocks. Growth adds a segment; none ever moves or shrinks.
 class Arena {
  public:
-  explicit Arena(Transport& transport);
+  explicit Arena(std::shared_ptr<Transport> transport);
   ~Arena();
   /// 64-byte aligned; contents are whatever the last user left. Allocates from the system only while the arena grows.
   /// Throws Error: no_memory.
@@ -143,17 +143,18 @@ class Operation {
 
   /// Runs `prepare`, which validates and returns the words to show; publishes them, or the Error it throws.
   void ready(FunctionRef<Words()> prepare);
-  /// True once every rank is ready. Never waits.
-  bool met();
+  /// True once every rank is ready and none has failed or disagrees. Never waits.
+  bool agreed();
   /// Waits for the ready of every rank. Throws the same Error on every rank: that of the lowest rank that failed, or
   /// mismatch naming two ranks and what each of them does.
   void meet();
   /// What `peer` showed; valid after meet().
   const Words& words(int peer) const { return words_[static_cast<std::size_t>(peer)]; }
 
+  /// Says that this rank has given every peer all it gets from it.
   void done();
-  /// Waits for the done of `peer`; `what` completes "rank 3 is late: ...".
   bool is_done(int peer) const;
+  /// Waits for the done of `peer`; `what` completes "rank 3 is late: ...".
   void await_done(int peer, std::string_view what);
 
   /// This rank will touch no peer's memory for this operation again.
@@ -165,16 +166,18 @@ class Operation {
   Waiting waiting(int peer, std::string_view what) const;
 
  private:
+  bool seen(int peer);
   void check_agreement();
+  [[noreturn]] void throw_mismatch(int other);
 
   Communicator communicator_;
   Signature signature_;
   std::chrono::nanoseconds timeout_;
   std::uint64_t sequence_ = 0;
   InFlight* work_ = nullptr;
+  std::vector<Line> lines_;  // [P] what each rank showed in its ready; sequence 0: not yet seen
   std::vector<Words> words_;
-  bool ready_ = false;
-  bool met_ = false;
+  int missing_ = 0;  // entries of lines_ not yet seen
   bool completed_ = false;
 };
 

@@ -11,6 +11,8 @@
 
 namespace expar {
 
+class StoreChoice;
+
 /// A queue of work on a device. The CPU has none; the field keeps signatures the same for those that do.
 struct Stream {
   void* handle = nullptr;
@@ -39,12 +41,15 @@ class Context {
   const Kernels& kernels() const { return *kernels_; }
   Pool& pool() const { return *pool_; }
   Stream stream() const { return stream_; }
+  /// What this rank has learnt of how to store rows; for the library's own use.
+  StoreChoice& stores() const { return *stores_; }
   std::chrono::nanoseconds timeout() const { return timeout_; }
 
  private:
   Communicator communicator_;
   std::shared_ptr<const Kernels> kernels_;
   std::shared_ptr<Pool> pool_;
+  std::shared_ptr<StoreChoice> stores_;
   Stream stream_;
   std::chrono::nanoseconds timeout_{0};
 };

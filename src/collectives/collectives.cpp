@@ -1,0 +1,288 @@
+// The collectives, each written once on operations and shown blocks.
+#include <expar/collectives.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "src/util/shown.h"
+
+namespace expar {
+namespace {
+
+constexpr std::int64_t kFewElements = 1024;  // below, reading everything is cheaper than a second meeting
+
+using Slices = std::vector<Slice>;
+
+std::string sizes(std::int64_t got, std::int64_t wanted) {
+  return std::to_string(got) + ", not " + std::to_string(wanted);
+}
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
+
+std::int64_t row_elements(const ConstTensor& tensor) {
+  return tensor.shape().rank() == 0 || tensor.size(0) == 0 ? 0 : tensor.elements() / tensor.size(0);
+}
+
+std::int64_t first_extent(const ConstTensor& tensor) { return tensor.shape().rank() == 0 ? 0 : tensor.size(0); }
+
+/// Elements of one row of [M, N], also when M is 0.
+std::int64_t extents_after_first(const ConstTensor& tensor) {
+  std::int64_t elements = 1;
+  for (int axis = 1; axis < tensor.shape().rank(); ++axis) elements *= tensor.size(axis);
+  return elements;
+}
+
+void copy_into(std::byte* to, std::span<const std::byte> from) {
+  if (!from.empty()) std::memcpy(to, from.data(), from.size());
+}
+
+/// out += rows, one row after the other.
+void add_rows(std::span<const std::byte> rows, std::int64_t row_count, std::int64_t n, float* out) {
+  const auto* row = reinterpret_cast<const float*>(rows.data());
+  for (std::int64_t r = 0; r < row_count; ++r, row += n) {
+    for (std::int64_t i = 0; i < n; ++i) out[i] += row[i];
+  }
+}
+
+void require_rows(const ConstTensor& rows, const Tensor& out, std::int64_t elements) {
+  if (rows.dtype() != DType::f32 || out.dtype() != DType::f32) refuse("sums are of f32");
+  if (rows.shape().rank() != 2) refuse("rows have shape " + rows.shape().str() + ", not [M, N]");
+  if (out.elements() != elements) refuse("out has " + sizes(out.elements(), elements) + " elements");
+}
+
+/// The sum of every rank's rows [M_r, N], read whole by every rank.
+void sum_all(const Context& context, ConstTensor rows, Tensor out) {
+  const auto& communicator = context.communicator();
+  const std::int64_t n = extents_after_first(rows);
+  Operation operation(communicator, Signature("all_reduce").with("elements", n), context.timeout());
+  Block block;
+  operation.ready([&] {
+    require_rows(rows, out, n);
+    block = communicator.arena().allocate(rows.byte_size());
+    copy_into(block.data(), {rows.bytes(), rows.byte_size()});
+    return show(block, static_cast<std::uint64_t>(rows.size(0)));
+  });
+  operation.meet();
+  block.used_by(operation.sequence());
+  Slices wants, gives(static_cast<std::size_t>(context.size()), Slice{0, block.size()});
+  for (int p = 0; p < context.size(); ++p) {
+    wants.push_back(
+        {0, static_cast<std::size_t>(first_word(operation.words(p)) * static_cast<std::uint64_t>(n)) * sizeof(float)});
+  }
+  const Reading reading(communicator, operation, block, wants, gives);
+  std::fill_n(out.as<float>(), n, 0.0F);
+  for (int p = 0; p < context.size(); ++p) {
+    add_rows(reading.from(p), static_cast<std::int64_t>(first_word(operation.words(p))), n, out.as<float>());
+  }
+  operation.complete();
+}
+
+}  // namespace
+
+void barrier(const Context& context) {
+  Operation operation(context.communicator(), Signature("barrier"), context.timeout());
+  operation.ready([] { return Operation::Words{}; });
+  operation.meet();
+  operation.complete();
+}
+
+void broadcast(const Context& context, Tensor data, int root) {
+  const auto& communicator = context.communicator();
+  Operation operation(communicator,
+                      Signature("broadcast")
+                          .with("root", root)
+                          .with("bytes", static_cast<std::int64_t>(data.byte_size()))
+                          .with("dtype", static_cast<std::int64_t>(data.dtype())),
+                      context.timeout());
+  const bool mine = context.rank() == root;
+  Block block;
+  operation.ready([&] {
+    if (root < 0 || root >= context.size())
+      refuse("root " + std::to_string(root) + " is not a rank below " + std::to_string(context.size()));
+    block = communicator.arena().allocate(mine ? data.byte_size() : 0);
+    if (mine) copy_into(block.data(), {data.bytes(), data.byte_size()});
+    return show(block);
+  });
+  operation.meet();
+  block.used_by(operation.sequence());
+  Slices wants(static_cast<std::size_t>(context.size())), gives(wants);
+  if (mine) {
+    std::fill(gives.begin(), gives.end(), Slice{0, data.byte_size()});
+  } else {
+    wants[static_cast<std::size_t>(root)] = {0, data.byte_size()};
+  }
+  const Reading reading(communicator, operation, block, wants, gives);
+  copy_into(data.bytes(), reading.from(root));
+  operation.complete();
+}
+
+void all_gather(const Context& context, ConstTensor in, Tensor out) {
+  const auto& communicator = context.communicator();
+  const std::int64_t row = std::max(row_elements(in), row_elements(out));
+  Operation operation(communicator,
+                      Signature("all_gather")
+                          .with("dtype", static_cast<std::int64_t>(in.dtype()))
+                          .with("row elements", extents_after_first(in)),
+                      context.timeout());
+  Block block;
+  operation.ready([&] {
+    if (in.dtype() != out.dtype())
+      refuse("in is " + std::string(name(in.dtype())) + " and out is " + std::string(name(out.dtype())));
+    if (in.shape().rank() == 0 || extents_after_first(in) != extents_after_first(out)) {
+      refuse("in " + in.shape().str() + " and out " + out.shape().str() + " differ in more than the first axis");
+    }
+    block = communicator.arena().allocate(in.byte_size());
+    copy_into(block.data(), {in.bytes(), in.byte_size()});
+    return show(block, static_cast<std::uint64_t>(in.size(0)), static_cast<std::uint64_t>(out.size(0)));
+  });
+  operation.meet();
+  block.used_by(operation.sequence());
+  std::uint64_t total = 0;
+  for (int p = 0; p < context.size(); ++p) total += first_word(operation.words(p));
+  for (int p = 0; p < context.size(); ++p) {  // every rank sees every rank's out: all throw the same
+    if (second_word(operation.words(p)) == total) continue;
+    operation.complete();
+    throw Error(
+        ErrorCode::bad_argument,
+        "out has " +
+            sizes(static_cast<std::int64_t>(second_word(operation.words(p))), static_cast<std::int64_t>(total)) +
+            " rows, the sum over ranks",
+        {.rank = p, .operation = "all_gather"});
+  }
+  const std::size_t row_bytes = static_cast<std::size_t>(row) * size_of(in.dtype());
+  Slices wants, gives(static_cast<std::size_t>(context.size()), Slice{0, block.size()});
+  for (int p = 0; p < context.size(); ++p) wants.push_back({0, first_word(operation.words(p)) * row_bytes});
+  const Reading reading(communicator, operation, block, wants, gives);
+  std::byte* to = out.bytes();
+  for (int p = 0; p < context.size(); ++p) {
+    copy_into(to, reading.from(p));
+    to += reading.from(p).size();
+  }
+  operation.complete();
+}
+
+Part part_of(std::int64_t elements, int rank, int ranks) {
+  return {elements * rank / ranks, elements * (rank + 1) / ranks};
+}
+
+void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
+  const auto& communicator = context.communicator();
+  const std::int64_t n = extents_after_first(rows);
+  const Part own = part_of(n, context.rank(), context.size());
+  const std::int64_t own_n = own.end - own.begin;
+  Operation operation(communicator, Signature("reduce_scatter").with("elements", n), context.timeout());
+  Block block;
+  // The block holds, for each rank's part, this rank's rows of that part together: what a reader wants is one piece.
+  operation.ready([&] {
+    require_rows(rows, out, own_n);
+    block = communicator.arena().allocate(rows.byte_size());
+    auto* to = reinterpret_cast<float*>(block.data());
+    for (int p = 0; p < context.size(); ++p) {
+      const Part part = part_of(n, p, context.size());
+      for (std::int64_t r = 0; r < rows.size(0); ++r) {
+        to = std::copy(rows.as<float>() + r * n + part.begin, rows.as<float>() + r * n + part.end, to);
+      }
+    }
+    return show(block, static_cast<std::uint64_t>(rows.size(0)));
+  });
+  operation.meet();
+  block.used_by(operation.sequence());
+  const auto row_count = [&](int p) { return static_cast<std::int64_t>(first_word(operation.words(p))); };
+  const auto slice = [&](int holder, const Part& part) {
+    const auto unit = static_cast<std::size_t>(row_count(holder)) * sizeof(float);
+    return Slice{static_cast<std::size_t>(part.begin) * unit, static_cast<std::size_t>(part.end - part.begin) * unit};
+  };
+  Slices wants, gives;
+  for (int p = 0; p < context.size(); ++p) {
+    wants.push_back(slice(p, own));
+    gives.push_back(slice(context.rank(), part_of(n, p, context.size())));
+  }
+  const Reading reading(communicator, operation, block, wants, gives);
+  std::fill_n(out.as<float>(), own_n, 0.0F);
+  for (int p = 0; p < context.size(); ++p) add_rows(reading.from(p), row_count(p), own_n, out.as<float>());
+  operation.complete();
+}
+
+void all_reduce(const Context& context, ConstTensor rows, Tensor out) {
+  const std::int64_t n = extents_after_first(rows);
+  if (n <= kFewElements || context.size() == 1 || rows.dtype() != DType::f32 || out.dtype() != DType::f32 ||
+      out.elements() != n) {
+    return sum_all(context, rows, out);  // which also refuses what is wrong
+  }
+  const Part own = part_of(n, context.rank(), context.size());
+  const Tensor part(out.as<float>() + own.begin, Shape{own.end - own.begin});
+  reduce_scatter(context, rows, part);
+  all_gather(context, part, Tensor(out.as<float>(), Shape{n}));
+}
+
+void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::int64_t> send_rows, Tensor out,
+                  std::span<const std::int64_t> receive_rows) {
+  const auto& communicator = context.communicator();
+  const auto ranks = static_cast<std::size_t>(context.size());
+  const auto self = static_cast<std::size_t>(context.rank());
+  const std::size_t row_bytes = static_cast<std::size_t>(extents_after_first(in)) * size_of(in.dtype());
+  const std::size_t table = ranks * sizeof(std::int64_t);  // in front of the rows: how many go to each rank
+  Operation operation(communicator,
+                      Signature("all_to_all_v")
+                          .with("dtype", static_cast<std::int64_t>(in.dtype()))
+                          .with("row elements", extents_after_first(in)),
+                      context.timeout());
+  Block block;
+  operation.ready([&] {
+    if (send_rows.size() != ranks || receive_rows.size() != ranks)
+      refuse("the counts of rows do not have one entry per rank");
+    if (in.dtype() != out.dtype() || extents_after_first(in) != extents_after_first(out))
+      refuse("in and out differ in dtype or row");
+    std::int64_t sent = 0, received = 0;
+    for (std::size_t p = 0; p < ranks; ++p) {
+      if (send_rows[p] < 0 || receive_rows[p] < 0)
+        refuse("a count of rows for rank " + std::to_string(p) + " is negative");
+      sent += send_rows[p];
+      received += receive_rows[p];
+    }
+    if (sent != first_extent(in)) refuse("in has " + sizes(first_extent(in), sent) + " rows, the sum of send_rows");
+    if (received != first_extent(out))
+      refuse("out has " + sizes(first_extent(out), received) + " rows, the sum of receive_rows");
+    block = communicator.arena().allocate(table + in.byte_size());
+    std::memcpy(block.data(), send_rows.data(), table);
+    copy_into(block.data() + table, {in.bytes(), in.byte_size()});
+    return show(block);
+  });
+  operation.meet();
+  block.used_by(operation.sequence());
+
+  // First everybody's table, so that a disagreement is found by both ends before rows move.
+  const Slices tables(ranks, Slice{0, table});
+  const Reading counts(communicator, operation, block, tables, tables);
+  const auto rows_from_to = [&](std::size_t from, std::size_t to) {
+    std::int64_t rows = 0;
+    std::memcpy(&rows, counts.from(static_cast<int>(from)).data() + to * sizeof rows, sizeof rows);
+    return rows;
+  };
+  Slices wants(ranks), gives(ranks);
+  std::size_t given = table;
+  for (std::size_t p = 0; p < ranks; ++p) {
+    if (rows_from_to(p, self) != receive_rows[p]) {
+      communicator.fail(Error(ErrorCode::mismatch,
+                              "rank " + std::to_string(p) + " sends " + std::to_string(rows_from_to(p, self)) +
+                                  " rows, rank " + std::to_string(self) + " expects " + std::to_string(receive_rows[p]),
+                              {.rank = context.rank(), .peer = static_cast<int>(p), .operation = "all_to_all_v"}));
+    }
+    std::size_t before = table;
+    for (std::size_t q = 0; q < self; ++q) before += static_cast<std::size_t>(rows_from_to(p, q)) * row_bytes;
+    wants[p] = {before, static_cast<std::size_t>(receive_rows[p]) * row_bytes};
+    gives[p] = {given, static_cast<std::size_t>(send_rows[p]) * row_bytes};
+    given += gives[p].bytes;
+  }
+  const Reading reading(communicator, operation, block, wants, gives);
+  std::byte* to = out.bytes();
+  for (std::size_t p = 0; p < ranks; ++p) {
+    copy_into(to, reading.from(static_cast<int>(p)));
+    to += wants[p].bytes;
+  }
+  operation.complete();
+}
+
+}  // namespace expar

@@ -1,0 +1,138 @@
+// Arena: blocks cut from segments that peers can address, and the rule for using one again.
+#include <expar/communicator.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "src/communicator/state.h"
+
+namespace expar {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+constexpr std::size_t kSmallestSegment = std::size_t{1} << 20;
+
+std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+}  // namespace
+
+/// The free ranges of a rank's segments. Blocks share it, so that they may outlive the communicator.
+struct Block::Owner {
+  struct Place {
+    std::uint32_t segment;
+    std::uint64_t offset;
+    auto operator<=>(const Place&) const = default;
+  };
+  struct Retired {
+    Place place;
+    std::size_t bytes;
+    std::uint64_t last_use;
+  };
+
+  explicit Owner(std::shared_ptr<Transport> t) : transport(std::move(t)) {}
+
+  void give_back(Place place, std::size_t bytes) {
+    auto next = free.lower_bound(place);
+    if (next != free.end() && next->first.segment == place.segment && place.offset + bytes == next->first.offset) {
+      bytes += next->second;
+      next = free.erase(next);
+    }
+    if (next != free.begin()) {
+      const auto previous = std::prev(next);
+      if (previous->first.segment == place.segment && previous->first.offset + previous->second == place.offset) {
+        previous->second += bytes;
+        return;
+      }
+    }
+    free.emplace_hint(next, place, bytes);
+  }
+
+  /// Frees the retired blocks that no rank can touch any more.
+  void reclaim() {
+    if (retired.empty() || transport->failure()) return;  // after a failure a late rank may still write: never reuse
+    const std::uint64_t completed = completed_by_all(*transport);
+    std::erase_if(retired, [&](const Retired& block) {
+      if (block.last_use >= completed) return false;
+      give_back(block.place, block.bytes);
+      return true;
+    });
+  }
+
+  /// The smallest free range that fits.
+  std::map<Place, std::size_t>::iterator best_fit(std::size_t bytes) {
+    auto best = free.end();
+    for (auto range = free.begin(); range != free.end(); ++range) {
+      if (range->second >= bytes && (best == free.end() || range->second < best->second)) best = range;
+    }
+    return best;
+  }
+
+  void add_segment(std::size_t bytes) {
+    const Segment segment =
+        transport->grow(round_up(std::max({bytes, kSmallestSegment, capacity / 2}), kSmallestSegment));
+    capacity += segment.bytes.size();
+    segments.insert_or_assign(segment.id, segment.bytes);
+    give_back({segment.id, 0}, segment.bytes.size());
+  }
+
+  std::mutex mutex;  // a handle may be released on another thread than the rank's
+  std::shared_ptr<Transport> transport;
+  std::map<std::uint32_t, std::span<std::byte>> segments;
+  std::map<Place, std::size_t> free;
+  std::vector<Retired> retired;
+  std::size_t capacity = 0;
+};
+
+Arena::Arena(std::shared_ptr<Transport> transport) : owner_(std::make_shared<Block::Owner>(std::move(transport))) {}
+Arena::~Arena() = default;
+
+std::size_t Arena::capacity() const {
+  const std::lock_guard lock(owner_->mutex);
+  return owner_->capacity;
+}
+
+Block Arena::allocate(std::size_t bytes) {
+  const std::size_t room = round_up(std::max<std::size_t>(bytes, 1), kAlignment);
+  const std::lock_guard lock(owner_->mutex);
+  owner_->reclaim();
+  auto range = owner_->best_fit(room);
+  if (range == owner_->free.end()) {
+    owner_->add_segment(room);
+    range = owner_->best_fit(room);
+  }
+  const Block::Owner::Place place = range->first;
+  const std::size_t left = range->second - room;
+  owner_->free.erase(range);
+  if (left > 0) owner_->free.emplace(Block::Owner::Place{place.segment, place.offset + room}, left);
+
+  Block block;
+  block.owner_ = owner_;
+  block.ref_ = {place.segment, place.offset};
+  block.bytes_ = owner_->segments.at(place.segment).subspan(place.offset, bytes);
+  return block;
+}
+
+Block::Block(Block&& other) noexcept
+    : owner_(std::exchange(other.owner_, nullptr)),
+      ref_(other.ref_),
+      bytes_(std::exchange(other.bytes_, {})),
+      last_use_(other.last_use_) {}
+
+Block& Block::operator=(Block&& other) noexcept {
+  std::swap(owner_, other.owner_);
+  std::swap(ref_, other.ref_);
+  std::swap(bytes_, other.bytes_);
+  std::swap(last_use_, other.last_use_);
+  return *this;
+}
+
+Block::~Block() {
+  if (owner_ == nullptr) return;
+  const std::lock_guard lock(owner_->mutex);
+  const std::size_t room = round_up(std::max<std::size_t>(bytes_.size(), 1), kAlignment);
+  owner_->retired.push_back({{ref_.segment, ref_.offset}, room, last_use_});
+}
+
+}  // namespace expar

@@ -1,0 +1,56 @@
+// Communicator: the handle of a set of ranks, and its patience.
+#include <expar/communicator.h>
+
+#include <cmath>
+#include <cstdlib>
+
+#include "src/communicator/state.h"
+
+namespace expar {
+namespace {
+
+constexpr std::chrono::seconds kDefaultTimeout{120};
+
+std::chrono::nanoseconds timeout_from_environment() {
+  const char* text = std::getenv("EXPAR_TIMEOUT");
+  if (text == nullptr) return kDefaultTimeout;
+  char* end = nullptr;
+  const double seconds = std::strtod(text, &end);
+  if (end == text || *end != '\0' || !(seconds > 0) || seconds > 1e9) {
+    throw Error(ErrorCode::bad_argument,
+                "EXPAR_TIMEOUT is \"" + std::string(text) + "\", not a number of seconds above 0");
+  }
+  return std::chrono::nanoseconds(std::llround(seconds * 1e9));
+}
+
+}  // namespace
+
+Communicator::Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options) {
+  if (options.timeout.count() < 0) throw Error(ErrorCode::bad_argument, "the timeout of a communicator is negative");
+  const auto timeout = options.timeout.count() > 0 ? options.timeout : timeout_from_environment();
+  state_ = std::make_shared<State>(std::move(transport), timeout);
+}
+
+int Communicator::rank() const { return state_->transport->rank(); }
+int Communicator::size() const { return state_->transport->size(); }
+std::string_view Communicator::transport_name() const { return state_->transport->name(); }
+std::chrono::nanoseconds Communicator::timeout() const { return state_->timeout; }
+Transport& Communicator::transport() const { return *state_->transport; }
+Arena& Communicator::arena() const { return state_->arena; }
+
+void Communicator::abort(std::string_view message) const {
+  state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = rank()}));
+}
+
+void Communicator::fail(const Error& cause) const { throw state_->transport->abort(cause); }
+
+void Communicator::wait(FunctionRef<bool()> done, const Waiting& waiting) const {
+  state_->transport->wait(
+      [&] {
+        for (InFlight* work : state_->in_flight) work->advance();
+        return done();
+      },
+      waiting);
+}
+
+}  // namespace expar

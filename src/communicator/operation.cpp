@@ -1,0 +1,194 @@
+// Operation: one collective on this rank, from taking its number to touching no peer any more.
+#include <expar/communicator.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "src/communicator/state.h"
+
+namespace expar {
+namespace {
+
+// Words of a ready line: the signature's hash, 0 or 1 + the code of an error, then what the operation shows.
+constexpr std::size_t kHashWord = 0;
+constexpr std::size_t kStatusWord = 1;
+constexpr std::size_t kFirstUserWord = 2;
+
+std::uint64_t mix(std::uint64_t hash, std::uint64_t value) {
+  hash ^= value + 0x9e3779b97f4a7c15ULL + (hash << 6) + (hash >> 2);
+  hash ^= hash >> 32;
+  hash *= 0xd6e8feb86659fd93ULL;
+  return hash ^ (hash >> 32);
+}
+
+std::uint64_t mix(std::uint64_t hash, std::string_view text) {
+  for (const char c : text) hash = mix(hash, static_cast<unsigned char>(c));
+  return hash;
+}
+
+}  // namespace
+
+Signature& Signature::with(std::string_view field, std::int64_t value) {
+  fields_.at(count_++) = {field, value};
+  return *this;
+}
+
+std::uint64_t Signature::hash() const {
+  std::uint64_t hash = mix(0, operation_);
+  for (std::size_t i = 0; i < count_; ++i)
+    hash = mix(mix(hash, fields_[i].name), static_cast<std::uint64_t>(fields_[i].value));
+  return hash;
+}
+
+std::string Signature::str() const {
+  std::string text(operation_);
+  for (std::size_t i = 0; i < count_; ++i) {
+    text += (i == 0 ? " (" : ", ") + std::string(fields_[i].name) + " " + std::to_string(fields_[i].value);
+  }
+  return count_ == 0 ? text : text + ")";
+}
+
+Operation::Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout)
+    : communicator_(communicator), signature_(signature), timeout_(timeout) {
+  auto& state = *communicator_.state_;
+  if (const auto failure = state.transport->failure()) {
+    completed_ = true;
+    throw *failure;
+  }
+  if (state.next - state.lowest >= kSlots) {
+    completed_ = true;
+    communicator_.fail(
+        Error(ErrorCode::bad_argument,
+              std::to_string(kSlots) + " operations are in flight; finish one before the next is started",
+              {.rank = communicator_.rank(), .operation = std::string(signature.operation())}));
+  }
+  sequence_ = state.next++;
+  state.open |= std::uint64_t{1} << (sequence_ % kSlots);
+  const auto ranks = static_cast<std::size_t>(communicator_.size());
+  lines_.resize(ranks);
+  words_.resize(ranks);
+  missing_ = communicator_.size();
+
+  // The lines of this operation were those of the one kSlots before it: nobody may still read them.
+  if (sequence_ < state.reusable + kSlots) return;
+  for (int peer = 0; peer < communicator_.size(); ++peer) {
+    const auto finished = [&] { return state.transport->peek(peer, kCompletedLine).sequence + kSlots > sequence_; };
+    communicator_.wait(finished, waiting(peer, "to finish an earlier operation"));
+  }
+  state.reusable = completed_by_all(*state.transport);
+}
+
+Operation::~Operation() {
+  if (completed_) return;
+  auto& state = *communicator_.state_;
+  if (work_ != nullptr) std::erase(state.in_flight, work_);
+  if (state.transport->failure()) return;
+  state.transport->abort(Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
+                               {.rank = communicator_.rank(), .operation = std::string(signature_.operation())}));
+}
+
+void Operation::ready(FunctionRef<Words()> prepare) {
+  auto& transport = communicator_.transport();
+  Line line{.sequence = sequence_};
+  std::string text;
+  line.words[kHashWord] = signature_.hash();
+  const auto refuse = [&](ErrorCode code, std::string message) {
+    line.words[kStatusWord] = 1 + static_cast<std::uint64_t>(code);
+    text = std::move(message);
+  };
+  try {
+    const Words words = prepare();
+    std::copy(words.begin(), words.end(), line.words.begin() + kFirstUserWord);
+  } catch (const Error& error) {
+    if (error.fatal() || transport.failure()) throw;
+    refuse(error.code(), error.message());
+  } catch (const std::bad_alloc&) {
+    refuse(ErrorCode::no_memory, "no memory to start " + signature_.str());
+  }
+  transport.publish(ready_line(sequence_), line, text);
+}
+
+bool Operation::seen(int peer) {
+  auto& line = lines_[static_cast<std::size_t>(peer)];
+  if (line.sequence == sequence_) return true;
+  line = communicator_.transport().peek(peer, ready_line(sequence_));
+  if (line.sequence != sequence_) return false;
+  std::copy_n(line.words.begin() + kFirstUserWord, words_[0].size(), words_[static_cast<std::size_t>(peer)].begin());
+  --missing_;
+  return true;
+}
+
+bool Operation::agreed() {
+  for (int peer = 0; missing_ > 0 && peer < communicator_.size(); ++peer) {
+    if (!seen(peer)) return false;
+  }
+  return std::all_of(lines_.begin(), lines_.end(), [&](const Line& line) {
+    return line.words[kStatusWord] == 0 && line.words[kHashWord] == lines_[0].words[kHashWord];
+  });
+}
+
+void Operation::meet() {
+  for (int peer = 0; missing_ > 0 && peer < communicator_.size(); ++peer) {
+    if (!seen(peer)) communicator_.wait([&] { return seen(peer); }, waiting(peer, "to start"));
+  }
+  check_agreement();
+}
+
+void Operation::check_agreement() {
+  for (int rank = 0; rank < communicator_.size(); ++rank) {
+    const std::uint64_t status = lines_[static_cast<std::size_t>(rank)].words[kStatusWord];
+    if (status == 0) continue;
+    const std::string message = communicator_.transport().text(rank, ready_line(sequence_));
+    complete();
+    throw Error(static_cast<ErrorCode>(status - 1), message,
+                {.rank = rank, .operation = std::string(signature_.operation())});
+  }
+  for (int rank = 1; rank < communicator_.size(); ++rank) {
+    if (lines_[static_cast<std::size_t>(rank)].words[kHashWord] != lines_[0].words[kHashWord]) throw_mismatch(rank);
+  }
+}
+
+void Operation::throw_mismatch(int other) {
+  // Every rank has seen the same lines and comes here; the descriptions travel only now that they are needed.
+  auto& transport = communicator_.transport();
+  const int line = done_line(sequence_);
+  transport.publish(line, Line{.sequence = sequence_}, signature_.str());
+  await_done(0, "to say what it is doing");
+  await_done(other, "to say what it is doing");
+  const std::string message = "ranks disagree: rank 0 runs " + transport.text(0, line) + ", rank " +
+                              std::to_string(other) + " runs " + transport.text(other, line);
+  complete();
+  throw Error(ErrorCode::mismatch, message, {.rank = other, .peer = 0});
+}
+
+void Operation::done() { communicator_.transport().publish(done_line(sequence_), Line{.sequence = sequence_}); }
+
+bool Operation::is_done(int peer) const {
+  return communicator_.transport().peek(peer, done_line(sequence_)).sequence == sequence_;
+}
+
+void Operation::await_done(int peer, std::string_view what) {
+  communicator_.wait([&] { return is_done(peer); }, waiting(peer, what));
+}
+
+void Operation::complete() {
+  if (completed_) return;
+  completed_ = true;
+  auto& state = *communicator_.state_;
+  if (work_ != nullptr) std::erase(state.in_flight, work_);
+  state.open &= ~(std::uint64_t{1} << (sequence_ % kSlots));
+  if (sequence_ != state.lowest) return;
+  while (state.lowest < state.next && (state.open >> (state.lowest % kSlots) & 1) == 0) ++state.lowest;
+  state.transport->publish(kCompletedLine, Line{.sequence = state.lowest});
+}
+
+void Operation::keep_advancing(InFlight* work) {
+  work_ = work;
+  communicator_.state_->in_flight.push_back(work);
+}
+
+Waiting Operation::waiting(int peer, std::string_view what) const {
+  return {.peer = peer, .operation = signature_.operation(), .what = what, .limit = timeout_};
+}
+
+}  // namespace expar

@@ -1,0 +1,71 @@
+// Context: chooses kernels that all ranks have, and the rank's threads.
+#include <expar/context.h>
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include <expar/registry.h>
+
+#include "src/util/store_choice.h"
+
+namespace expar {
+namespace {
+
+int cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+}
+
+/// The best instruction set that every rank runs.
+std::string agree_on_isa(const Communicator& communicator, const ContextOptions& options) {
+  const std::string& backend = options.backend;
+  const auto key = [](const std::string& isa) { return std::hash<std::string>{}(isa); };
+  std::vector<std::string> mine;
+  Operation operation(communicator, Signature("context"), communicator.timeout());
+  operation.ready([&] {
+    if (options.threads < 0) {
+      throw Error(ErrorCode::bad_argument, "threads is " + std::to_string(options.threads) + ", below 0");
+    }
+    const char* forced = std::getenv("EXPAR_ISA");
+    mine = forced != nullptr ? std::vector<std::string>{find_kernels(backend, forced).isa} : available_isas(backend);
+    if (mine.empty()) find_kernels(backend);  // says what there is
+    Operation::Words words{};
+    for (std::size_t i = 0; i < std::min(mine.size(), words.size()); ++i) words[i] = key(mine[i]);
+    return words;
+  });
+  operation.meet();
+  operation.complete();
+  for (const std::string& isa : mine) {
+    bool common = true;
+    for (int p = 0; p < communicator.size(); ++p) {
+      const auto& words = operation.words(p);
+      common = common && std::find(words.begin(), words.end(), key(isa)) != words.end();
+    }
+    if (common) return isa;
+  }
+  throw Error(ErrorCode::unsupported, "the ranks have no instruction set of backend \"" + backend + "\" in common");
+}
+
+}  // namespace
+
+Context::Context(Communicator communicator, const ContextOptions& options)
+    : communicator_(std::move(communicator)), timeout_(communicator_.timeout()) {
+  kernels_ = std::make_shared<const Kernels>(find_kernels(options.backend, agree_on_isa(communicator_, options)));
+  pool_ = std::make_shared<Pool>(options.threads > 0 ? options.threads : std::max(1, cores() / size()));
+  stores_ = std::make_shared<StoreChoice>();
+}
+
+Context Context::with_timeout(std::chrono::nanoseconds timeout) const {
+  if (timeout.count() <= 0) throw Error(ErrorCode::bad_argument, "a timeout is not above 0");
+  Context context = *this;
+  context.timeout_ = timeout;
+  return context;
+}
+
+}  // namespace expar

@@ -1,0 +1,240 @@
+// Dispatch: writes each row straight into the inboxes of the ranks that need it.
+#include <expar/dispatch.h>
+
+#include <cstring>
+#include <string>
+
+#include "src/dispatch/lists.h"
+#include "src/util/copy.h"
+#include "src/util/shown.h"
+#include "src/util/store_choice.h"
+
+namespace expar {
+namespace {
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
+
+void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const DispatchOptions& options) {
+  if (options.failure) throw *options.failure;
+  if (x.dtype() != DType::f32 && x.dtype() != DType::bf16)
+    refuse("x is " + std::string(name(x.dtype())) + ", neither f32 nor bf16");
+  if (x.shape().rank() != 2) refuse("x has shape " + x.shape().str() + ", not [T, H]");
+  if (x.size(0) != plan.tokens())
+    refuse("x has " + std::to_string(x.size(0)) + " tokens, the plan " + std::to_string(plan.tokens()));
+  if (!weights.absent() && (weights.dtype() != DType::f32 || weights.shape() != Shape{plan.tokens(), plan.topk()})) {
+    refuse("weights are " + std::string(name(weights.dtype())) + " " + weights.shape().str() + ", not f32 " +
+           Shape{plan.tokens(), plan.topk()}.str());
+  }
+  if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
+    refuse("lists_of is the inbox of another plan");
+}
+
+}  // namespace
+
+struct Inbox::Data {
+  Plan plan;
+  Block block;  // rows [U, H], then the tags they came with
+  Block packed_block;
+  ConstTensor x, rows, packed;
+  std::shared_ptr<const std::vector<RowRef>> refs;
+};
+
+Inbox::Inbox(std::unique_ptr<Data> data) : data_(std::move(data)) {}
+Inbox::~Inbox() = default;
+Inbox::Inbox(Inbox&&) noexcept = default;
+Inbox& Inbox::operator=(Inbox&&) noexcept = default;
+const Plan& Inbox::plan() const { return data_->plan; }
+ConstTensor Inbox::rows() const { return data_->rows; }
+std::span<const RowRef> Inbox::refs() const { return *data_->refs; }
+ConstTensor Inbox::packed() const { return data_->packed; }
+Rows Inbox::gathered() const {
+  return {.base = {data_->x.data(), data_->rows.data()},
+          .dtype = data_->rows.dtype(),
+          .width = data_->rows.size(1),
+          .refs = data_->refs->data()};
+}
+
+/// A dispatch that has been started: what this rank owes the others, and where their rows arrive.
+struct PendingDispatch::State final : InFlight {
+  State(const Context& c, ConstTensor x_, ConstTensor weights_, const Plan& p, const DispatchOptions& o)
+      : context(c),
+        communicator(c.communicator()),
+        plan(p),
+        options(o),
+        x(x_),
+        weights(weights_.absent() || o.failure ? nullptr : weights_.as<float>()),
+        width(x_.shape().rank() == 2 ? x_.size(1) : 0),
+        row_bytes(at(width) * size_of(x_.dtype())),
+        tag_bytes(o.lists_of == nullptr ? at(p.topk()) * sizeof(SlotTag) : 0),
+        operation(communicator,
+                  Signature("dispatch")
+                      .with("hidden", width)
+                      .with("dtype", static_cast<std::int64_t>(x_.dtype()))
+                      .with("plan", static_cast<std::int64_t>(p.id()))
+                      .with("lists", o.lists_of == nullptr),
+                  c.timeout()) {}
+
+  std::size_t tags_offset() const { return (at(plan.unique()) * row_bytes + 63) / 64 * 64; }
+
+  void start(ConstTensor weights_) {
+    operation.ready([&] {
+      validate(x, weights_, plan, options);
+      inbox = std::make_unique<Inbox::Data>();
+      inbox->plan = plan;
+      inbox->x = x;
+      inbox->block = communicator.arena().allocate(tags_offset() + at(plan.unique()) * tag_bytes);
+      inbox->rows = ConstTensor(inbox->block.data(), x.dtype(), Shape{plan.unique(), width});
+      return show(inbox->block, tags_offset());
+    });
+    operation.keep_advancing(this);
+  }
+
+  void advance() override {
+    if (!sent && operation.agreed()) send();
+  }
+
+  /// Gives every rank its rows. The nearest rank above comes first, so that ranks do not all write to the same one.
+  void send() {
+    sent = true;
+    std::vector<Message> messages;
+    std::size_t staged = 0;
+    for (int step = 1; step < communicator.size(); ++step) {
+      const int peer = (communicator.rank() + step) % communicator.size();
+      if (!communicator.transport().mapped(peer)) staged += plan.sends(peer).size() * (row_bytes + tag_bytes);
+    }
+    staging.resize(staged);
+    staged = 0;
+    for (int step = 1; step < communicator.size(); ++step) {
+      const int peer = (communicator.rank() + step) % communicator.size();
+      if (communicator.transport().mapped(peer)) {
+        write_to(peer);
+      } else {
+        staged += post(peer, staging.data() + staged, messages);
+      }
+    }
+    operation.done();
+    if (!messages.empty()) ticket = communicator.transport().start(messages);
+  }
+
+  void write_to(int peer) {
+    const auto tokens = plan.sends(peer);
+    if (tokens.empty()) return;
+    const auto block = shown_block(communicator, operation, peer);
+    const std::size_t first = at(plan.send_row(peer));
+    const std::size_t tags_begin = first_word(operation.words(peer));
+    const std::size_t end = first + tokens.size();
+    if (end * row_bytes > tags_begin || tags_begin > block.size() || end * tag_bytes > block.size() - tags_begin) {
+      communicator.fail(Error(ErrorCode::internal,
+                              "rank " + std::to_string(peer) + " showed an inbox of " + std::to_string(block.size()) +
+                                  " bytes, too small for its plan",
+                              {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
+    }
+    context.stores().run(tokens.size() * row_bytes, [&](Store store) {
+      copy_rows(block.data() + first * row_bytes, x.bytes(), tokens, row_bytes, store);
+    });
+    if (tag_bytes == 0) return;
+    write_tags(plan, peer, tokens, weights, reinterpret_cast<SlotTag*>(block.data() + tags_begin + first * tag_bytes));
+  }
+
+  /// Posts the messages to and from a rank that is not mapped; returns the bytes used of `stage`.
+  std::size_t post(int peer, std::byte* stage, std::vector<Message>& messages) {
+    const auto message = [&](Message::Kind kind, std::byte* data, std::size_t bytes) {
+      if (bytes > 0) messages.push_back({kind, peer, operation.sequence(), data, bytes});
+    };
+    const auto tokens = plan.sends(peer);
+    copy_rows(stage, x.bytes(), tokens, row_bytes, Store::cached);
+    std::byte* tags = stage + tokens.size() * row_bytes;
+    if (tag_bytes > 0) {
+      staged_tags.resize(tokens.size() * at(plan.topk()));
+      write_tags(plan, peer, tokens, weights, staged_tags.data());
+      if (!staged_tags.empty()) std::memcpy(tags, staged_tags.data(), staged_tags.size() * sizeof(SlotTag));
+    }
+    message(Message::Kind::send, stage, tokens.size() * row_bytes);
+    message(Message::Kind::send, tags, tokens.size() * tag_bytes);
+
+    const std::size_t first = at(plan.sources()[at(peer)]);
+    const std::size_t count = at(plan.sources()[at(peer + 1)]) - first;
+    message(Message::Kind::receive, inbox->block.data() + first * row_bytes, count * row_bytes);
+    message(Message::Kind::receive, inbox->block.data() + tags_offset() + first * tag_bytes, count * tag_bytes);
+    return tokens.size() * (row_bytes + tag_bytes);
+  }
+
+  void await_rows() {
+    for (int peer = 0; peer < communicator.size(); ++peer) {
+      const bool expected = plan.sources()[at(peer + 1)] > plan.sources()[at(peer)];
+      if (expected && communicator.transport().mapped(peer)) operation.await_done(peer, "its rows");
+    }
+    if (ticket)
+      communicator.wait([&] { return communicator.transport().test(*ticket); }, operation.waiting(-1, "its rows"));
+  }
+
+  /// One packed [R, H]: each expert's rows together, rows of padding zero.
+  void pack() {
+    inbox->packed_block = communicator.arena().allocate(at(plan.received()) * row_bytes);
+    std::byte* to = inbox->packed_block.data();
+    for (std::size_t e = 0; e < plan.rows().size(); ++e) {
+      const auto first = plan.offsets()[e];
+      const auto rows = plan.rows()[e];
+      Rows from{.base = {x.data(), inbox->rows.data()},
+                .dtype = x.dtype(),
+                .width = width,
+                .refs = inbox->refs->data() + first};
+      context.kernels().gather({.rows = from, .count = rows, .out = to + at(first) * row_bytes}, context.pool());
+      std::memset(to + at(first + rows) * row_bytes, 0, at(plan.offsets()[e + 1] - first - rows) * row_bytes);
+    }
+    inbox->packed = ConstTensor(to, x.dtype(), Shape{plan.received(), width});
+  }
+
+  Context context;
+  Communicator communicator;
+  Plan plan;
+  DispatchOptions options;
+  ConstTensor x;
+  const float* weights;
+  std::int64_t width;
+  std::size_t row_bytes, tag_bytes;
+  std::unique_ptr<Inbox::Data> inbox;
+  std::vector<std::byte> staging;
+  std::vector<SlotTag> staged_tags;
+  std::optional<Transport::Ticket> ticket;
+  bool sent = false;
+  Operation operation;  // last: it leaves the communicator's list before anything it uses goes
+};
+
+PendingDispatch::PendingDispatch(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PendingDispatch::PendingDispatch(PendingDispatch&&) noexcept = default;
+PendingDispatch::~PendingDispatch() = default;
+
+PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
+                               const DispatchOptions& options) {
+  auto state = std::make_unique<PendingDispatch::State>(context, x, weights, plan, options);
+  state->start(weights);
+  return PendingDispatch(std::move(state));
+}
+
+Inbox PendingDispatch::finish() {
+  const std::unique_ptr<State> state = std::move(state_);
+  state->operation.meet();
+  if (!state->sent) state->send();
+  state->await_rows();
+  state->operation.complete();
+  Inbox::Data& inbox = *state->inbox;
+  if (const Inbox* like = state->options.lists_of) {
+    inbox.refs = like->data_->refs;
+  } else {
+    const auto* tags = reinterpret_cast<const SlotTag*>(inbox.block.data() + state->tags_offset());
+    inbox.refs = std::make_shared<const std::vector<RowRef>>(
+        build_lists(state->communicator, state->plan, state->weights, tags));
+  }
+  if (state->options.layout == Layout::expert_major) state->pack();
+  return Inbox(std::move(state->inbox));
+}
+
+Inbox dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
+               const DispatchOptions& options) {
+  return start_dispatch(context, x, weights, plan, options).finish();
+}
+
+}  // namespace expar

@@ -1,0 +1,281 @@
+// Plan: counts rows, exchanges the counts, and derives every offset from them.
+#include <expar/plan.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <string>
+
+#include "src/util/shown.h"
+
+namespace expar {
+
+struct Plan::Data {
+  int rank = 0, ranks = 1;
+  std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1;
+  std::uint64_t id = 0;
+  std::vector<std::int32_t> ids;           // [T, K]
+  std::vector<std::int32_t> send_tokens;   // destination by destination
+  std::vector<std::int64_t> send_begin;    // [P + 1] into send_tokens
+  std::vector<std::int64_t> send_row;      // [P]
+  std::vector<std::int32_t> counts;        // [P, E]
+  std::vector<std::int64_t> totals;        // [E]
+  std::vector<std::int64_t> offsets;       // [L + 1]
+  std::vector<std::int64_t> rows;          // [L]
+  std::vector<std::int64_t> sources;       // [P + 1]
+  std::vector<std::int64_t> slot_start;    // [E]
+  std::vector<std::int64_t> source_start;  // [P, L]
+  std::vector<SlotRow> slots;              // [T, K]
+};
+
+namespace {
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
+
+void validate(ConstTensor ids, const PlanOptions& options) {
+  if (options.failure) throw *options.failure;
+  if (options.experts < 1) refuse("num_experts is " + std::to_string(options.experts) + ", below 1");
+  if (options.alignment < 1) refuse("alignment is " + std::to_string(options.alignment) + ", below 1");
+  if (ids.dtype() != DType::int32 || ids.shape().rank() != 2) {
+    refuse("ids are " + std::string(name(ids.dtype())) + " " + ids.shape().str() + ", not int32 [T, K]");
+  }
+  if (ids.elements() > std::numeric_limits<std::int32_t>::max())
+    refuse("ids " + ids.shape().str() + " are more slots than 2^31 - 1");
+  const auto* id = ids.as<std::int32_t>();
+  const auto experts = options.experts;
+  std::int64_t wrong = 0;
+  for (std::int64_t i = 0; i < ids.elements(); ++i) wrong += id[i] < -1 || id[i] >= experts;
+  if (wrong == 0) return;
+  for (std::int64_t i = 0;; ++i) {
+    if (id[i] >= -1 && id[i] < experts) continue;
+    const std::string where = "ids[" + std::to_string(i / ids.size(1)) + "," + std::to_string(i % ids.size(1)) +
+                              "] = " + std::to_string(id[i]);
+    refuse(where + (id[i] < -1 ? " is below -1" : " is not below num_experts " + std::to_string(experts)));
+  }
+}
+
+/// Fills what this rank knows alone: its rows per expert and the tokens that each other rank needs.
+void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan, std::int32_t* expert_counts,
+           std::int32_t* unique_counts) {
+  plan.tokens = ids.size(0);
+  plan.topk = ids.size(1);
+  plan.experts = options.experts;
+  plan.alignment = options.alignment;
+  plan.ids.assign(ids.as<std::int32_t>(), ids.as<std::int32_t>() + ids.elements());
+
+  const int ranks = plan.ranks;
+  std::vector<std::int32_t> owner(at(plan.experts));
+  for (std::int64_t e = 0; e < plan.experts; ++e) owner[at(e)] = owner_of(e, ranks, plan.experts);
+
+  std::fill_n(expert_counts, plan.experts, 0);
+  std::fill_n(unique_counts, ranks, 0);
+  std::vector<std::int32_t> last(at(ranks), -1);    // the token last sent to a rank
+  std::vector<std::int32_t> destination, token_of;  // in token order
+  destination.reserve(plan.ids.size());
+  token_of.reserve(plan.ids.size());
+  const std::int32_t* id = plan.ids.data();
+  for (std::int32_t t = 0; t < plan.tokens; ++t) {
+    for (std::int64_t k = 0; k < plan.topk; ++k, ++id) {
+      if (*id < 0) continue;
+      ++expert_counts[*id];
+      const std::int32_t rank = owner[at(*id)];
+      if (rank == plan.rank || last[at(rank)] == t) continue;
+      last[at(rank)] = t;
+      ++unique_counts[rank];
+      destination.push_back(rank);
+      token_of.push_back(t);
+    }
+  }
+  plan.send_begin.assign(at(ranks) + 1, 0);
+  for (int d = 0; d < ranks; ++d) plan.send_begin[at(d + 1)] = plan.send_begin[at(d)] + unique_counts[d];
+  std::vector<std::int64_t> next(plan.send_begin.begin(), plan.send_begin.end() - 1);
+  plan.send_tokens.resize(destination.size());
+  for (std::size_t i = 0; i < destination.size(); ++i) plan.send_tokens[at(next[at(destination[i])]++)] = token_of[i];
+}
+
+/// Reads what rank `source` says of its rows; a rank can send no more rows to a rank than it has slots there.
+void take_counts(const Communicator& communicator, int source, std::span<const std::byte> bytes, Plan::Data& plan,
+                 std::vector<std::int32_t>& unique) {
+  auto* counts = plan.counts.data() + at(source) * at(plan.experts);
+  auto* unique_counts = unique.data() + at(source) * at(plan.ranks);
+  std::memcpy(counts, bytes.data(), at(plan.experts) * sizeof *counts);
+  std::memcpy(unique_counts, bytes.data() + at(plan.experts) * sizeof *counts, at(plan.ranks) * sizeof *unique_counts);
+  bool sane = true;
+  for (int d = 0; d < plan.ranks; ++d) {
+    const ExpertRange range = experts_of(d, plan.ranks, plan.experts);
+    std::int64_t slots = 0;
+    for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
+      sane = sane && counts[e] >= 0;
+      slots += counts[e];
+    }
+    sane = sane && unique_counts[d] >= 0 && unique_counts[d] <= slots && (d != source || unique_counts[d] == 0);
+  }
+  if (!sane) {
+    communicator.fail(Error(ErrorCode::internal, "rank " + std::to_string(source) + " sent counts that cannot be",
+                            {.rank = communicator.rank(), .peer = source, .operation = "plan"}));
+  }
+}
+
+/// The first outbox row of each expert of `owner`, and one past the last row.
+template <class Write>
+std::int64_t lay_out(const Plan::Data& plan, int owner, Write write) {
+  const ExpertRange range = experts_of(owner, plan.ranks, plan.experts);
+  std::int64_t row = 0;
+  for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
+    write(e, row);
+    row += (plan.totals[at(e)] + plan.alignment - 1) / plan.alignment * plan.alignment;
+  }
+  return row;
+}
+
+void derive_offsets(Plan::Data& plan, const std::vector<std::int32_t>& unique) {
+  const std::int64_t experts = plan.experts;
+  plan.totals.assign(at(experts), 0);
+  std::vector<std::int64_t> before(at(experts), 0);  // rows of ranks below this one
+  for (int s = 0; s < plan.ranks; ++s) {
+    const auto* counts = plan.counts.data() + at(s) * at(experts);
+    if (s == plan.rank) before = plan.totals;
+    for (std::int64_t e = 0; e < experts; ++e) plan.totals[at(e)] += counts[e];
+  }
+  plan.slot_start.resize(at(experts));
+  for (int owner = 0; owner < plan.ranks; ++owner) {
+    lay_out(plan, owner, [&](std::int64_t e, std::int64_t row) { plan.slot_start[at(e)] = row + before[at(e)]; });
+  }
+
+  const ExpertRange local = experts_of(plan.rank, plan.ranks, experts);
+  plan.offsets.resize(at(local.count) + 1);
+  plan.rows.resize(at(local.count));
+  plan.offsets.back() = lay_out(plan, plan.rank, [&](std::int64_t e, std::int64_t row) {
+    plan.offsets[at(e - local.first)] = row;
+    plan.rows[at(e - local.first)] = plan.totals[at(e)];
+  });
+  plan.source_start.resize(at(plan.ranks) * at(local.count));
+  for (std::int64_t e = 0; e < local.count; ++e) {
+    std::int64_t row = plan.offsets[at(e)];
+    for (int s = 0; s < plan.ranks; ++s) {
+      plan.source_start[at(s) * at(local.count) + at(e)] = row;
+      row += plan.counts[at(s) * at(experts) + at(local.first + e)];
+    }
+  }
+
+  plan.sources.assign(at(plan.ranks) + 1, 0);
+  plan.send_row.assign(at(plan.ranks), 0);
+  for (int s = 0; s < plan.ranks; ++s) {
+    const auto* to = unique.data() + at(s) * at(plan.ranks);
+    plan.sources[at(s + 1)] = plan.sources[at(s)] + to[plan.rank];
+    for (int d = 0; s < plan.rank && d < plan.ranks; ++d) plan.send_row[at(d)] += to[d];
+  }
+}
+
+void place_slots(Plan::Data& plan) {
+  std::vector<SlotRow> next(at(plan.experts));
+  for (std::int64_t e = 0; e < plan.experts; ++e) {
+    next[at(e)] = {owner_of(e, plan.ranks, plan.experts), static_cast<std::int32_t>(plan.slot_start[at(e)])};
+  }
+  plan.slots.resize(plan.ids.size());
+  for (std::size_t i = 0; i < plan.ids.size(); ++i) {
+    if (plan.ids[i] < 0) continue;
+    SlotRow& slot = next[at(plan.ids[i])];
+    plan.slots[i] = slot;
+    ++slot.row;
+  }
+}
+
+}  // namespace
+
+ExpertRange experts_of(int rank, int ranks, std::int64_t experts) {
+  const std::int64_t first = rank * experts / ranks;
+  return {first, (rank + 1) * experts / ranks - first};
+}
+
+int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
+  return static_cast<int>(((expert + 1) * ranks - 1) / experts);
+}
+
+struct PendingPlan::State {
+  State(const Context& context, ConstTensor ids, const PlanOptions& options)
+      : communicator(context.communicator()),
+        operation(communicator,
+                  Signature("plan")
+                      .with("topk", ids.shape().rank() == 2 ? ids.size(1) : 0)
+                      .with("experts", options.experts)
+                      .with("alignment", options.alignment),
+                  context.timeout()) {}
+
+  Communicator communicator;
+  std::shared_ptr<Plan::Data> plan = std::make_shared<Plan::Data>();
+  Block block;
+  Operation operation;
+};
+
+PendingPlan::PendingPlan(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PendingPlan::PendingPlan(PendingPlan&&) noexcept = default;
+PendingPlan::~PendingPlan() = default;
+
+PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
+  auto state = std::make_unique<PendingPlan::State>(context, ids, options);
+  state->operation.ready([&] {
+    validate(ids, options);
+    Plan::Data& plan = *state->plan;
+    plan.rank = context.rank();
+    plan.ranks = context.size();
+    plan.id = state->operation.sequence();
+    state->block = context.communicator().arena().allocate(at(options.experts + plan.ranks) * sizeof(std::int32_t));
+    auto* counts = reinterpret_cast<std::int32_t*>(state->block.data());
+    count(ids, options, plan, counts, counts + options.experts);
+    return show(state->block);
+  });
+  return PendingPlan(std::move(state));
+}
+
+Plan PendingPlan::finish() {
+  const std::unique_ptr<State> state = std::move(state_);
+  Operation& operation = state->operation;
+  operation.meet();
+  state->block.used_by(operation.sequence());
+  Plan::Data& plan = *state->plan;
+  const auto ranks = at(plan.ranks);
+  plan.counts.resize(ranks * at(plan.experts));
+  std::vector<std::int32_t> unique(ranks * ranks);
+  const std::vector<Slice> whole(ranks, Slice{0, state->block.size()});
+  const Reading reading(state->communicator, operation, state->block, whole, whole);
+  for (int s = 0; s < plan.ranks; ++s) take_counts(state->communicator, s, reading.from(s), plan, unique);
+  operation.complete();
+  derive_offsets(plan, unique);
+  place_slots(plan);
+  return Plan(state->plan);
+}
+
+Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
+  return start_plan(context, ids, options).finish();
+}
+
+std::int64_t Plan::tokens() const { return data_->tokens; }
+std::int64_t Plan::topk() const { return data_->topk; }
+std::int64_t Plan::experts() const { return data_->experts; }
+ExpertRange Plan::local() const { return experts_of(data_->rank, data_->ranks, data_->experts); }
+std::span<const std::int32_t> Plan::counts() const { return data_->counts; }
+std::span<const std::int64_t> Plan::expert_totals() const { return data_->totals; }
+std::span<const std::int64_t> Plan::offsets() const { return data_->offsets; }
+std::span<const std::int64_t> Plan::rows() const { return data_->rows; }
+std::span<const std::int64_t> Plan::sources() const { return data_->sources; }
+std::span<const std::int32_t> Plan::sends(int rank) const {
+  const auto begin = at(data_->send_begin[at(rank)]);
+  return std::span(data_->send_tokens).subspan(begin, at(data_->send_begin[at(rank + 1)]) - begin);
+}
+std::int64_t Plan::send_row(int rank) const { return data_->send_row[at(rank)]; }
+std::span<const std::int32_t> Plan::ids() const { return data_->ids; }
+std::span<const SlotRow> Plan::slots() const { return data_->slots; }
+std::int64_t Plan::slot_start(std::int64_t expert) const { return data_->slot_start[at(expert)]; }
+std::int64_t Plan::source_start(int source, std::int64_t e) const {
+  return data_->source_start[at(source) * data_->rows.size() + at(e)];
+}
+std::int64_t Plan::bytes(std::int64_t width, DType dtype) const {
+  return static_cast<std::int64_t>(data_->send_tokens.size() * size_of(dtype)) * width;
+}
+std::uint64_t Plan::id() const { return data_->id; }
+
+}  // namespace expar

@@ -1,0 +1,80 @@
+// Blocks that ranks show each other in an operation.
+#include "src/util/shown.h"
+
+#include <string>
+
+namespace expar {
+namespace {
+
+std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+Operation::Words show(const Block& block, std::uint64_t first, std::uint64_t second) {
+  return {block.ref().segment, block.ref().offset, block.size(), first, second};
+}
+
+std::span<std::byte> shown_block(const Communicator& communicator, const Operation& operation, int peer) {
+  const auto& words = operation.words(peer);
+  const std::span<std::byte> segment = communicator.transport().map(peer, static_cast<std::uint32_t>(words[0]));
+  const std::uint64_t offset = words[1];
+  const std::uint64_t bytes = words[2];
+  if (offset > segment.size() || bytes > segment.size() - offset) {
+    communicator.fail(Error(
+        ErrorCode::internal,
+        "rank " + std::to_string(peer) + " showed " + std::to_string(bytes) + " bytes at offset " +
+            std::to_string(offset) + " of a segment of " + std::to_string(segment.size()),
+        {.rank = communicator.rank(), .peer = peer, .operation = std::string(operation.waiting(peer, "").operation)}));
+  }
+  return segment.subspan(offset, bytes);
+}
+
+Reading::Reading(const Communicator& communicator, const Operation& operation, const Block& mine,
+                 std::span<const Slice> wants, std::span<const Slice> gives) {
+  auto& transport = communicator.transport();
+  const int self = communicator.rank();
+  const auto ranks = static_cast<std::size_t>(communicator.size());
+  parts_.resize(ranks);
+
+  std::size_t room = 0;
+  for (std::size_t p = 0; p < ranks; ++p) {
+    const int peer = static_cast<int>(p);
+    if (wants[p].bytes == 0) continue;
+    if (peer == self) {
+      parts_[p] = {mine.data() + wants[p].offset, wants[p].bytes};
+    } else if (transport.mapped(peer)) {
+      const auto block = shown_block(communicator, operation, peer);
+      if (wants[p].offset > block.size() || wants[p].bytes > block.size() - wants[p].offset) {
+        communicator.fail(Error(ErrorCode::internal,
+                                "rank " + std::to_string(peer) + " showed " + std::to_string(block.size()) +
+                                    " bytes where " + std::to_string(wants[p].offset + wants[p].bytes) + " are needed",
+                                {.rank = self, .peer = peer}));
+      }
+      parts_[p] = block.subspan(wants[p].offset, wants[p].bytes);
+    } else {
+      room += padded(wants[p].bytes);
+    }
+  }
+
+  received_.resize(room);
+  std::vector<Message> messages;
+  std::size_t next = 0;
+  for (std::size_t p = 0; p < ranks; ++p) {
+    const int peer = static_cast<int>(p);
+    if (peer == self || transport.mapped(peer)) continue;
+    if (wants[p].bytes > 0) {
+      parts_[p] = {received_.data() + next, wants[p].bytes};
+      messages.push_back({Message::Kind::receive, peer, operation.sequence(), received_.data() + next, wants[p].bytes});
+      next += padded(wants[p].bytes);
+    }
+    if (gives[p].bytes > 0) {
+      messages.push_back(
+          {Message::Kind::send, peer, operation.sequence(), mine.data() + gives[p].offset, gives[p].bytes});
+    }
+  }
+  if (messages.empty()) return;
+  const auto ticket = transport.start(messages);
+  communicator.wait([&] { return transport.test(ticket); }, operation.waiting(-1, "its part"));
+}
+
+}  // namespace expar
