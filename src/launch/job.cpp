@@ -26,9 +26,7 @@ Text variable(const char* name) {
   throw Error(ErrorCode::bad_argument, message, {.operation = "join"});
 }
 
-std::string shown(const char* name, const std::string& value) {
-  return std::string(name) + " = '" + value + "'";
-}
+std::string shown(const char* name, const std::string& value) { return std::string(name) + " = '" + value + "'"; }
 
 std::optional<int> number(const char* name) {
   if (name == nullptr) return std::nullopt;
@@ -59,8 +57,7 @@ struct Names {
 
 void check_below(const char* rank_name, int rank, const char* size_name, int size) {
   if (size >= 1 && rank < size) return;
-  refuse(shown(rank_name, std::to_string(rank)) + " is not below " +
-         shown(size_name, std::to_string(size)));
+  refuse(shown(rank_name, std::to_string(rank)) + " is not below " + shown(size_name, std::to_string(size)));
 }
 
 /// Without the local variables all ranks are taken to be on this host.
@@ -91,8 +88,7 @@ std::optional<Job> expar_job() {
   if (!id || id->empty()) {
     refuse("EXPAR_RANK or EXPAR_SIZE is set but EXPAR_JOB, the name of the job, is not");
   }
-  return job_of("expar", "expar:" + *id,
-                {"EXPAR_RANK", "EXPAR_SIZE", "EXPAR_LOCAL_RANK", "EXPAR_LOCAL_SIZE"});
+  return job_of("expar", "expar:" + *id, {"EXPAR_RANK", "EXPAR_SIZE", "EXPAR_LOCAL_RANK", "EXPAR_LOCAL_SIZE"});
 }
 
 std::optional<Job> torchrun_job() {
@@ -113,9 +109,9 @@ std::optional<Job> openmpi_job() {
   if (!space || space->empty()) {
     refuse("OMPI_COMM_WORLD_RANK is set but PMIX_NAMESPACE, the name of the job, is not");
   }
-  return job_of("openmpi", "openmpi:" + *space,
-                {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-                 "OMPI_COMM_WORLD_LOCAL_SIZE"});
+  return job_of(
+      "openmpi", "openmpi:" + *space,
+      {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"});
 }
 
 std::string read_all(const std::string& path) {

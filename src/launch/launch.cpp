@@ -102,8 +102,7 @@ class Watch {
       if (ending.signal != 0 || ending.status != 0) ended.push_back(ending);
     }
     // Among ranks that ended at the same time, the killed one is the cause.
-    std::stable_partition(ended.begin(), ended.end(),
-                          [](const Ending& e) { return e.signal != 0; });
+    std::stable_partition(ended.begin(), ended.end(), [](const Ending& e) { return e.signal != 0; });
     endings_.insert(endings_.end(), ended.begin(), ended.end());
     take_reports();
   }
@@ -129,8 +128,7 @@ class Watch {
 
 LaunchResult launch(int ranks, const std::vector<std::string>& command) {
   if (ranks < 1) {
-    throw Error(ErrorCode::bad_argument, std::to_string(ranks) + " ranks cannot be started",
-                {.operation = "launch"});
+    throw Error(ErrorCode::bad_argument, std::to_string(ranks) + " ranks cannot be started", {.operation = "launch"});
   }
   if (command.empty() || command.front().empty()) {
     throw Error(ErrorCode::bad_argument, "no program to start", {.operation = "launch"});

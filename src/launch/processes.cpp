@@ -30,14 +30,12 @@ struct ExecError {
   int number = 0;
 };
 
-Error cannot_start(std::string message) {
-  return {ErrorCode::io, std::move(message), {.operation = "launch"}};
-}
+Error cannot_start(std::string message) { return {ErrorCode::io, std::move(message), {.operation = "launch"}}; }
 
 /// This process's environment, with this job's variables in place of any others of their kind.
 std::vector<std::string> environment(int rank, int ranks, const Start& start) {
-  const std::string names[] = {"EXPAR_JOB=",        "EXPAR_RANK=",       "EXPAR_SIZE=",
-                               "EXPAR_LOCAL_RANK=", "EXPAR_LOCAL_SIZE=", "EXPAR_REPORT_FD="};
+  const std::string names[] = {
+      "EXPAR_JOB=", "EXPAR_RANK=", "EXPAR_SIZE=", "EXPAR_LOCAL_RANK=", "EXPAR_LOCAL_SIZE=", "EXPAR_REPORT_FD="};
   std::vector<std::string> variables;
   for (char** entry = environ; *entry != nullptr; ++entry) {
     bool replaced = false;
@@ -64,8 +62,8 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
 }
 
 /// In the child. Only calls that are safe after fork() in a process with threads.
-[[noreturn]] void become(int rank, pid_t launcher, const Start& start, char* const* command,
-                         char* const* variables, int exec_errors) {
+[[noreturn]] void become(int rank, pid_t launcher, const Start& start, char* const* command, char* const* variables,
+                         int exec_errors) {
   // The launcher may have died before the first line: then nobody would send the signal any more.
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != launcher) _exit(127);

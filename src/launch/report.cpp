@@ -38,15 +38,13 @@ constexpr std::size_t kHeader = offsetof(Datagram, text);
 
 bool decode(const Datagram& in, std::size_t bytes, Report& out) {
   if (bytes < kHeader || in.magic != kMagic || in.operation > kMaxText || in.message > kMaxText ||
-      kHeader + in.operation + in.message != bytes || in.code < 0 ||
-      in.code > static_cast<int>(ErrorCode::internal)) {
+      kHeader + in.operation + in.message != bytes || in.code < 0 || in.code > static_cast<int>(ErrorCode::internal)) {
     return false;
   }
   const std::string_view text(in.text, in.operation + in.message);
   out.from = in.from;
-  out.error = Error(
-      static_cast<ErrorCode>(in.code), std::string(text.substr(in.operation)),
-      {.rank = in.rank, .peer = in.peer, .operation = std::string(text.substr(0, in.operation))});
+  out.error = Error(static_cast<ErrorCode>(in.code), std::string(text.substr(in.operation)),
+                    {.rank = in.rank, .peer = in.peer, .operation = std::string(text.substr(0, in.operation))});
   return true;
 }
 
@@ -119,8 +117,7 @@ void report_error(const Error& error) noexcept {
   std::memcpy(datagram.text, error.operation().data(), operation);
   std::memcpy(datagram.text + operation, error.message().data(), message);
   // Whether it arrives or not, this rank ends with the same error: nothing to do about a failure.
-  [[maybe_unused]] const ssize_t sent =
-      send(fd, &datagram, kHeader + operation + message, MSG_NOSIGNAL | MSG_DONTWAIT);
+  [[maybe_unused]] const ssize_t sent = send(fd, &datagram, kHeader + operation + message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 }  // namespace expar

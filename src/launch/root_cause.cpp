@@ -27,14 +27,11 @@ Error describe(const Ending& ending, const std::vector<Report>& reports) {
   if (ending.signal == 0) {
     return {ErrorCode::internal, who + " exited with status " + std::to_string(ending.status)};
   }
-  const Error* witness = first_report(reports, [&](const Error& e) {
-    return e.code() == ErrorCode::peer_lost && e.peer() == ending.rank;
-  });
+  const Error* witness = first_report(
+      reports, [&](const Error& e) { return e.code() == ErrorCode::peer_lost && e.peer() == ending.rank; });
   return {ErrorCode::peer_lost,
           who + " was killed by " + name_of_signal(ending.signal),
-          {.rank = -1,
-           .peer = ending.rank,
-           .operation = witness == nullptr ? std::string() : witness->operation()}};
+          {.rank = -1, .peer = ending.rank, .operation = witness == nullptr ? std::string() : witness->operation()}};
 }
 
 }  // namespace
@@ -45,8 +42,7 @@ Error root_cause(const std::vector<Report>& reports, const std::vector<Ending>& 
   for (const Ending& ending : endings) {
     if (!ending.reported) return describe(ending, reports);
   }
-  const Error* late =
-      first_report(reports, [](const Error& e) { return e.code() == ErrorCode::timeout; });
+  const Error* late = first_report(reports, [](const Error& e) { return e.code() == ErrorCode::timeout; });
   if (late != nullptr) return *late;
   if (!reports.empty()) return reports.front().error;
   return describe(endings.front(), reports);

@@ -1,0 +1,28 @@
+// What a command says to people and to programs when it ends.
+#pragma once
+
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include <expar/error.h>
+
+namespace expar::cli {
+
+/// Writes `object` to `path`, whole or not at all: to a new file beside it that then takes its name. What is no regular
+/// file (a terminal, a pipe) is written to directly. Throws Error: io.
+void write_json(const std::string& path, const nlohmann::json& object);
+
+/// Throws Error: io (write_json to `path` would fail), before hours of work are done for it.
+void check_writable(const std::string& path);
+
+/// {"error": {"code", "rank", "peer", "operation", "message"}}
+nlohmann::json to_json(const Error& error);
+
+/// "expar: rank 2: dispatch: ..." on one line of stderr.
+void print_error(const Error& error);
+
+/// The exception being handled, as an Error: bad_alloc is no_memory, what is not ours is internal.
+Error current_error();
+
+}  // namespace expar::cli

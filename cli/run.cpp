@@ -1,0 +1,112 @@
+// The three ways to run a verb on ranks, and how the error of one rank becomes that of all.
+#include "cli/run.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "cli/output.h"
+
+namespace expar::cli {
+namespace {
+
+bool works(const std::string& transport) {
+  const std::vector<std::string> all = available_transports();
+  return std::find(all.begin(), all.end(), transport) != all.end();
+}
+
+void check_transport(const std::string& transport) {
+  if (works(transport)) return;
+  std::string list;
+  for (const std::string& name : available_transports()) list += (list.empty() ? "" : ", ") + name;
+  throw Error(ErrorCode::unsupported, "--transport " + transport + " is not in this build; it has: " + list);
+}
+
+/// A launcher has already decided how many ranks there are and that they are processes.
+void check_against(const Job& job, const Common& common) {
+  const std::string has =
+      job.launcher + " has started " + std::to_string(job.size) + (job.size == 1 ? " rank" : " ranks");
+  if (common.ranks != 0 && common.ranks != job.size) {
+    throw Error(ErrorCode::bad_argument,
+                "--ranks = '" + std::to_string(common.ranks) + "' contradicts the launcher: " + has);
+  }
+  if (common.transport == "threads" && job.size > 1) {
+    throw Error(ErrorCode::bad_argument, "--transport = 'threads' contradicts the launcher: " + has + " as processes");
+  }
+}
+
+/// The name under which this program runs, so that `ps` shows it; it may have been replaced since.
+std::string own_program() {
+  char path[4096];
+  const ssize_t length = readlink("/proc/self/exe", path, sizeof path);
+  if (length > 0 && length < static_cast<ssize_t>(sizeof path)) {
+    const std::string program(path, static_cast<std::size_t>(length));
+    if (access(program.c_str(), X_OK) == 0) return program;
+  }
+  return "/proc/self/exe";
+}
+
+/// An error that this rank found on its own belongs to it; a late or a lost rank is named by all alike.
+Error on_rank(const Error& error, int rank) {
+  if (error.rank() >= 0 || error.fatal()) return error;
+  return {error.code(), error.message(), {.rank = rank, .peer = error.peer(), .operation = error.operation()}};
+}
+
+nlohmann::json run_rank(const Verb& verb, const Common& common, const Communicator& communicator) {
+  try {
+    return verb.run(communicator, common);
+  } catch (...) {
+    communicator.fail(on_rank(current_error(), communicator.rank()));
+  }
+}
+
+void write_result(const Common& common, const nlohmann::json& result) {
+  if (!common.json.empty() && !result.is_null()) write_json(common.json, result);
+}
+
+void run_as_threads(const Verb& verb, const Common& common) {
+  nlohmann::json result;
+  run_threads(
+      std::max(common.ranks, 1),
+      [&](Communicator communicator) {
+        nlohmann::json mine = run_rank(verb, common, communicator);
+        if (communicator.rank() == 0) result = std::move(mine);
+      },
+      common.run_options());
+  write_result(common, result);
+}
+
+void run_in_job(const Verb& verb, const Common& common, const Job& job) {
+  const Communicator communicator = join(job, common.run_options());
+  const nlohmann::json result = run_rank(verb, common, communicator);
+  if (job.rank == 0) write_result(common, result);
+}
+
+void run_as_processes(const std::vector<std::string>& words, int ranks) {
+  std::vector<std::string> command = words;
+  command.insert(command.begin(), own_program());
+  const LaunchResult result = launch(ranks, command);
+  if (result.failed) throw result.error;
+}
+
+}  // namespace
+
+void run(const Verb& verb, const Common& common, const std::vector<std::string>& words) {
+  if (!common.json.empty()) check_writable(common.json);
+  if (verb.run_alone) return write_result(common, verb.run_alone(common));
+  check_transport(common.transport);
+  const Job job = job_from_environment();
+  const bool started = job.launcher != "none";
+  if (started) check_against(job, common);
+  if (common.transport == "threads") return run_as_threads(verb, common);
+  if (started || common.ranks <= 1) return run_in_job(verb, common, job);
+  run_as_processes(words, common.ranks);
+}
+
+bool speaks_for(const Job& job, const Error& error) {
+  const bool alive = error.rank() >= 0 && error.rank() < job.size && error.rank() != error.peer();
+  const int speaker = alive ? error.rank() : (error.peer() == 0 ? 1 : 0);
+  return job.size == 1 || job.rank == speaker;
+}
+
+}  // namespace expar::cli

@@ -1,0 +1,11 @@
+// The verbs, each in a file of its own.
+#pragma once
+
+#include "cli/verb.h"
+
+namespace expar::cli {
+
+Verb doctor();
+Verb launch_program();
+
+}  // namespace expar::cli
