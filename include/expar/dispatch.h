@@ -22,7 +22,7 @@ enum class Layout : std::uint8_t {
 class Inbox {
  public:
   struct Data;
-  Inbox() = default;
+  Inbox();
   explicit Inbox(std::unique_ptr<Data> data);
   ~Inbox();
   Inbox(Inbox&&) noexcept;

@@ -41,6 +41,7 @@ struct Inbox::Data {
   std::shared_ptr<const std::vector<RowRef>> refs;
 };
 
+Inbox::Inbox() = default;
 Inbox::Inbox(std::unique_ptr<Data> data) : data_(std::move(data)) {}
 Inbox::~Inbox() = default;
 Inbox::Inbox(Inbox&&) noexcept = default;
