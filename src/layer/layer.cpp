@@ -1,0 +1,287 @@
+// The MoE layer: composes router, plan, dispatch, experts and combine, forwards and backwards.
+#include <expar/layer.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "src/layer/agree.h"
+#include "src/layer/convert.h"
+#include "src/layer/parameters.h"
+
+namespace expar {
+namespace {
+
+[[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
+
+/// Adds the time until its end to one of the phases.
+class Phase {
+ public:
+  explicit Phase(double& milliseconds) : milliseconds_(milliseconds) {}
+  ~Phase() { milliseconds_ += std::chrono::duration<double, std::milli>(Clock::now() - start_).count(); }
+  Phase(const Phase&) = delete;
+  Phase& operator=(const Phase&) = delete;
+
+ private:
+  double& milliseconds_;
+  Clock::time_point start_ = Clock::now();
+};
+
+void check_shards(std::span<const std::int64_t> shards, std::int64_t tokens) {
+  bool right = !shards.empty() && shards.front() == 0 && shards.back() == tokens;
+  for (std::size_t s = 1; right && s < shards.size(); ++s) right = shards[s - 1] <= shards[s];
+  if (right) return;
+  std::string text;
+  for (const std::int64_t s : shards) text += (text.empty() ? "" : ", ") + std::to_string(s);
+  refuse("shards are [" + text + "], should ascend from 0 to the " + std::to_string(tokens) + " tokens of this rank");
+}
+
+}  // namespace
+
+struct MoeLayer::State {
+  State(const Context& c, const MoeLayerOptions& o) : context(c), options(o) {
+    agree(context, options, [&] {
+      range = experts_of(context.rank(), context.size(), options.router.experts);
+      parameters.emplace(options, range);
+    });
+    shape = {options.hidden, options.inner, options.activation, options.bias, options.dtype};
+  }
+
+  Context context;  // the one it was made with, for what is called without one
+  MoeLayerOptions options;
+  ExpertShape shape;
+  ExpertRange range;
+  std::optional<LayerParameters> parameters;
+  PhaseTimes times;
+
+  MoeRecord inference;
+  ExpertsScratch scratch;
+  Buffer wide_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory;
+  Tensor shard_gradients;
+
+  // ---- forward
+  void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual) const;
+  void check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const;
+  ConstTensor wide(const Context& c, ConstTensor x);
+  void choose(const Context& c, ConstTensor x, Routing& routing);
+  void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
+               std::optional<std::span<const std::int64_t>> shards, MoeRecord& record);
+
+  // ---- backward
+  void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
+  ConstTensor router_backward(const Context& c, const MoeRecord& record, ConstTensor by_slot);
+  void backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx);
+
+  void check(const Context& c) const;
+  void require(const char* what, const ConstTensor& tensor, std::int64_t tokens) const {
+    const Shape wanted{tokens, options.hidden};
+    if (tensor.dtype() == options.dtype && tensor.shape() == wanted) return;
+    refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() +
+           ", should be " + std::string(name(options.dtype)) + " " + wanted.str());
+  }
+};
+
+void MoeLayer::State::check(const Context& c) const {
+  if (c.size() == context.size() && c.rank() == context.rank()) return;
+  refuse("the layer was made for rank " + std::to_string(context.rank()) + " of " + std::to_string(context.size()) +
+         ", the context is rank " + std::to_string(c.rank()) + " of " + std::to_string(c.size()));
+}
+
+// ---- forward
+
+void MoeLayer::State::check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual) const {
+  check(c);
+  const std::int64_t tokens = x.shape().rank() == 2 ? x.size(0) : 0;
+  require("x", x, tokens);
+  require("out", out, tokens);
+  if (!residual.absent()) require("residual", residual, tokens);
+}
+
+void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const {
+  if (x.elements() > 0 && out.data() == x.data()) refuse("out must not be x, which the backward pass reads");
+  check_shards(shards, x.size(0));
+}
+
+/// The tokens as the router reads them: f32.
+ConstTensor MoeLayer::State::wide(const Context& c, ConstTensor x) {
+  if (x.dtype() == DType::f32) return x;
+  const Tensor converted = wide_x.view(DType::f32, x.shape());
+  to_f32(x, converted, c.pool());
+  return converted;
+}
+
+void MoeLayer::State::choose(const Context& c, ConstTensor x, Routing& routing) {
+  const std::int64_t tokens = x.size(0);
+  const Tensor result = logits.view(DType::f32, {tokens, options.router.experts});
+  const std::int64_t all[2] = {0, tokens};
+  GemmNT call;
+  call.groups = {1, all};
+  call.n = options.router.experts;
+  call.k = options.hidden;
+  call.rows = {.base = {wide(c, x).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
+  call.w = {parameters->router().data(), DType::f32, false};
+  call.y = result.data();
+  if (tokens > 0) c.kernels().gemm_nt(call, c.pool());
+  route(c, options.router, result, routing);
+}
+
+void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
+                              std::optional<std::span<const std::int64_t>> shards, MoeRecord& record) {
+  record.plan = {};  // until this call has succeeded there is nothing to go backward from
+  record.inbox = {};
+  record.y = {};
+  ExpertWeights weights;
+  PlanOptions plan_options;
+  plan_options.experts = options.router.experts;
+  {
+    Phase phase(times.route);
+    plan_options.failure = attempt([&] {
+      check_forward(c, x, out, residual);
+      if (shards) check_training(x, out, *shards);
+      weights = shards ? parameters->plain() : parameters->for_inference(c.kernels(), c.pool());
+      choose(c, x, record.routing);
+    });
+    if (plan_options.failure) record.routing.ids = Tensor(nullptr, DType::int32, {0, options.router.topk});
+  }
+  Plan plan;
+  {
+    Phase phase(times.dispatch);
+    plan = make_plan(c, record.routing.ids, plan_options);
+  }
+  if (shards) {
+    Phase phase(times.route);
+    record.x = x;
+    record.shards.assign(shards->begin(), shards->end());
+    record.losses = router_losses(c, options.router, record.routing, plan.expert_totals(), *shards);
+  }
+  {
+    Phase phase(times.dispatch);
+    record.inbox = dispatch(c, x, record.routing.weights, plan);
+  }
+  {
+    Phase phase(times.experts);
+    alone(c, [&] {
+      record.y = make_outbox(c, plan, options.hidden, options.dtype);
+      experts_forward(c, shape, weights, record.inbox, record.y, record.experts);
+    });
+  }
+  {
+    Phase phase(times.combine);
+    combine(c, plan, record.y, record.routing.weights, out, {.residual = residual});
+  }
+  record.plan = std::move(plan);
+}
+
+// ---- backward
+
+void MoeLayer::State::check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const {
+  check(c);
+  require("dout", dout, record.x.size(0));
+  require("dx", dx, record.x.size(0));
+}
+
+/// From the gradient of the weights to those of the router's parameters; returns the router's part of dx, of dtype.
+ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& record, ConstTensor by_slot) {
+  const std::int64_t tokens = record.x.size(0);
+  const std::int64_t experts = options.router.experts;
+  const Tensor dz = dlogits.view(DType::f32, {tokens, experts});
+  route_backward(c, options.router, record.routing, record.losses, by_slot, dz);
+
+  const auto count = static_cast<int>(record.shards.size()) - 1;
+  shard_gradients = shard_memory.view(DType::f32, {count, experts, options.hidden});
+  GemmTN to_weight;
+  to_weight.groups = {count, record.shards.data()};
+  to_weight.n = experts;
+  to_weight.k = options.hidden;
+  to_weight.dy = dz.data();
+  to_weight.rows = {.base = {wide(c, record.x).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
+  to_weight.dw = shard_gradients.as<float>();
+  c.kernels().gemm_tn(to_weight, c.pool());
+
+  const Tensor dx = router_dx.view(DType::f32, {tokens, options.hidden});
+  const std::int64_t all[2] = {0, tokens};
+  GemmNN to_x;
+  to_x.groups = {1, all};
+  to_x.n = experts;
+  to_x.k = options.hidden;
+  to_x.dy = dz.data();
+  to_x.w = {parameters->router().data(), DType::f32, false};
+  to_x.dx = dx.data();
+  if (tokens > 0) c.kernels().gemm_nn(to_x, c.pool());
+  if (options.dtype == DType::f32) return dx;
+  const Tensor low = low_router_dx.view(DType::bf16, {tokens, options.hidden});
+  to_bf16(dx, low, c.pool());
+  return low;
+}
+
+void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx) {
+  Phase phase(times.backward);
+  if (!record.plan) refuse("the record holds no forward pass for training");
+  parameters->expect_step();
+  DispatchOptions dispatch_options;
+  dispatch_options.lists_of = &record.inbox;
+  dispatch_options.failure = attempt([&] { check_backward(c, record, dout, dx); });
+  const Inbox gradients = dispatch(c, dout, {}, record.plan, dispatch_options);
+
+  Outbox dx_rows;
+  Outbox dweights_rows;
+  Tensor fetched;
+  alone(c, [&] {
+    dx_rows = make_outbox(c, record.plan, options.hidden, options.dtype);
+    dweights_rows = make_outbox(c, record.plan, 1, DType::f32);
+    experts_backward(c, shape, parameters->plain(), record.inbox, gradients, record.y, record.experts,
+                     parameters->gradients(), dx_rows, dweights_rows, scratch);
+    fetched = dweights.view(DType::f32, {record.plan.tokens(), record.plan.topk(), 1});
+  });
+  fetch_slots(c, record.plan, dweights_rows, fetched);
+
+  // The router's part of dx is rounded to dtype and then added last to the experts' rows: an order that is the same
+  // for every P.
+  CombineOptions combine_options;
+  alone(c, [&] {
+    const ConstTensor by_slot(fetched.data(), DType::f32, record.routing.weights.shape());
+    combine_options.residual = router_backward(c, record, by_slot);
+  });
+  combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
+}
+
+// ---- the public door
+
+MoeLayer::MoeLayer(const Context& context, const MoeLayerOptions& options)
+    : state_(std::make_unique<State>(context, options)) {}
+MoeLayer::~MoeLayer() = default;
+MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
+
+const MoeLayerOptions& MoeLayer::options() const { return state_->options; }
+ExpertRange MoeLayer::local_experts() const { return state_->range; }
+
+void MoeLayer::initialise(std::uint64_t seed, std::string_view prefix) {
+  state_->parameters->initialise(seed, prefix, state_->context.pool());
+}
+void MoeLayer::refresh() { state_->parameters->refresh(state_->context.pool()); }
+
+std::vector<Parameter> MoeLayer::expert_parameters(std::string_view prefix) {
+  return state_->parameters->experts(prefix);
+}
+Parameter MoeLayer::router_parameter(std::string_view prefix) { return state_->parameters->router(prefix); }
+ConstTensor MoeLayer::router_shard_gradients() const { return state_->shard_gradients; }
+
+void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual) {
+  MoeRecord& record = state_->inference;
+  state_->forward(context, x, out, residual, std::nullopt, record);
+  record.inbox = {};  // nothing is kept but memory
+  record.y = {};
+}
+
+void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
+                       std::span<const std::int64_t> shards, MoeRecord& record) {
+  state_->forward(context, x, out, residual, shards, record);
+}
+
+void MoeLayer::backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx) {
+  state_->backward(context, record, dout, dx);
+}
+
+PhaseTimes MoeLayer::take_times() { return std::exchange(state_->times, {}); }
+
+}  // namespace expar

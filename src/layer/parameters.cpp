@@ -1,0 +1,149 @@
+// The layer's parameters: drawing them by name, copying them to bf16, packing them.
+#include "src/layer/parameters.h"
+
+#include <cmath>
+#include <string>
+
+#include <expar/random.h>
+
+#include "src/layer/convert.h"
+#include "src/util/ranges.h"
+
+namespace expar {
+namespace {
+
+constexpr std::int64_t kGrain = 4096;  // numbers per task: a tenth of a millisecond
+
+std::string join(std::string_view prefix, const std::string& name) {
+  return prefix.empty() ? name : std::string(prefix) + "." + name;
+}
+
+/// Normal numbers of deviation 1 / sqrt(inputs), where `inputs` is the innermost extent.
+void draw(const Tensor& values, std::uint64_t seed, const std::string& stream, Pool& pool) {
+  const Random random(seed, stream);
+  const auto deviation =
+      static_cast<float>(1.0 / std::sqrt(static_cast<double>(values.size(values.shape().rank() - 1))));
+  float* to = values.as<float>();
+  for_ranges(pool, values.elements(), kGrain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) to[i] = deviation * random.normal(static_cast<std::uint64_t>(i));
+  });
+}
+
+void zero(const Tensor& values) {
+  for (std::int64_t i = 0; i < values.elements(); ++i) values.as<float>()[i] = 0.0F;
+}
+
+}  // namespace
+
+LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range)
+    : first_(range.first), dtype_(options.dtype), bias_(options.bias) {
+  const std::int64_t wide = gated(options.activation) ? 2 * options.inner : options.inner;
+  const auto matrix = [&](Matrix& m, const Shape& shape) {
+    m.value = Array(DType::f32, shape);
+    if (dtype_ == DType::bf16) m.low = Array(DType::bf16, shape);
+  };
+  router_.value = Array(DType::f32, {options.router.experts, options.hidden});
+  matrix(up_, {range.count, wide, options.hidden});
+  matrix(down_, {range.count, options.hidden, options.inner});
+  if (!bias_) return;
+  up_bias_.value = Array(DType::f32, {range.count, wide});
+  down_bias_.value = Array(DType::f32, {range.count, options.hidden});
+}
+
+void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
+  draw(router_.value, seed, join(prefix, "router.weight"), pool);
+  for (std::int64_t e = 0; e < up_.value.view().size(0); ++e) {
+    const std::string expert = join(prefix, "experts." + std::to_string(first_ + e));
+    const auto one = [&](const Matrix& m, const char* what) {
+      const Tensor all = m.value.view();
+      draw(Tensor(all.rows(e, 1).data(), DType::f32, {all.size(1), all.size(2)}), seed, expert + what, pool);
+    };
+    one(up_, ".up");
+    one(down_, ".down");
+  }
+  if (bias_) {
+    zero(up_bias_.value);
+    zero(down_bias_.value);
+  }
+  refresh(pool);
+}
+
+void LayerParameters::refresh(Pool& pool) {
+  for (const Matrix* m : {&up_, &down_}) {
+    if (m->low) to_bf16(m->value, m->low, pool);
+  }
+  packed_by_ = nullptr;
+  watched_ = false;
+}
+
+ExpertWeights LayerParameters::plain() const {
+  ExpertWeights weights;
+  weights.up = {read(up_).view().data(), dtype_, false};
+  weights.down = {read(down_).view().data(), dtype_, false};
+  if (bias_) {
+    weights.up_bias = up_bias_.value;
+    weights.down_bias = down_bias_.value;
+  }
+  return weights;
+}
+
+ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool) {
+  ExpertWeights weights = plain();
+  if (watched_ || up_.value.view().size(0) == 0) return weights;
+  if (packed_by_ != kernels.pack) {
+    packed_by_ = nullptr;
+    pack(up_, kernels, pool);
+    pack(down_, kernels, pool);
+    packed_by_ = kernels.pack;
+  }
+  weights.up = {up_.packed.view().data(), dtype_, true};
+  weights.down = {down_.packed.view().data(), dtype_, true};
+  return weights;
+}
+
+void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const {
+  const Tensor all = read(matrix).view();
+  const std::int64_t bytes = all.size(0) * kernels.packed_bytes(dtype_, all.size(1), all.size(2));
+  if (!matrix.packed || matrix.packed.view().elements() != bytes) matrix.packed = Array(DType::int8, {bytes});
+  kernels.pack(dtype_, static_cast<int>(all.size(0)), all.size(1), all.size(2), all.data(), matrix.packed.view().data(),
+               pool);
+}
+
+ExpertGradients LayerParameters::gradients() {
+  // Inference never asks for them.
+  for (Trained* t : {static_cast<Trained*>(&up_), static_cast<Trained*>(&down_), &up_bias_, &down_bias_}) {
+    if (t->value && !t->gradient) t->gradient = Array(DType::f32, t->value.view().shape());
+  }
+  ExpertGradients gradients;
+  gradients.up = up_.gradient;
+  gradients.down = down_.gradient;
+  if (bias_) {
+    gradients.up_bias = up_bias_.gradient;
+    gradients.down_bias = down_bias_.gradient;
+  }
+  return gradients;
+}
+
+std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
+  watched_ = true;
+  gradients();
+  const auto parameter = [&](const char* what, const Trained& t, const Array* low, bool decay) {
+    Parameter p{join(prefix, what), t.value, t.gradient, {}, decay};
+    if (low != nullptr && *low) p.low = *low;
+    return p;
+  };
+  std::vector<Parameter> all{parameter("experts.up", up_, &up_.low, true),
+                             parameter("experts.down", down_, &down_.low, true)};
+  if (bias_) {
+    all.push_back(parameter("experts.up_bias", up_bias_, nullptr, false));
+    all.push_back(parameter("experts.down_bias", down_bias_, nullptr, false));
+  }
+  return all;
+}
+
+Parameter LayerParameters::router(std::string_view prefix) {
+  if (!router_.gradient) router_.gradient = Array(DType::f32, router_.value.view().shape());
+  return {join(prefix, "router.weight"), router_.value, router_.gradient, {}, true};
+}
+
+}  // namespace expar

@@ -1,0 +1,52 @@
+// The arrays that a layer trains, their low-precision and packed copies, and which of these are fresh.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include <expar/layer.h>
+
+namespace expar {
+
+class LayerParameters {
+ public:
+  LayerParameters(const MoeLayerOptions& options, ExpertRange range);
+
+  void initialise(std::uint64_t seed, std::string_view prefix, Pool& pool);
+  void refresh(Pool& pool);
+
+  ConstTensor router() const { return router_.value; }
+  /// The weights as they are now.
+  ExpertWeights plain() const;
+  /// The same in the backend's layout, packed anew when they may have changed; plain where they may change unseen.
+  ExpertWeights for_inference(const Kernels& kernels, Pool& pool);
+  ExpertGradients gradients();
+
+  std::vector<Parameter> experts(std::string_view prefix);
+  Parameter router(std::string_view prefix);
+  /// A step of the optimizer is to be expected: packed copies are out of use until the next refresh().
+  void expect_step() { watched_ = true; }
+
+ private:
+  struct Trained {
+    Array value, gradient;
+  };
+  struct Matrix : Trained {
+    Array low;     // bf16 copy where the layer's dtype is bf16
+    Array packed;  // in the layout of packed_by_
+  };
+
+  const Array& read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
+  void pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const;
+
+  std::int64_t first_;  // global number of the first expert
+  DType dtype_;
+  bool bias_;
+  Trained router_, up_bias_, down_bias_;
+  Matrix up_, down_;
+  decltype(Kernels::pack) packed_by_ = nullptr;  // null: the packed copies are stale or absent
+  bool watched_ = false;                         // somebody may write the weights without telling
+};
+
+}  // namespace expar
