@@ -16,6 +16,8 @@
 
 #include <expar/error.h>
 
+#include "src/util/processor.h"
+
 namespace expar {
 namespace {
 
@@ -29,12 +31,6 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 // After these pauses (about 2 us) a waiter yields between looks: where ranks share cores, the
 // others must get on.
 constexpr int kPauses = 64;
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
 
 /// Waits until done() holds, briefly awake; false if it does not by then.
 template <class Done>

@@ -1,0 +1,38 @@
+// Gathering rows by list, and summing a token's rows by weight.
+#include "backends/reference/kernels.h"
+#include "src/util/processor.h"
+
+namespace expar::reference {
+
+void gather(const Gather& p, Pool& pool) {
+  const std::int64_t width = p.rows.width;
+  pool.run(p.count, [&](std::int64_t i, int) {
+    const FloatMode mode;
+    const float scale = p.scaled && p.rows.refs ? p.rows.refs[i].weight : 1.0F;
+    float dot = 0;
+    for (std::int64_t h = 0; h < width; ++h) {
+      const float value = load(p.rows, i, h);
+      store(p.out, p.rows.dtype, i * width + h, p.scaled ? value * scale : value);
+      if (p.other) dot += value * load(p.other, p.rows.dtype, i * width + h);
+    }
+    if (p.other) p.dot[i] = dot;
+  });
+}
+
+void reduce(const Reduce& p, Pool& pool) {
+  pool.run(p.tokens, [&](std::int64_t t, int) {
+    const FloatMode mode;
+    for (std::int64_t h = 0; h < p.width; ++h) {
+      float sum = 0;
+      for (std::int64_t k = 0; k < p.topk; ++k) {
+        const void* slot = p.slots[t * p.topk + k];
+        if (slot == nullptr) continue;
+        sum += (p.weights ? p.weights[t * p.topk + k] : 1.0F) * load(slot, p.dtype, h);
+      }
+      if (p.residual) sum += load(p.residual, p.dtype, t * p.width + h);
+      store(p.out, p.dtype, t * p.width + h, sum);
+    }
+  });
+}
+
+}  // namespace expar::reference

@@ -1,0 +1,491 @@
+// The kernels that work element by element or row by row, against double precision.
+#include <functional>
+#include <limits>
+
+#include "tests/unit/kernels_testing.h"
+
+namespace expar {
+namespace {
+
+constexpr std::int64_t kWidths[] = {1, 2, 3, 15, 16, 17, 64, 130};
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+double normal_integral(double x) { return std::erfc(-x / std::sqrt(2.0)) / 2; }
+double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
+
+// ---- Activations
+// ---------------------------------------------------------------------------------
+
+struct ActivationProblem {
+  ActivationProblem(Activation act_, DType dtype_, std::int64_t rows_, std::int64_t inner_,
+                    float range = 12)
+      : act(act_),
+        dtype(dtype_),
+        rows(rows_),
+        inner(inner_),
+        columns(gated(act_) ? 2 * inner_ : inner_),
+        pre(Operand::random(dtype_, rows * columns, 11, range)),
+        dh(Operand::random(dtype_, rows * inner, 12)) {}
+
+  Operand forward(const Kernels& kernels, Pool& pool) const {
+    Operand h(dtype, rows * inner);
+    kernels.activate({act, rows, inner, dtype, pre.data(), h.data()}, pool);
+    return h;
+  }
+  Operand backward(const Kernels& kernels, Pool& pool) const {
+    Operand dpre(dtype, rows * columns);
+    kernels.activate_grad({act, rows, inner, dtype, pre.data(), dh.data(), dpre.data()}, pool);
+    return dpre;
+  }
+
+  Activation act;
+  DType dtype;
+  std::int64_t rows, inner, columns;
+  Operand pre, dh;
+};
+
+void for_activations(const std::function<void(const ActivationProblem&)>& body) {
+  for (const Activation act : {Activation::swiglu, Activation::gelu}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const std::int64_t inner : kWidths) body({act, dtype, inner % 4, inner});
+      body({act, dtype, 301, 67});
+      body({act, dtype, 3, 400, 100});  // far into both tails
+    }
+  }
+}
+
+// About sixteen roundings of f32, and those of the exponent x^2 / 2 of GELU's tail, two of them
+// before it is squared.
+double relative(double x) { return (16 + 2 * x * x) * kEpsF32; }
+// A sigmoid or an exponential flushed to zero takes with it what it would have been multiplied by.
+double flushed(double x, double y) { return kFlushed * (1 + std::abs(x)) * (1 + std::abs(y)); }
+
+EXPAR_FOR_EVERY_TABLE(Activations);
+
+TEST_P(Activations, are_their_formulas) {
+  Pool pool(2);
+  for_activations([&](const ActivationProblem& p) {
+    const Operand h = p.forward(kernels(), pool);
+    Worst worst;
+    for (std::int64_t at = 0; at < p.rows * p.inner; ++at) {
+      const std::int64_t row = at / p.inner, f = at % p.inner;
+      const double x = p.pre[row * p.columns + f];
+      const double up = gated(p.act) ? p.pre[row * p.columns + p.inner + f] : 1;
+      const double wanted = x * (gated(p.act) ? sigmoid(x) * up : normal_integral(x));
+      worst.see(at, h[at], wanted,
+                (relative(x) + rounding(p.dtype)) * std::abs(wanted) + flushed(x, up));
+    }
+    EXPECT_TRUE(worst.good()) << worst << " in " << static_cast<int>(p.act) << " " << name(p.dtype);
+  });
+}
+
+TEST_P(Activations, have_the_gradients_of_their_formulas) {
+  Pool pool(2);
+  for_activations([&](const ActivationProblem& p) {
+    const Operand dpre = p.backward(kernels(), pool);
+    Worst worst;
+    for (std::int64_t i = 0; i < p.rows * p.inner; ++i) {
+      const std::int64_t row = i / p.inner, f = i % p.inner, at = row * p.columns + f;
+      const double x = p.pre[at], dh = p.dh[i];
+      const auto see = [&](std::int64_t where, double wanted, double magnitude) {
+        worst.see(where, dpre[where], wanted,
+                  relative(x) * std::abs(dh) * magnitude + rounding(p.dtype) * std::abs(wanted) +
+                      flushed(x, 100));
+      };
+      if (p.act == Activation::swiglu) {
+        const double s = sigmoid(x), up = p.pre[at + p.inner];
+        see(at, dh * up * (s + x * s * (1 - s)), std::abs(up) * (s + std::abs(x) * s));
+        see(at + p.inner, dh * x * s, std::abs(x) * s);
+      } else {
+        const double both = normal_integral(x) + std::abs(x) * normal_density(x);
+        see(at, dh * (normal_integral(x) + x * normal_density(x)), both);
+      }
+    }
+    EXPECT_TRUE(worst.good()) << worst << " in " << static_cast<int>(p.act) << " " << name(p.dtype);
+  });
+}
+
+TEST_P(Activations, have_the_gradients_that_finite_differences_find) {
+  Pool pool(1);
+  for (const Activation act : {Activation::swiglu, Activation::gelu}) {
+    ActivationProblem p(act, DType::f32, 5, 33, 4);
+    const Operand dpre = p.backward(kernels(), pool);
+    constexpr float kStep = 0x1p-7F;
+    for (std::int64_t at = 0; at < p.rows * p.columns; ++at) {
+      const std::int64_t i = at / p.columns * p.inner + at % p.columns % p.inner;
+      const float x = p.pre[at];
+      p.pre.set(at, x + kStep);
+      const float above = p.forward(kernels(), pool)[i];
+      p.pre.set(at, x - kStep);
+      const float below = p.forward(kernels(), pool)[i];
+      p.pre.set(at, x);
+      // The third derivative times step^2 / 6, and the f32 roundings of values below 16 divided by
+      // the step.
+      EXPECT_NEAR(dpre[at], p.dh[i] * (above - below) / (2 * kStep),
+                  4 * 0x1p-14 + 16 * 16 * kEpsF32 / kStep);
+    }
+  }
+}
+
+// ---- Gather and reduce
+// ---------------------------------------------------------------------------
+
+struct GatherProblem {
+  GatherProblem(DType dtype_, std::int64_t count_, std::int64_t width_)
+      : dtype(dtype_),
+        count(count_),
+        width(width_),
+        other(Operand::random(dtype_, count_ * width_, 23)) {
+    for (unsigned b = 0; b < 2; ++b)
+      base[b] = Operand::random(dtype, (count + 1) * width, 21 + b, 3);
+    const Operand weights = Operand::random(DType::f32, count, 24);
+    for (std::int64_t i = 0; i < count; ++i) {
+      refs.push_back(
+          {static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count), weights[i]});
+    }
+  }
+  struct Out {
+    Operand rows, dot;
+  };
+  Out run(const Kernels& kernels, Pool& pool, bool listed, bool scaled, bool dotted) const {
+    Out out{Operand(dtype, count * width), Operand(DType::f32, count)};
+    kernels.gather(
+        {{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
+         count,
+         scaled,
+         out.rows.data(),
+         dotted ? other.data() : nullptr,
+         dotted ? out.dot.f32() : nullptr},
+        pool);
+    return out;
+  }
+  float at(std::int64_t i, std::int64_t h, bool listed) const {
+    if (!listed) return base[0][i * width + h];
+    const RowRef& ref = refs[static_cast<std::size_t>(i)];
+    return base[ref.base][ref.row * width + h];
+  }
+
+  DType dtype;
+  std::int64_t count, width;
+  Operand base[2], other;
+  std::vector<RowRef> refs;
+};
+
+EXPAR_FOR_EVERY_TABLE(Gather_);
+
+TEST_P(Gather_, copies_scales_and_multiplies_the_rows_of_its_list) {
+  Pool pool(2);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t width : kWidths) {
+      for (const std::int64_t count : {0, 1, 7, 8, 9, 100}) {
+        const GatherProblem p(dtype, count, width);
+        for (int flags = 0; flags < 8; ++flags) {
+          const bool listed = (flags & 1) != 0, scaled = (flags & 2) != 0,
+                     dotted = (flags & 4) != 0;
+          const auto out = p.run(kernels(), pool, listed, scaled, dotted);
+          Worst rows, dots;
+          for (std::int64_t i = 0; i < count; ++i) {
+            double dot = 0, magnitude = 0;
+            for (std::int64_t h = 0; h < width; ++h) {
+              const double x = p.at(i, h, listed), term = x * p.other[i * width + h];
+              const double wanted =
+                  scaled && listed ? x * p.refs[static_cast<std::size_t>(i)].weight : x;
+              dot += term;
+              magnitude += std::abs(term);
+              rows.see(i * width + h, out.rows[i * width + h], wanted,
+                       scaled ? rounding(dtype) * std::abs(wanted) + kFlushed : kFlushed);
+            }
+            if (dotted)
+              dots.see(i, out.dot[i], dot,
+                       static_cast<double>(width + 2) * kEpsF32 * magnitude + kFlushed);
+          }
+          EXPECT_TRUE(rows.good()) << rows;
+          EXPECT_TRUE(dots.good()) << dots;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Gather_, gives_a_dot_product_that_other_rows_do_not_change) {
+  Pool pool(1);
+  const GatherProblem many(DType::bf16, 23, 77);
+  const auto all = many.run(kernels(), pool, true, false, true);
+  for (std::int64_t i = 0; i < 23; ++i) {
+    GatherProblem one(DType::bf16, 23, 77);
+    one.count = 1;
+    one.refs = {many.refs[static_cast<std::size_t>(i)]};
+    for (std::int64_t h = 0; h < 77; ++h) one.other.set(h, many.other[i * 77 + h]);
+    EXPECT_EQ(one.run(kernels(), pool, true, false, true).dot[0], all.dot[i]);
+  }
+}
+
+struct ReduceProblem {
+  ReduceProblem(DType dtype_, std::int64_t tokens_, std::int64_t topk_, std::int64_t width_)
+      : dtype(dtype_),
+        tokens(tokens_),
+        topk(topk_),
+        width(width_),
+        rows(Operand::random(dtype_, tokens * topk * width, 31)),
+        weights(Operand::random(DType::f32, tokens * topk, 32)),
+        residual(Operand::random(dtype_, tokens * width, 33)) {
+    for (std::int64_t i = 0; i < tokens * topk; ++i) {
+      const auto offset = static_cast<std::size_t>(i * width) * size_of(dtype);
+      slots.push_back(i % 5 == 3 ? nullptr : rows.memory.view().bytes() + offset);
+    }
+  }
+  Operand run(const Kernels& kernels, Pool& pool, bool weighted, bool with_residual) const {
+    Operand out(dtype, tokens * width);
+    kernels.reduce(
+        {tokens, topk, width, dtype, slots.data(), weighted ? weights.memory.as<float>() : nullptr,
+         with_residual ? residual.data() : nullptr, out.data()},
+        pool);
+    return out;
+  }
+
+  DType dtype;
+  std::int64_t tokens, topk, width;
+  Operand rows, weights, residual;
+  std::vector<const void*> slots;
+};
+
+EXPAR_FOR_EVERY_TABLE(Reduce_);
+
+TEST_P(Reduce_, sums_the_slots_of_a_token_by_weight) {
+  Pool pool(2);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t width : {1, 3, 16, 17, 127, 128, 130, 300}) {
+      for (const std::int64_t topk : {1, 2, 8}) {
+        for (const std::int64_t tokens : {0, 1, 3, 70}) {
+          const ReduceProblem p(dtype, tokens, topk, width);
+          for (int flags = 0; flags < 4; ++flags) {
+            const bool weighted = (flags & 1) != 0, with_residual = (flags & 2) != 0;
+            const Operand out = p.run(kernels(), pool, weighted, with_residual);
+            Worst worst;
+            for (std::int64_t at = 0; at < tokens * width; ++at) {
+              const std::int64_t t = at / width, h = at % width;
+              double sum = with_residual ? p.residual[at] : 0, magnitude = std::abs(sum);
+              for (std::int64_t k = 0; k < topk; ++k) {
+                const std::int64_t slot = t * topk + k;
+                if (p.slots[static_cast<std::size_t>(slot)] == nullptr) continue;
+                const double term = (weighted ? p.weights[slot] : 1.0) * p.rows[slot * width + h];
+                sum += term;
+                magnitude += std::abs(term);
+              }
+              worst.see(at, out[at], sum,
+                        static_cast<double>(topk + 2) * kEpsF32 * magnitude +
+                            rounding(dtype) * std::abs(sum) + kFlushed);
+            }
+            EXPECT_TRUE(worst.good()) << worst;
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- Router
+// --------------------------------------------------------------------------------------
+
+struct TopK {
+  TopK(const Kernels& kernels, Pool& pool, const Operand& logits, std::int64_t tokens,
+       std::int64_t experts, std::int64_t topk)
+      : scores(DType::f32, tokens * experts),
+        logsumexp(DType::f32, tokens),
+        top(DType::f32, tokens * topk),
+        ids(static_cast<std::size_t>(tokens * topk), -7) {
+    kernels.softmax_topk({tokens, experts, topk, logits.memory.as<float>(), scores.f32(),
+                          logsumexp.f32(), ids.data(), top.f32()},
+                         pool);
+  }
+  Operand scores, logsumexp, top;
+  std::vector<std::int32_t> ids;
+};
+
+EXPAR_FOR_EVERY_TABLE(Router);
+
+TEST_P(Router, takes_the_largest_scores_of_a_softmax) {
+  Pool pool(2);
+  for (const std::int64_t experts : {1, 2, 5, 16, 17, 64, 130}) {
+    for (const std::int64_t topk : {1, 2, 8}) {
+      if (topk > experts) continue;
+      for (const std::int64_t tokens : {0, 1, 40}) {
+        const Operand logits = Operand::random(DType::f32, tokens * experts, 41, 20);
+        const TopK got(kernels(), pool, logits, tokens, experts, topk);
+        Worst worst;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          double largest = logits[t * experts], sum = 0;
+          for (std::int64_t e = 1; e < experts; ++e)
+            largest = std::max<double>(largest, logits[t * experts + e]);
+          for (std::int64_t e = 0; e < experts; ++e)
+            sum += std::exp(logits[t * experts + e] - largest);
+          const double lse = largest + std::log(sum);
+          // The difference of logits up to 40 is rounded once, which its exponential multiplies by
+          // 40; then the sum.
+          const double relative = static_cast<double>(40 + 4 + experts) * kEpsF32;
+          worst.see(t, got.logsumexp[t], lse, relative + 4 * kEpsF32 * std::abs(lse));
+          for (std::int64_t e = 0; e < experts; ++e) {
+            const double score = std::exp(logits[t * experts + e] - lse);
+            worst.see(t * experts + e, got.scores[t * experts + e], score,
+                      2 * relative * score + kFlushed);
+          }
+          std::vector<bool> taken(static_cast<std::size_t>(experts));
+          for (std::int64_t k = 0; k < topk; ++k) {
+            std::int64_t best = -1;
+            for (std::int64_t e = 0; e < experts; ++e) {
+              if (taken[static_cast<std::size_t>(e)]) continue;
+              if (best < 0 || got.scores[t * experts + e] > got.scores[t * experts + best])
+                best = e;
+            }
+            taken[static_cast<std::size_t>(best)] = true;
+            ASSERT_EQ(got.ids[static_cast<std::size_t>(t * topk + k)], best);
+            ASSERT_EQ(got.top[t * topk + k], got.scores[t * experts + best]);
+          }
+        }
+        EXPECT_TRUE(worst.good()) << worst;
+      }
+    }
+  }
+}
+
+TEST_P(Router, breaks_ties_towards_the_lower_index) {
+  Pool pool(1);
+  Operand logits(DType::f32, 2 * 70);
+  for (std::int64_t e = 0; e < 70; ++e) {
+    logits.set(e, 1.5F);
+    logits.set(70 + e, static_cast<float>(e % 3));
+  }
+  const TopK got(kernels(), pool, logits, 2, 70, 4);
+  EXPECT_EQ(got.ids, (std::vector<std::int32_t>{0, 1, 2, 3, 2, 5, 8, 11}));
+}
+
+TEST_P(Router, gives_valid_ids_even_for_scores_that_are_not_numbers) {
+  Pool pool(1);
+  Operand logits = Operand::random(DType::f32, 10, 5);
+  logits.set(4, std::numeric_limits<float>::quiet_NaN());
+  const TopK got(kernels(), pool, logits, 1, 10, 3);
+  for (const std::int32_t id : got.ids) EXPECT_TRUE(id >= 0 && id < 10) << id;
+}
+
+// ---- AdamW
+// ---------------------------------------------------------------------------------------
+
+struct AdamProblem {
+  explicit AdamProblem(std::int64_t count_)
+      : count(count_),
+        g(Operand::random(DType::f32, count, 51)),
+        p(Operand::random(DType::f32, count, 52)),
+        m(Operand::random(DType::f32, count, 53, 0.1F)),
+        v(Operand::random(DType::f32, count, 54)),
+        low(DType::bf16, count) {
+    for (std::int64_t i = 0; i < count; ++i) v.set(i, std::abs(v[i]));
+  }
+  AdamWStep step() {
+    return {count,     0.01F, 0.9F,    0.999F,  1e-8F,   0.1F,    0.271F,
+            0.002997F, 0.5F,  g.f32(), p.f32(), m.f32(), v.f32(), low.memory.as<bf16>()};
+  }
+  std::string bytes() const { return p.bytes() + m.bytes() + v.bytes() + low.bytes(); }
+
+  std::int64_t count;
+  Operand g, p, m, v, low;
+};
+
+EXPAR_FOR_EVERY_TABLE(AdamW);
+
+TEST_P(AdamW, is_its_formula) {
+  Pool pool(2);
+  for (const std::int64_t count : {0, 1, 15, 16, 17, 1000, 70001}) {
+    const AdamProblem old(count);
+    AdamProblem now(count);
+    const AdamWStep s = now.step();
+    kernels().adamw(s, pool);
+    Worst worst;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double g = static_cast<double>(old.g[i]) * s.grad_scale;
+      const double m_old = s.beta1 * static_cast<double>(old.m[i]),
+                   m_new = (1 - static_cast<double>(s.beta1)) * g;
+      const double m = m_old + m_new;
+      const double v =
+          s.beta2 * static_cast<double>(old.v[i]) + (1 - static_cast<double>(s.beta2)) * g * g;
+      const double size = std::abs(m_old) + std::abs(m_new);
+      const double scale = s.lr / s.c1 / (std::sqrt(v / s.c2) + s.eps);
+      const double p = old.p[i] - (scale * m + static_cast<double>(s.lr) * s.decay * old.p[i]);
+      // 1 - beta2 in f32 is off by half a unit of 1, a thousand times larger relative to 0.001.
+      worst.see(i, now.m[i], m, 8 * kEpsF32 * size + kFlushed);
+      worst.see(i, now.v[i], v, 1010 * kEpsF32 * v + kFlushed);
+      worst.see(i, now.p[i], p,
+                4 * kEpsF32 * std::abs(old.p[i]) + 1100 * kEpsF32 * scale * size + kFlushed);
+      EXPECT_EQ(old.low.count(), now.low.count());
+      ASSERT_EQ(now.low.memory.as<bf16>()[i].bits, bf16(now.p[i]).bits);
+    }
+    EXPECT_TRUE(worst.good()) << worst;
+  }
+}
+
+TEST_P(AdamW, works_without_a_low_precision_copy) {
+  Pool pool(1);
+  AdamProblem with(33), without(33);
+  kernels().adamw(with.step(), pool);
+  AdamWStep step = without.step();
+  step.low = nullptr;
+  kernels().adamw(step, pool);
+  EXPECT_EQ(with.p.bytes(), without.p.bytes());
+}
+
+// ---- Bits
+// ----------------------------------------------------------------------------------------
+
+/// The results of every kernel above as one string of bytes.
+std::string bytes_of(const Kernels& kernels, Pool& pool) {
+  std::string all;
+  for_activations([&](const ActivationProblem& p) {
+    all += p.forward(kernels, pool).bytes() + p.backward(kernels, pool).bytes();
+  });
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t width : kWidths) {
+      const GatherProblem gathered(dtype, 100, width);
+      const auto out = gathered.run(kernels, pool, true, true, true);
+      all += out.rows.bytes() + out.dot.bytes() +
+             ReduceProblem(dtype, 40, 4, width).run(kernels, pool, true, true).bytes();
+    }
+  }
+  for (const std::int64_t experts : {1, 5, 64, 67}) {
+    const Operand logits = Operand::random(DType::f32, 50 * experts, 61, 15);
+    const TopK got(kernels, pool, logits, 50, experts, 1 + experts / 10);
+    all += got.scores.bytes() + got.logsumexp.bytes() + got.top.bytes();
+    all.append(reinterpret_cast<const char*>(got.ids.data()),
+               got.ids.size() * sizeof(std::int32_t));
+  }
+  AdamProblem adam(70001);
+  kernels.adamw(adam.step(), pool);
+  return all + adam.bytes();
+}
+
+EXPAR_FOR_EVERY_TABLE(Bits);
+
+TEST_P(Bits, are_the_same_for_any_number_of_threads) {
+  Pool one(1), two(2), three(3);
+  const std::string bytes = bytes_of(kernels(), one);
+  EXPECT_TRUE(bytes == bytes_of(kernels(), two));
+  EXPECT_TRUE(bytes == bytes_of(kernels(), three));
+}
+
+TEST_P(Bits, do_not_depend_on_the_callers_mode_which_is_kept) {
+  Pool pool(1);
+  expect_the_same_in_every_mode([&] { return bytes_of(kernels(), pool); });
+}
+
+TEST(FloatMode, flushes_denormals_inside_and_restores_the_caller_outside) {
+  std::fesetround(FE_DOWNWARD);
+  EXPECT_EQ(rounding_in_force(), "down");
+  {
+    const FloatMode mode;
+    EXPECT_EQ(rounding_in_force(), "nearest, flushing");
+  }
+  EXPECT_EQ(rounding_in_force(), "down");
+  std::fesetround(FE_TONEAREST);
+  EXPECT_EQ(rounding_in_force(), "nearest");
+}
+
+}  // namespace
+}  // namespace expar

@@ -1,0 +1,131 @@
+// The grouped matrix products: right, and the same bytes however they are cut.
+#include "tests/unit/gemm_testing.h"
+
+namespace expar {
+namespace {
+
+EXPAR_FOR_EVERY_TABLE(Gemm);
+
+TEST_P(Gemm, multiplies_rows_by_weights) {
+  Pool pool(2);
+  for (const GemmShape& shape : odd_shapes()) {
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    for (const bool packed : {false, true}) {
+      for (const DType out : {DType::f32, shape.dtype}) {
+        const GemmOptions options{.packed = packed, .with_bias = !packed, .out = out};
+        problem.check_nt(problem.nt(kernels(), pool, options), options);
+      }
+    }
+  }
+}
+
+TEST_P(Gemm, multiplies_gradients_by_weights) {
+  Pool pool(2);
+  for (const GemmShape& shape : odd_shapes()) {
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    for (const DType out : {DType::f32, shape.dtype}) {
+      problem.check_nn(problem.nn(kernels(), pool, {.out = out}), {.out = out});
+    }
+  }
+}
+
+TEST_P(Gemm, sums_weight_gradients_over_the_rows_of_a_group) {
+  Pool pool(2);
+  for (const GemmShape& shape : odd_shapes()) {
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    for (const bool accumulate : {false, true}) {
+      const GemmOptions options{.accumulate = accumulate};
+      problem.check_tn(problem.tn(kernels(), pool, options), options);
+    }
+    problem.check_tn(problem.tn(kernels(), pool, {.with_bias = false}), {.with_bias = false});
+  }
+}
+
+TEST_P(Gemm, leaves_the_gradient_of_an_idle_group_as_it_is_when_accumulating) {
+  Pool pool(1);
+  const GemmProblem problem({DType::bf16, 5, 7, {0, 2}, true});
+  const auto got = problem.tn(kernels(), pool, {.accumulate = true});
+  EXPECT_EQ(got.dw.bytes().substr(0, 5 * 7 * 4), problem.old_dw.bytes().substr(0, 5 * 7 * 4));
+  EXPECT_EQ(got.dbias.bytes().substr(0, 5 * 4), problem.old_dbias.bytes().substr(0, 5 * 4));
+}
+
+/// All results of a problem as one string of bytes.
+std::string bytes_of(const GemmProblem& problem, const Kernels& kernels, Pool& pool) {
+  std::string all;
+  for (const bool flag : {false, true}) {
+    const GemmOptions o{
+        .packed = flag, .accumulate = flag, .out = flag ? problem.shape.dtype : DType::f32};
+    const auto gradient = problem.tn(kernels, pool, o);
+    all += problem.nt(kernels, pool, o).bytes() + problem.nn(kernels, pool, o).bytes() +
+           gradient.dw.bytes() + gradient.dbias.bytes();
+  }
+  return all;
+}
+
+TEST_P(Gemm, gives_the_same_bits_for_any_number_of_threads) {
+  Pool one(1), two(2), three(3);
+  for (const GemmShape& shape : odd_shapes()) {
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    const std::string bytes = bytes_of(problem, kernels(), one);
+    EXPECT_TRUE(bytes == bytes_of(problem, kernels(), two));
+    EXPECT_TRUE(bytes == bytes_of(problem, kernels(), three));
+  }
+}
+
+TEST_P(Gemm, gives_the_same_bits_for_packed_and_plain_weights) {
+  Pool pool(2);
+  for (const GemmShape& shape : odd_shapes()) {
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    EXPECT_TRUE(problem.nt(kernels(), pool, {.packed = false}).bytes() ==
+                problem.nt(kernels(), pool, {.packed = true}).bytes());
+  }
+}
+
+TEST_P(Gemm, gives_the_same_bits_for_any_number_of_rows) {
+  Pool pool(1);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const GemmProblem problem({dtype, 67, 131, {77}, true});
+    EXPAR_TRACE(kernels(), problem.shape);
+    const std::int64_t n = problem.shape.n, k = problem.shape.k;
+    const auto row_bytes = [](const Operand& o, std::int64_t i, std::int64_t width) {
+      return o.bytes().substr(static_cast<std::size_t>(i * width) * 4,
+                              static_cast<std::size_t>(width) * 4);
+    };
+    for (const bool packed : {false, true}) {
+      const Operand y = problem.nt(kernels(), pool, {.packed = packed});
+      const Operand dx = problem.nn(kernels(), pool);
+      for (std::int64_t first = 0; first < 77; first += 1 + first % 5) {
+        for (const std::int64_t rows : {1, 2, 9, 17}) {
+          if (first + rows > 77) continue;
+          GemmProblem part({dtype, n, k, {77}, true});
+          part.offsets = {0, rows};
+          part.shape.rows = {rows};
+          part.refs.assign(problem.refs.begin() + first, problem.refs.begin() + first + rows);
+          for (std::int64_t i = 0; i < rows * n; ++i) part.dy.set(i, problem.dy[first * n + i]);
+          const Operand part_y = part.nt(kernels(), pool, {.packed = packed});
+          const Operand part_dx = part.nn(kernels(), pool);
+          for (std::int64_t i = 0; i < rows; ++i) {
+            ASSERT_EQ(row_bytes(part_y, i, n), row_bytes(y, first + i, n)) << "row " << first + i;
+            ASSERT_EQ(row_bytes(part_dx, i, k), row_bytes(dx, first + i, k)) << "row " << first + i;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Gemm, does_not_depend_on_the_callers_mode_which_is_kept) {
+  Pool pool(1);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const GemmProblem problem({dtype, 66, 37, {5, 20}, true});
+    expect_the_same_in_every_mode([&] { return bytes_of(problem, kernels(), pool); });
+  }
+}
+
+}  // namespace
+}  // namespace expar
