@@ -71,7 +71,8 @@ void sum_all(const Context& context, ConstTensor rows, Tensor out) {
     wants.push_back(
         {0, static_cast<std::size_t>(first_word(operation.words(p)) * static_cast<std::uint64_t>(n)) * sizeof(float)});
   }
-  const Reading reading(communicator, operation, block, wants, gives);
+  Reading reading(communicator, operation, block, wants, gives);
+  reading.finish(communicator, operation);
   std::fill_n(out.as<float>(), n, 0.0F);
   for (int p = 0; p < context.size(); ++p) {
     add_rows(reading.from(p), static_cast<std::int64_t>(first_word(operation.words(p))), n, out.as<float>());
@@ -113,7 +114,8 @@ void broadcast(const Context& context, Tensor data, int root) {
   } else {
     wants[static_cast<std::size_t>(root)] = {0, data.byte_size()};
   }
-  const Reading reading(communicator, operation, block, wants, gives);
+  Reading reading(communicator, operation, block, wants, gives);
+  reading.finish(communicator, operation);
   copy_into(data.bytes(), reading.from(root));
   operation.complete();
 }
@@ -154,7 +156,8 @@ void all_gather(const Context& context, ConstTensor in, Tensor out) {
   const std::size_t row_bytes = static_cast<std::size_t>(row) * size_of(in.dtype());
   Slices wants, gives(static_cast<std::size_t>(context.size()), Slice{0, block.size()});
   for (int p = 0; p < context.size(); ++p) wants.push_back({0, first_word(operation.words(p)) * row_bytes});
-  const Reading reading(communicator, operation, block, wants, gives);
+  Reading reading(communicator, operation, block, wants, gives);
+  reading.finish(communicator, operation);
   std::byte* to = out.bytes();
   for (int p = 0; p < context.size(); ++p) {
     copy_into(to, reading.from(p));
@@ -199,7 +202,8 @@ void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
     wants.push_back(slice(p, own));
     gives.push_back(slice(context.rank(), part_of(n, p, context.size())));
   }
-  const Reading reading(communicator, operation, block, wants, gives);
+  Reading reading(communicator, operation, block, wants, gives);
+  reading.finish(communicator, operation);
   std::fill_n(out.as<float>(), own_n, 0.0F);
   for (int p = 0; p < context.size(); ++p) add_rows(reading.from(p), row_count(p), own_n, out.as<float>());
   operation.complete();
@@ -255,7 +259,8 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
 
   // First everybody's table, so that a disagreement is found by both ends before rows move.
   const Slices tables(ranks, Slice{0, table});
-  const Reading counts(communicator, operation, block, tables, tables);
+  Reading counts(communicator, operation, block, tables, tables);
+  counts.finish(communicator, operation);
   const auto rows_from_to = [&](std::size_t from, std::size_t to) {
     std::int64_t rows = 0;
     std::memcpy(&rows, counts.from(static_cast<int>(from)).data() + to * sizeof rows, sizeof rows);
@@ -276,7 +281,8 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
     gives[p] = {given, static_cast<std::size_t>(send_rows[p]) * row_bytes};
     given += gives[p].bytes;
   }
-  const Reading reading(communicator, operation, block, wants, gives);
+  Reading reading(communicator, operation, block, wants, gives);
+  reading.finish(communicator, operation);
   std::byte* to = out.bytes();
   for (std::size_t p = 0; p < ranks; ++p) {
     copy_into(to, reading.from(static_cast<int>(p)));

@@ -42,14 +42,31 @@ Outbox make_outbox(const Context& context, const Plan& plan, std::int64_t width,
   return Outbox(std::move(block), rows);
 }
 
-struct PendingCombine::State {
+struct PendingCombine::State final : InFlight {
+  State(const Context& c, const Plan& p, Outbox& y_, Tensor out_, ConstTensor residual_, const Signature& signature)
+      : context(c),
+        plan(p),
+        y(y_),
+        out(out_),
+        residual(residual_),
+        operation(c.communicator(), signature, c.timeout()) {}
+
+  void advance() override {
+    if (!results && operation.agreed()) read();
+  }
+  void read() {
+    const std::size_t row_bytes = at(out.size(1)) * size_of(out.dtype());
+    results.emplace(context.communicator(), operation, plan, y, row_bytes);
+  }
+
   Context context;
   Plan plan;
   Outbox& y;
-  const float* weights;
+  const float* weights = nullptr;
   Tensor out;
   ConstTensor residual;
-  Operation operation;
+  std::optional<Results> results;
+  Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
 
 PendingCombine::PendingCombine(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -65,8 +82,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
                                   .with("dtype", static_cast<std::int64_t>(dtype))
                                   .with("plan", static_cast<std::int64_t>(plan.id()))
                                   .with("weighted", weights.has_value());
-  std::unique_ptr<PendingCombine::State> state(new PendingCombine::State{
-      context, plan, y, nullptr, out, options.residual, {context.communicator(), signature, context.timeout()}});
+  auto state = std::make_unique<PendingCombine::State>(context, plan, y, out, options.residual, signature);
   state->operation.ready([&] {
     if (dtype != DType::f32 && dtype != DType::bf16)
       refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
@@ -76,6 +92,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
     if (weights) state->weights = weights->as<float>();
     return show_outbox(y, plan, state->operation);
   });
+  state->operation.keep_advancing(state.get());
   return PendingCombine(std::move(state));
 }
 
@@ -84,13 +101,13 @@ void PendingCombine::finish() {
   state->operation.meet();
   const Plan& plan = state->plan;
   const Tensor& out = state->out;
-  const std::size_t row_bytes = at(out.size(1)) * size_of(out.dtype());
-  const Results results(state->context.communicator(), state->operation, plan, state->y, row_bytes);
+  if (!state->results) state->read();
+  const void* const* slots = state->results->finish(state->context.communicator(), state->operation, plan);
   state->context.kernels().reduce({.tokens = plan.tokens(),
                                    .topk = plan.topk(),
                                    .width = out.size(1),
                                    .dtype = out.dtype(),
-                                   .slots = results.slots(),
+                                   .slots = slots,
                                    .weights = state->weights,
                                    .residual = state->residual.data(),
                                    .out = out.data()},
@@ -115,10 +132,11 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   });
   operation.meet();
   const std::size_t row_bytes = at(width) * sizeof(float);
-  const Results results(context.communicator(), operation, plan, values, row_bytes);
+  Results results(context.communicator(), operation, plan, values, row_bytes);
+  const void* const* slots = results.finish(context.communicator(), operation, plan);
   std::byte* to = out.bytes();
   for (std::int64_t i = 0; i < plan.tokens() * plan.topk(); ++i, to += row_bytes) {
-    if (const void* row = results.slots()[i]) {
+    if (const void* row = slots[i]) {
       std::memcpy(to, row, row_bytes);
     } else {
       std::memset(to, 0, row_bytes);

@@ -99,11 +99,10 @@ struct PendingDispatch::State final : InFlight {
   /// Gives every rank its rows. The nearest rank above comes first, so that ranks do not all write to the same one.
   void send() {
     sent = true;
-    std::vector<Message> messages;
     std::size_t staged = 0;
     for (int step = 1; step < communicator.size(); ++step) {
       const int peer = (communicator.rank() + step) % communicator.size();
-      if (!communicator.transport().mapped(peer)) staged += plan.sends(peer).size() * (row_bytes + tag_bytes);
+      if (!communicator.transport().mapped(peer)) staged += plan.sends(peer).size() * row_bytes;
     }
     staging.resize(staged);
     staged = 0;
@@ -112,11 +111,11 @@ struct PendingDispatch::State final : InFlight {
       if (communicator.transport().mapped(peer)) {
         write_to(peer);
       } else {
-        staged += post(peer, staging.data() + staged, messages);
+        staged += post(peer, staging.data() + staged);
       }
     }
     operation.done();
-    if (!messages.empty()) ticket = communicator.transport().start(messages);
+    transfers.start(communicator, operation);
   }
 
   void write_to(int peer) {
@@ -139,27 +138,21 @@ struct PendingDispatch::State final : InFlight {
     write_tags(plan, peer, tokens, weights, reinterpret_cast<SlotTag*>(block.data() + tags_begin + first * tag_bytes));
   }
 
-  /// Posts the messages to and from a rank that is not mapped; returns the bytes used of `stage`.
-  std::size_t post(int peer, std::byte* stage, std::vector<Message>& messages) {
-    const auto message = [&](Message::Kind kind, std::byte* data, std::size_t bytes) {
-      if (bytes > 0) messages.push_back({kind, peer, operation.sequence(), data, bytes});
-    };
+  /// Collects the transfers to and from a rank that is not mapped; returns the bytes used of `stage`.
+  std::size_t post(int peer, std::byte* stage) {
     const auto tokens = plan.sends(peer);
     copy_rows(stage, x.bytes(), tokens, row_bytes, Store::cached);
-    std::byte* tags = stage + tokens.size() * row_bytes;
+    transfers.send(peer, stage, tokens.size() * row_bytes);
     if (tag_bytes > 0) {
-      staged_tags.resize(tokens.size() * at(plan.topk()));
-      write_tags(plan, peer, tokens, weights, staged_tags.data());
-      if (!staged_tags.empty()) std::memcpy(tags, staged_tags.data(), staged_tags.size() * sizeof(SlotTag));
+      auto& tags = staged_tags.emplace_back(tokens.size() * at(plan.topk()));
+      write_tags(plan, peer, tokens, weights, tags.data());
+      transfers.send(peer, reinterpret_cast<const std::byte*>(tags.data()), tokens.size() * tag_bytes);
     }
-    message(Message::Kind::send, stage, tokens.size() * row_bytes);
-    message(Message::Kind::send, tags, tokens.size() * tag_bytes);
-
     const std::size_t first = at(plan.sources()[at(peer)]);
     const std::size_t count = at(plan.sources()[at(peer + 1)]) - first;
-    message(Message::Kind::receive, inbox->block.data() + first * row_bytes, count * row_bytes);
-    message(Message::Kind::receive, inbox->block.data() + tags_offset() + first * tag_bytes, count * tag_bytes);
-    return tokens.size() * (row_bytes + tag_bytes);
+    transfers.receive(peer, inbox->block.data() + first * row_bytes, count * row_bytes);
+    transfers.receive(peer, inbox->block.data() + tags_offset() + first * tag_bytes, count * tag_bytes);
+    return tokens.size() * row_bytes;
   }
 
   void await_rows() {
@@ -167,8 +160,7 @@ struct PendingDispatch::State final : InFlight {
       const bool expected = plan.sources()[at(peer + 1)] > plan.sources()[at(peer)];
       if (expected && communicator.transport().mapped(peer)) operation.await_done(peer, "its rows");
     }
-    if (ticket)
-      communicator.wait([&] { return communicator.transport().test(*ticket); }, operation.waiting(-1, "its rows"));
+    transfers.finish(communicator, operation, "its rows");
   }
 
   /// One packed [R, H]: each expert's rows together, rows of padding zero.
@@ -198,8 +190,8 @@ struct PendingDispatch::State final : InFlight {
   std::size_t row_bytes, tag_bytes;
   std::unique_ptr<Inbox::Data> inbox;
   std::vector<std::byte> staging;
-  std::vector<SlotTag> staged_tags;
-  std::optional<Transport::Ticket> ticket;
+  std::vector<std::vector<SlotTag>> staged_tags;
+  Transfers transfers;
   bool sent = false;
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };

@@ -195,7 +195,7 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
   return static_cast<int>(((expert + 1) * ranks - 1) / experts);
 }
 
-struct PendingPlan::State {
+struct PendingPlan::State final : InFlight {
   State(const Context& context, ConstTensor ids, const PlanOptions& options)
       : communicator(context.communicator()),
         operation(communicator,
@@ -205,10 +205,20 @@ struct PendingPlan::State {
                       .with("alignment", options.alignment),
                   context.timeout()) {}
 
+  void advance() override {
+    if (!reading && operation.agreed()) read();
+  }
+  void read() {
+    block.used_by(operation.sequence());
+    const std::vector<Slice> whole(at(plan->ranks), Slice{0, block.size()});
+    reading.emplace(communicator, operation, block, whole, whole);
+  }
+
   Communicator communicator;
   std::shared_ptr<Plan::Data> plan = std::make_shared<Plan::Data>();
   Block block;
-  Operation operation;
+  std::optional<Reading> reading;
+  Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
 
 PendingPlan::PendingPlan(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -228,6 +238,7 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
     count(ids, options, plan, counts, counts + options.experts);
     return show(state->block);
   });
+  state->operation.keep_advancing(state.get());
   return PendingPlan(std::move(state));
 }
 
@@ -235,14 +246,13 @@ Plan PendingPlan::finish() {
   const std::unique_ptr<State> state = std::move(state_);
   Operation& operation = state->operation;
   operation.meet();
-  state->block.used_by(operation.sequence());
+  if (!state->reading) state->read();
+  state->reading->finish(state->communicator, operation);
   Plan::Data& plan = *state->plan;
   const auto ranks = at(plan.ranks);
   plan.counts.resize(ranks * at(plan.experts));
   std::vector<std::int32_t> unique(ranks * ranks);
-  const std::vector<Slice> whole(ranks, Slice{0, state->block.size()});
-  const Reading reading(state->communicator, operation, state->block, whole, whole);
-  for (int s = 0; s < plan.ranks; ++s) take_counts(state->communicator, s, reading.from(s), plan, unique);
+  for (int s = 0; s < plan.ranks; ++s) take_counts(state->communicator, s, state->reading->from(s), plan, unique);
   operation.complete();
   derive_offsets(plan, unique);
   place_slots(plan);

@@ -6,21 +6,29 @@
 
 #include <expar/dispatch.h>
 
+#include "src/util/shown.h"
+
 namespace expar {
 
 /// The results [T, K] that this rank reads in one operation, in which every rank shows its outbox.
 class Results {
  public:
-  /// After meet(). Rows are `row_bytes` long. Collective where ranks are not mapped.
+  /// Once all have agreed. Rows are `row_bytes` long. Posts the transfers with ranks that are not mapped.
   Results(const Communicator& communicator, const Operation& operation, const Plan& plan, const Outbox& own,
           std::size_t row_bytes);
 
-  /// [T, K] first byte of each result; null where the slot is not routed.
-  const void* const* slots() const { return slots_.data(); }
+  /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
+  const void* const* finish(const Communicator& communicator, const Operation& operation, const Plan& plan);
 
  private:
+  void exchange(const Communicator& communicator, const Operation& operation, const Plan& plan);
+
+  const Outbox& own_;
+  std::size_t row_bytes_;
   std::vector<const void*> slots_;
-  std::vector<std::byte> received_;
+  std::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
+  std::vector<std::byte> staging_, received_;
+  Transfers transfers_;
 };
 
 }  // namespace expar

@@ -29,6 +29,28 @@ std::span<std::byte> shown_block(const Communicator& communicator, const Operati
   return segment.subspan(offset, bytes);
 }
 
+void Transfers::send(int peer, const std::byte* data, std::size_t bytes) {
+  if (bytes > 0) messages_[peer].push_back({Message::Kind::send, peer, 0, const_cast<std::byte*>(data), bytes});
+}
+
+void Transfers::receive(int peer, std::byte* data, std::size_t bytes) {
+  if (bytes > 0) messages_[peer].push_back({Message::Kind::receive, peer, 0, data, bytes});
+}
+
+void Transfers::start(const Communicator& communicator, const Operation& operation) {
+  for (auto& [peer, messages] : messages_) {
+    for (Message& message : messages) message.tag = operation.sequence();
+    tickets_[peer] = communicator.transport().start(messages);
+  }
+}
+
+void Transfers::finish(const Communicator& communicator, const Operation& operation, std::string_view what) {
+  for (const auto& [peer, ticket] : tickets_) {
+    communicator.wait([&, posted = ticket] { return communicator.transport().test(posted); },
+                      operation.waiting(peer, what));
+  }
+}
+
 Reading::Reading(const Communicator& communicator, const Operation& operation, const Block& mine,
                  std::span<const Slice> wants, std::span<const Slice> gives) {
   auto& transport = communicator.transport();
@@ -57,24 +79,22 @@ Reading::Reading(const Communicator& communicator, const Operation& operation, c
   }
 
   received_.resize(room);
-  std::vector<Message> messages;
   std::size_t next = 0;
   for (std::size_t p = 0; p < ranks; ++p) {
     const int peer = static_cast<int>(p);
     if (peer == self || transport.mapped(peer)) continue;
     if (wants[p].bytes > 0) {
       parts_[p] = {received_.data() + next, wants[p].bytes};
-      messages.push_back({Message::Kind::receive, peer, operation.sequence(), received_.data() + next, wants[p].bytes});
+      transfers_.receive(peer, received_.data() + next, wants[p].bytes);
       next += padded(wants[p].bytes);
     }
-    if (gives[p].bytes > 0) {
-      messages.push_back(
-          {Message::Kind::send, peer, operation.sequence(), mine.data() + gives[p].offset, gives[p].bytes});
-    }
+    transfers_.send(peer, mine.data() + gives[p].offset, gives[p].bytes);
   }
-  if (messages.empty()) return;
-  const auto ticket = transport.start(messages);
-  communicator.wait([&] { return transport.test(ticket); }, operation.waiting(-1, "its part"));
+  transfers_.start(communicator, operation);
+}
+
+void Reading::finish(const Communicator& communicator, const Operation& operation) {
+  transfers_.finish(communicator, operation, "its part");
 }
 
 }  // namespace expar

@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include <expar/communicator.h>
@@ -25,20 +27,39 @@ struct Slice {
   std::size_t bytes = 0;
 };
 
-/// One rank's reading of the others' blocks, after meet(). The blocks are valid until the operation is complete.
+/// Transfers with ranks that are not mapped, one ticket for each of them, so that a late one can be named.
+class Transfers {
+ public:
+  void send(int peer, const std::byte* data, std::size_t bytes);
+  void receive(int peer, std::byte* data, std::size_t bytes);
+  /// Posts what was collected. Nothing happens where nothing was.
+  void start(const Communicator& communicator, const Operation& operation);
+  /// Waits for all of it; `what` completes "rank 3 is late: ...".
+  void finish(const Communicator& communicator, const Operation& operation, std::string_view what);
+
+ private:
+  std::map<int, std::vector<Message>> messages_;  // by peer
+  std::map<int, Transport::Ticket> tickets_;
+};
+
+/// One rank's reading of the others' blocks. The blocks are valid until the operation is complete.
 class Reading {
  public:
-  /// Reads wants[p] of the block of every rank p, and serves gives[p] of `mine` to those that cannot address it.
-  /// What p wants of mine and what I give it are the same slice, each end knowing its own.
+  /// Once all have agreed: reads wants[p] of the block of every rank p, and serves gives[p] of `mine` to those that
+  /// cannot address it. What p wants of mine and what I give it are the same slice, each end knowing its own.
   Reading(const Communicator& communicator, const Operation& operation, const Block& mine, std::span<const Slice> wants,
           std::span<const Slice> gives);
 
-  /// wants[peer] of `peer`'s block.
+  /// Waits until everything is there, and everything given is gone.
+  void finish(const Communicator& communicator, const Operation& operation);
+
+  /// wants[peer] of `peer`'s block; valid after finish().
   std::span<const std::byte> from(int peer) const { return parts_[static_cast<std::size_t>(peer)]; }
 
  private:
   std::vector<std::span<const std::byte>> parts_;
   std::vector<std::byte> received_;
+  Transfers transfers_;
 };
 
 }  // namespace expar
