@@ -1,0 +1,39 @@
+// Gives each rank of a test its communicator.
+#include <exception>
+#include <thread>
+
+#include "tests/multirank/processes.h"
+#include "transports/threads/threads.h"
+
+namespace expar::test {
+namespace {
+
+// Runs one rank; what it throws reaches the others before its communicator goes.
+void run_rank(const Communicator& communicator, const std::function<void(Communicator)>& rank_main) {
+  try {
+    rank_main(communicator);
+  } catch (const Error& error) {
+    communicator.transport().abort(error);
+    throw;
+  } catch (const std::exception& error) {
+    throw communicator.transport().abort(Error(ErrorCode::internal, error.what(), {communicator.rank(), -1, {}}));
+  }
+}
+
+}  // namespace
+
+std::vector<Outcome> run_communicators(const RankSetup& setup, const std::function<void(Communicator)>& rank_main) {
+  const threads::ThreadsJob job(setup.ranks, setup.mapping);
+  std::vector<Outcome> outcomes(static_cast<std::size_t>(setup.ranks));
+  std::vector<std::thread> running;
+  for (int rank = 0; rank < setup.ranks; ++rank) {
+    running.emplace_back([&, rank] {
+      outcomes[static_cast<std::size_t>(rank)] =
+          end_of([&] { run_rank(Communicator(job.transport(rank), {setup.timeout}), rank_main); });
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+  return outcomes;
+}
+
+}  // namespace expar::test
