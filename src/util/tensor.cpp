@@ -1,6 +1,7 @@
 // Element types, shapes, views and the owning array.
 #include <expar/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 
@@ -223,5 +224,17 @@ Array::Array(DType dtype, Shape shape) {
 }
 
 void Array::Free::operator()(std::byte* memory) const { ::operator delete(memory, kAlignment); }
+
+Tensor Buffer::view(DType dtype, Shape shape) {
+  const std::size_t bytes = static_cast<std::size_t>(shape.elements()) * size_of(dtype);
+  const std::size_t have = memory_.view().absent() ? 0 : memory_.view().byte_size();
+  if (!memory_ || bytes > have) {
+    // Half as much again, so that sizes which creep upwards from call to call soon stop allocating.
+    const std::size_t room = have == 0 ? bytes : std::max(bytes, have + have / 2);
+    memory_ = {};
+    memory_ = Array(DType::int8, {static_cast<std::int64_t>(room)});
+  }
+  return {memory_.view().data(), dtype, shape};
+}
 
 }  // namespace expar

@@ -185,6 +185,27 @@ TEST(Array, is_aligned_and_zeroed) {
   EXPECT_FALSE(Array());
 }
 
+TEST(Buffer, grows_when_it_must_and_keeps_its_memory) {
+  Buffer buffer;
+  const Tensor small = buffer.view(DType::f32, {4, 5});
+  EXPECT_EQ(small.shape(), (Shape{4, 5}));
+  EXPECT_EQ(small.dtype(), DType::f32);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(small.data()) % 64, 0u);
+  EXPECT_EQ(buffer.view(DType::bf16, {40}).data(), small.data());
+  EXPECT_EQ(buffer.view(DType::int64, {3}).data(), small.data());
+
+  const Tensor large = buffer.view(DType::int64, {11});  // 88 bytes where there were 80: takes room for 120
+  for (int i = 0; i < 11; ++i) large.as<std::int64_t>()[i] = i;
+  EXPECT_EQ(buffer.view(DType::int8, {120}).data(), large.data());
+  EXPECT_EQ(buffer.view(DType::f32, {2}).data(), large.data());
+}
+
+TEST(Buffer, has_room_for_nothing) {
+  Buffer buffer;
+  EXPECT_FALSE(buffer.view(DType::f32, {0, 3}).absent());
+  EXPECT_EQ(buffer.view(DType::f32, {0, 3}).elements(), 0);
+}
+
 TEST(Error, says_which_rank_did_what) {
   const Error e(ErrorCode::timeout, "rank 1 did not arrive",
                 {.rank = 3, .peer = 1, .operation = "dispatch"});
