@@ -1,17 +1,88 @@
 // The one place that knows transports and backends by name.
 #include <expar/registry.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "backends/reference/reference.h"
 #include "transports/threads/threads.h"
 
 namespace expar {
 
+namespace {
+
+struct Backend {
+  std::string_view name;
+  std::vector<const Kernels*> tables;  // best first
+};
+
+std::vector<Backend> backends() { return {{"reference", {&reference_kernels()}}}; }
+
+std::string list(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+/// `table` with its empty entries taken from `other`.
+Kernels filled(Kernels table, const Kernels& other) {
+  const auto fill = [](auto& entry, const auto& instead) {
+    if (entry == nullptr) entry = instead;
+  };
+  fill(table.gemm_nt, other.gemm_nt);
+  fill(table.gemm_nn, other.gemm_nn);
+  fill(table.gemm_tn, other.gemm_tn);
+  fill(table.activate, other.activate);
+  fill(table.activate_grad, other.activate_grad);
+  fill(table.gather, other.gather);
+  fill(table.reduce, other.reduce);
+  fill(table.softmax_topk, other.softmax_topk);
+  fill(table.adamw, other.adamw);
+  if (table.pack == nullptr) {  // a packed layout belongs to the GEMM that reads it
+    table.packed_bytes = other.packed_bytes;
+    table.pack = other.pack;
+  }
+  return table;
+}
+
+}  // namespace
+
 std::vector<std::string> available_transports() { return {"threads"}; }
+
+std::vector<std::string> available_backends() {
+  std::vector<std::string> names;
+  for (const Backend& backend : backends()) names.emplace_back(backend.name);
+  return names;
+}
+
+std::vector<std::string> available_isas(std::string_view wanted) {
+  std::vector<std::string> names;
+  for (const Backend& backend : backends()) {
+    if (backend.name != wanted) continue;
+    for (const Kernels* table : backend.tables) names.emplace_back(table->isa);
+  }
+  return names;
+}
+
+Kernels find_kernels(std::string_view wanted, std::string_view isa) {
+  const char* forced = std::getenv("EXPAR_ISA");
+  const std::string_view wanted_isa = isa.empty() && forced != nullptr ? forced : isa;
+  for (const Backend& backend : backends()) {
+    if (backend.name != wanted) continue;
+    for (const Kernels* table : backend.tables) {
+      if (wanted_isa.empty() || table->isa == wanted_isa) return filled(*table, reference_kernels());
+    }
+    throw Error(ErrorCode::unsupported, "backend \"" + std::string(wanted) + "\" has no instruction set \"" +
+                                            std::string(wanted_isa) + "\" here; it has " + list(available_isas(wanted)));
+  }
+  throw Error(ErrorCode::unsupported, "there is no backend \"" + std::string(wanted) + "\" in this build; there are " +
+                                          list(available_backends()));
+}
 
 namespace {
 

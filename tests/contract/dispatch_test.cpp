@@ -1,0 +1,245 @@
+// What plan, dispatch and combine promise, on every way of connecting ranks.
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include <expar/dispatch.h>
+
+#include "tests/contract/routes.h"
+#include "tests/contract/ways.h"
+
+namespace expar::test {
+namespace {
+
+/// This rank's share of a workload.
+struct Share {
+  Share(const Workload& w, int rank, DType dtype)
+      : ids(w.ids(rank)),
+        x(dtype, Shape{w.tokens[static_cast<std::size_t>(rank)], w.hidden}),
+        weights(DType::f32, Shape{x.view().size(0), w.topk}),
+        out(dtype, x.view().shape()) {
+    for (std::int64_t t = 0; t < x.view().size(0); ++t) {
+      for (std::int64_t h = 0; h < w.hidden; ++h) set(t * w.hidden + h, w.x(rank, t, h));
+      for (std::int64_t k = 0; k < w.topk; ++k) weights.as<float>()[t * w.topk + k] = w.weight(rank, t, k);
+    }
+  }
+  void set(std::int64_t i, float value) {
+    if (x.view().dtype() == DType::f32) {
+      x.as<float>()[i] = value;
+    } else {
+      x.as<bf16>()[i] = bf16(value);
+    }
+  }
+  ConstTensor id_tensor(const Workload& w) const { return {ids.data(), Shape{x.view().size(0), w.topk}}; }
+
+  std::vector<std::int32_t> ids;
+  Array x, weights, out;
+};
+
+float value(const ConstTensor& tensor, std::int64_t i) {
+  return tensor.dtype() == DType::f32 ? tensor.as<float>()[i] : static_cast<float>(tensor.as<bf16>()[i]);
+}
+
+/// One entry of the global order of an expert's rows.
+struct Expected {
+  int source;
+  std::int64_t token, slot;
+};
+
+std::vector<Expected> rows_of_expert(const Workload& w, std::int64_t expert) {
+  std::vector<Expected> rows;
+  for (int s = 0; s < w.ranks; ++s) {
+    const auto ids = w.ids(s);
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const auto slot = static_cast<std::int64_t>(i);
+      if (ids[i] == expert) rows.push_back({s, slot / w.topk, slot % w.topk});
+    }
+  }
+  return rows;
+}
+
+/// Row i of the inbox's list, as bytes.
+const std::byte* row_bytes(const Inbox& inbox, std::int64_t i) {
+  const Rows rows = inbox.gathered();
+  const RowRef ref = rows.refs[i];
+  return static_cast<const std::byte*>(rows.base[ref.base]) +
+         static_cast<std::size_t>(ref.row * rows.width) * size_of(rows.dtype);
+}
+
+/// Each local expert sees exactly its rows, in (source rank, token, slot) order, with their weights.
+void check_rows(const Workload& w, const Inbox& inbox) {
+  const Plan& plan = inbox.plan();
+  const ExpertRange local = plan.local();
+  for (std::int64_t e = 0; e < local.count; ++e) {
+    const auto expected = rows_of_expert(w, local.first + e);
+    require_equal(plan.rows()[static_cast<std::size_t>(e)], static_cast<std::int64_t>(expected.size()),
+                  "rows of an expert");
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      const std::int64_t position = plan.offsets()[static_cast<std::size_t>(e)] + static_cast<std::int64_t>(i);
+      const auto& [source, token, slot] = expected[i];
+      require_equal(inbox.refs()[static_cast<std::size_t>(position)].weight, w.weight(source, token, slot), "a weight");
+      const ConstTensor row(row_bytes(inbox, position), inbox.rows().dtype(), Shape{w.hidden});
+      for (std::int64_t h = 0; h < w.hidden; ++h) require_equal(value(row, h), w.x(source, token, h), "an element");
+    }
+  }
+}
+
+/// Experts that multiply by one more than their number.
+void fill(const Inbox& inbox, Outbox& y) {
+  const Plan& plan = inbox.plan();
+  const std::int64_t width = y.rows().size(1);
+  for (std::int64_t e = 0; e < plan.local().count; ++e) {
+    for (std::int64_t r = 0; r < plan.rows()[static_cast<std::size_t>(e)]; ++r) {
+      const std::int64_t i = plan.offsets()[static_cast<std::size_t>(e)] + r;
+      const ConstTensor row(row_bytes(inbox, i), y.rows().dtype(), Shape{width});
+      for (std::int64_t h = 0; h < width; ++h) {
+        const float result = value(row, h) * static_cast<float>(plan.local().first + e + 1);
+        if (y.rows().dtype() == DType::f32) {
+          y.rows().as<float>()[i * width + h] = result;
+        } else {
+          y.rows().as<bf16>()[i * width + h] = bf16(result);
+        }
+      }
+    }
+  }
+}
+
+void check_out(const Workload& w, const Share& share, int rank, bool weighted) {
+  const bool low = share.x.view().dtype() == DType::bf16;
+  for (std::int64_t t = 0; t < share.x.view().size(0); ++t) {
+    for (std::int64_t h = 0; h < w.hidden; ++h) {
+      float sum = 0;
+      for (std::int64_t k = 0; k < w.topk; ++k) {
+        const std::int32_t e = share.ids[static_cast<std::size_t>(t * w.topk + k)];
+        if (e < 0) continue;
+        const float y = w.x(rank, t, h) * static_cast<float>(e + 1);
+        sum += (low ? static_cast<float>(bf16(y)) : y) * (weighted ? w.weight(rank, t, k) : 1.0F);
+      }
+      require_equal(value(share.out, t * w.hidden + h), low ? static_cast<float>(bf16(sum)) : sum,
+                    "a combined element");
+    }
+  }
+}
+
+void round_trip(const Context& context, const Workload& w, DType dtype, Layout layout) {
+  Share share(w, context.rank(), dtype);
+  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+  const Inbox inbox = dispatch(context, share.x, share.weights, plan, {.layout = layout});
+  check_rows(w, inbox);
+  if (layout == Layout::expert_major && plan.received() * w.hidden > 0) {
+    for (std::int64_t i = 0; i < plan.received(); ++i) {
+      const std::size_t bytes = static_cast<std::size_t>(w.hidden) * size_of(dtype);
+      require(
+          std::memcmp(inbox.packed().bytes() + static_cast<std::size_t>(i) * bytes, row_bytes(inbox, i), bytes) == 0,
+          "a packed row");
+    }
+  }
+  Outbox y = make_outbox(context, plan, w.hidden, dtype);
+  fill(inbox, y);
+  combine(context, plan, y, ConstTensor(share.weights), share.out);
+  check_out(w, share, context.rank(), true);
+  combine(context, plan, y, unweighted, share.out);
+  check_out(w, share, context.rank(), false);
+
+  // The same rows again with the lists of the first time.
+  const Inbox again = dispatch(context, share.x, {}, plan, {.lists_of = &inbox});
+  check_rows(w, again);
+}
+
+class EveryWay : public testing::TestWithParam<Way> {};
+
+TEST_P(EveryWay, carries_each_row_to_its_expert_and_its_result_home) {
+  run(GetParam(), [](const Context& context) {
+    for (const Workload& w : workloads(context.size())) {
+      try {
+        round_trip(context, w, DType::f32, Layout::indexed);
+        round_trip(context, w, DType::bf16, Layout::expert_major);
+      } catch (const std::runtime_error& error) {
+        throw std::runtime_error(w.name + ": " + error.what());
+      }
+    }
+  });
+}
+
+TEST_P(EveryWay, finishes_split_phases_in_any_order) {
+  run(GetParam(), [](const Context& context) {
+    const Workload w = workloads(context.size())[2];
+    Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
+    for (int round = 0; round < 40; ++round) {  // more operations than there are slots
+      const Plan plan = make_plan(context, a.id_tensor(w), {.experts = w.experts});
+      auto first = start_dispatch(context, a.x, a.weights, plan);
+      auto second = start_dispatch(context, b.x, b.weights, plan);
+      const bool swap = (context.rank() + round) % 2 == 0;
+      Inbox one = (swap ? second : first).finish();
+      Inbox two = (swap ? first : second).finish();
+      check_rows(w, one);
+      check_rows(w, two);
+      Outbox y = make_outbox(context, plan, w.hidden, DType::f32), z = make_outbox(context, plan, w.hidden, DType::f32);
+      fill(one, y);
+      fill(two, z);
+      auto third = start_combine(context, plan, y, ConstTensor(a.weights), a.out);
+      auto fourth = start_combine(context, plan, z, unweighted, b.out);
+      (swap ? fourth : third).finish();
+      (swap ? third : fourth).finish();
+      check_out(w, a, context.rank(), true);
+      check_out(w, b, context.rank(), false);
+    }
+  });
+}
+
+TEST_P(EveryWay, keeps_inboxes_alive_in_any_number_and_order) {
+  run(GetParam(), [](const Context& context) {
+    const Workload w = workloads(context.size())[2];
+    Share share(w, context.rank(), DType::f32);
+    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+    std::vector<Inbox> alive;
+    for (int round = 0; round < 100; ++round) {
+      alive.push_back(dispatch(context, share.x, share.weights, plan));
+      // Each rank lets go of another one.
+      if (alive.size() > 5) alive.erase(alive.begin() + (round * 3 + context.rank()) % 6);
+    }
+    for (const Inbox& inbox : alive) check_rows(w, inbox);
+    const std::size_t settled = context.communicator().arena().capacity();
+    for (int round = 0; round < 200; ++round) check_rows(w, dispatch(context, share.x, share.weights, plan));
+    require_equal(context.communicator().arena().capacity(), settled, "bytes of the arena after it settled");
+  });
+}
+
+TEST_P(EveryWay, brings_one_value_per_slot_home) {
+  run(GetParam(), [](const Context& context) {
+    for (const Workload& w : workloads(context.size())) {
+      Share share(w, context.rank(), DType::f32);
+      const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+      const Inbox inbox = dispatch(context, share.x, share.weights, plan);
+      Outbox values = make_outbox(context, plan, 1, DType::f32);
+      for (std::int64_t i = 0; i < plan.received(); ++i)
+        values.rows().as<float>()[i] = inbox.refs()[static_cast<std::size_t>(i)].weight;
+      Array out(DType::f32, Shape{plan.tokens(), w.topk, 1});
+      fetch_slots(context, plan, values, out);
+      for (std::int64_t i = 0; i < plan.tokens() * w.topk; ++i) {
+        const bool routed = share.ids[static_cast<std::size_t>(i)] >= 0;
+        require_equal(out.as<float>()[i], routed ? share.weights.as<float>()[i] : 0.0F, "a fetched value");
+      }
+    }
+  });
+}
+
+TEST_P(EveryWay, aligns_the_rows_of_each_expert) {
+  run(GetParam(), [](const Context& context) {
+    const Workload w = workloads(context.size())[2];
+    Share share(w, context.rank(), DType::f32);
+    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .alignment = 16});
+    for (const std::int64_t offset : plan.offsets()) require_equal(offset % 16, 0, "remainder of an offset");
+    const Inbox inbox = dispatch(context, share.x, share.weights, plan, {.layout = Layout::expert_major});
+    check_rows(w, inbox);
+    Outbox y = make_outbox(context, plan, w.hidden, DType::f32);
+    fill(inbox, y);
+    combine(context, plan, y, ConstTensor(share.weights), share.out);
+    check_out(w, share, context.rank(), true);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Dispatch, EveryWay, testing::ValuesIn(every_way()), way_name);
+
+}  // namespace
+}  // namespace expar::test

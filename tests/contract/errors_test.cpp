@@ -1,0 +1,142 @@
+// Errors of one rank reach all ranks as the same error, and those found before bytes move do no harm.
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include <expar/collectives.h>
+#include <expar/dispatch.h>
+
+#include "tests/contract/routes.h"
+#include "tests/contract/ways.h"
+
+namespace expar::test {
+namespace {
+
+class EveryWay : public testing::TestWithParam<Way> {};
+
+Error error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  throw std::runtime_error("nothing was thrown");
+}
+
+TEST_P(EveryWay, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
+  run(GetParam(), [](const Context& context) {
+    const int bad = context.size() - 1;
+    for (const std::int32_t wrong : {64, -2}) {
+      std::vector<std::int32_t> ids(40, 1);
+      if (context.rank() == bad) ids[35] = wrong;
+      const ConstTensor tensor(ids.data(), Shape{20, 2});
+      const Error error = error_of([&] { make_plan(context, tensor, {.experts = 64}); });
+      require(error.code() == ErrorCode::bad_argument, error.what());
+      require_equal(error.rank(), bad, "rank of the error");
+      const std::string text = wrong < 0 ? "ids[17,1] = -2 is below -1" : "ids[17,1] = 64 is not below num_experts 64";
+      require(error.message() == text, "message: " + error.message());
+      barrier(context);
+    }
+  });
+}
+
+TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
+  if (GetParam().ranks == 1) return;  // nobody to disagree with
+  run(GetParam(), [](const Context& context) {
+    const int odd = context.size() / 2;
+    const bool mine = context.rank() == odd;
+    const auto check = [&](const Error& error, const std::string& part) {
+      require(error.code() == ErrorCode::mismatch, error.what());
+      require_equal(error.rank(), odd, "rank of the error");
+      require(error.message().find(part) != std::string::npos, "message: " + error.message());
+      barrier(context);  // still usable
+    };
+    // Another operation.
+    std::vector<float> data(8);
+    check(error_of([&] { mine ? broadcast(context, Tensor(data.data(), Shape{8}), 0) : barrier(context); }),
+          "runs broadcast");
+    // Another shape.
+    check(error_of([&] { broadcast(context, Tensor(data.data(), Shape{mine ? 4 : 8}), 0); }), "bytes 16");
+    // Another dtype, hidden size, K.
+    std::vector<std::int32_t> ids(8, 0);
+    check(error_of([&] {
+            make_plan(context, ConstTensor(ids.data(), mine ? Shape{2, 4} : Shape{4, 2}), {.experts = 4});
+          }),
+          "topk 4");
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
+    const Array wide(DType::f32, Shape{4, 16}), narrow(DType::f32, Shape{4, 8}), low(DType::bf16, Shape{4, 16});
+    check(error_of([&] { dispatch(context, mine ? narrow : wide, {}, plan); }), "hidden 8");
+    check(error_of([&] { dispatch(context, mine ? low : wide, {}, plan); }), "dtype");
+  });
+}
+
+TEST_P(EveryWay, names_the_rank_that_is_late) {
+  if (GetParam().ranks == 1) return;
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    const Context patient = context.with_timeout(std::chrono::milliseconds(300));
+    barrier(context);
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(1200));
+    barrier(patient);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
+  EXPECT_EQ(error.peer(), 1) << error.what();
+  EXPECT_EQ(error.operation(), "barrier");
+}
+
+TEST_P(EveryWay, stays_dead_after_a_timeout) {
+  if (GetParam().ranks == 1) return;
+  run_all(GetParam(), [](const Context& context) {
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    const Error first = error_of([&] { barrier(context.with_timeout(std::chrono::milliseconds(100))); });
+    const auto begin = Clock::now();
+    const Error second = error_of([&] { barrier(context); });
+    EXPECT_EQ(std::string(first.what()), second.what());
+    EXPECT_LT(Clock::now() - begin, std::chrono::milliseconds(50));
+  });
+}
+
+TEST_P(EveryWay, carries_a_users_own_message_to_every_rank) {
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    barrier(context);
+    if (context.rank() == context.size() - 1) context.communicator().abort("the file of weights is gone");
+    barrier(context);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::internal);
+  EXPECT_EQ(error.rank(), GetParam().ranks - 1);
+  EXPECT_EQ(error.message(), "the file of weights is gone");
+}
+
+TEST_P(EveryWay, makes_a_foreign_exception_of_one_rank_the_cause_on_all) {
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    barrier(context);
+    if (context.rank() == 0) throw std::runtime_error("out of luck");
+    barrier(context);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::internal) << error.what();
+  EXPECT_EQ(error.message(), "out of luck");
+}
+
+TEST_P(EveryWay, ends_the_job_when_an_operation_is_dropped_half_way) {
+  if (GetParam().ranks == 1) return;
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    std::vector<std::int32_t> ids(8, 0);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
+    const Array x(DType::f32, Shape{4, 16});
+    auto pending = start_dispatch(context, x, {}, plan);
+    if (context.rank() == 0) {
+      const PendingDispatch dropped = std::move(pending);
+      return;
+    }
+    pending.finish();
+    barrier(context);
+  });
+  for (std::size_t r = 1; r < ends.size(); ++r) EXPECT_TRUE(ends[r].error) << "rank " << r;
+}
+
+INSTANTIATE_TEST_SUITE_P(Errors, EveryWay, testing::ValuesIn(every_way()), way_name);
+
+}  // namespace
+}  // namespace expar::test
