@@ -67,33 +67,34 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan, std::i
   plan.ids.assign(ids.as<std::int32_t>(), ids.as<std::int32_t>() + ids.elements());
 
   const int ranks = plan.ranks;
-  std::vector<std::int32_t> owner(at(plan.experts));
+  // A slot that is not routed counts for expert E, which this rank itself owns: no branch to mispredict.
+  const auto unrouted = static_cast<std::int32_t>(plan.experts);
+  std::vector<std::int32_t> owner(at(plan.experts) + 1, plan.rank);
   for (std::int64_t e = 0; e < plan.experts; ++e) owner[at(e)] = owner_of(e, ranks, plan.experts);
-
-  std::fill_n(expert_counts, plan.experts, 0);
-  std::fill_n(unique_counts, ranks, 0);
-  std::vector<std::int32_t> last(at(ranks), -1);    // the token last sent to a rank
-  std::vector<std::int32_t> destination, token_of;  // in token order
-  destination.reserve(plan.ids.size());
-  token_of.reserve(plan.ids.size());
+  std::vector<std::int32_t> rows(at(plan.experts) + 1, 0);
+  std::vector<std::int32_t> last(at(ranks), -1);  // the token last seen to need a rank
+  std::vector<std::int32_t> destination(plan.ids.size() + 1), token_of(plan.ids.size() + 1);  // in token order
+  std::size_t sends = 0;
   const std::int32_t* id = plan.ids.data();
   for (std::int32_t t = 0; t < plan.tokens; ++t) {
     for (std::int64_t k = 0; k < plan.topk; ++k, ++id) {
-      if (*id < 0) continue;
-      ++expert_counts[*id];
-      const std::int32_t rank = owner[at(*id)];
-      if (rank == plan.rank || last[at(rank)] == t) continue;
+      const std::int32_t expert = *id < 0 ? unrouted : *id;
+      const std::int32_t rank = owner[at(expert)];
+      ++rows[at(expert)];
+      destination[sends] = rank;
+      token_of[sends] = t;
+      sends += static_cast<std::size_t>(rank != plan.rank) & static_cast<std::size_t>(last[at(rank)] != t);
       last[at(rank)] = t;
-      ++unique_counts[rank];
-      destination.push_back(rank);
-      token_of.push_back(t);
     }
   }
+  std::copy_n(rows.begin(), plan.experts, expert_counts);
+  std::fill_n(unique_counts, ranks, 0);
+  for (std::size_t i = 0; i < sends; ++i) ++unique_counts[destination[i]];
   plan.send_begin.assign(at(ranks) + 1, 0);
   for (int d = 0; d < ranks; ++d) plan.send_begin[at(d + 1)] = plan.send_begin[at(d)] + unique_counts[d];
   std::vector<std::int64_t> next(plan.send_begin.begin(), plan.send_begin.end() - 1);
-  plan.send_tokens.resize(destination.size());
-  for (std::size_t i = 0; i < destination.size(); ++i) plan.send_tokens[at(next[at(destination[i])]++)] = token_of[i];
+  plan.send_tokens.resize(sends);
+  for (std::size_t i = 0; i < sends; ++i) plan.send_tokens[at(next[at(destination[i])]++)] = token_of[i];
 }
 
 /// Reads what rank `source` says of its rows; a rank can send no more rows to a rank than it has slots there.
