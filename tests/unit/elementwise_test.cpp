@@ -13,12 +13,10 @@ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double normal_integral(double x) { return std::erfc(-x / std::sqrt(2.0)) / 2; }
 double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
 
-// ---- Activations
-// ---------------------------------------------------------------------------------
+// ---- Activations ---------------------------------------------------------------------------------
 
 struct ActivationProblem {
-  ActivationProblem(Activation act_, DType dtype_, std::int64_t rows_, std::int64_t inner_,
-                    float range = 12)
+  ActivationProblem(Activation act_, DType dtype_, std::int64_t rows_, std::int64_t inner_, float range = 12)
       : act(act_),
         dtype(dtype_),
         rows(rows_),
@@ -54,8 +52,7 @@ void for_activations(const std::function<void(const ActivationProblem&)>& body) 
   }
 }
 
-// About sixteen roundings of f32, and those of the exponent x^2 / 2 of GELU's tail, two of them
-// before it is squared.
+// About sixteen roundings of f32, and those of the exponent x^2 / 2 of GELU's tail, two of them before it is squared.
 double relative(double x) { return (16 + 2 * x * x) * kEpsF32; }
 // A sigmoid or an exponential flushed to zero takes with it what it would have been multiplied by.
 double flushed(double x, double y) { return kFlushed * (1 + std::abs(x)) * (1 + std::abs(y)); }
@@ -72,8 +69,7 @@ TEST_P(Activations, are_their_formulas) {
       const double x = p.pre[row * p.columns + f];
       const double up = gated(p.act) ? p.pre[row * p.columns + p.inner + f] : 1;
       const double wanted = x * (gated(p.act) ? sigmoid(x) * up : normal_integral(x));
-      worst.see(at, h[at], wanted,
-                (relative(x) + rounding(p.dtype)) * std::abs(wanted) + flushed(x, up));
+      worst.see(at, h[at], wanted, (relative(x) + rounding(p.dtype)) * std::abs(wanted) + flushed(x, up));
     }
     EXPECT_TRUE(worst.good()) << worst << " in " << static_cast<int>(p.act) << " " << name(p.dtype);
   });
@@ -89,8 +85,7 @@ TEST_P(Activations, have_the_gradients_of_their_formulas) {
       const double x = p.pre[at], dh = p.dh[i];
       const auto see = [&](std::int64_t where, double wanted, double magnitude) {
         worst.see(where, dpre[where], wanted,
-                  relative(x) * std::abs(dh) * magnitude + rounding(p.dtype) * std::abs(wanted) +
-                      flushed(x, 100));
+                  relative(x) * std::abs(dh) * magnitude + rounding(p.dtype) * std::abs(wanted) + flushed(x, 100));
       };
       if (p.act == Activation::swiglu) {
         const double s = sigmoid(x), up = p.pre[at + p.inner];
@@ -119,29 +114,21 @@ TEST_P(Activations, have_the_gradients_that_finite_differences_find) {
       p.pre.set(at, x - kStep);
       const float below = p.forward(kernels(), pool)[i];
       p.pre.set(at, x);
-      // The third derivative times step^2 / 6, and the f32 roundings of values below 16 divided by
-      // the step.
-      EXPECT_NEAR(dpre[at], p.dh[i] * (above - below) / (2 * kStep),
-                  4 * 0x1p-14 + 16 * 16 * kEpsF32 / kStep);
+      // The third derivative times step^2 / 6, and the f32 roundings of values below 16 divided by the step.
+      EXPECT_NEAR(dpre[at], p.dh[i] * (above - below) / (2 * kStep), 4 * 0x1p-14 + 16 * 16 * kEpsF32 / kStep);
     }
   }
 }
 
-// ---- Gather and reduce
-// ---------------------------------------------------------------------------
+// ---- Gather and reduce ---------------------------------------------------------------------------
 
 struct GatherProblem {
   GatherProblem(DType dtype_, std::int64_t count_, std::int64_t width_)
-      : dtype(dtype_),
-        count(count_),
-        width(width_),
-        other(Operand::random(dtype_, count_ * width_, 23)) {
-    for (unsigned b = 0; b < 2; ++b)
-      base[b] = Operand::random(dtype, (count + 1) * width, 21 + b, 3);
+      : dtype(dtype_), count(count_), width(width_), other(Operand::random(dtype_, count_ * width_, 23)) {
+    for (unsigned b = 0; b < 2; ++b) base[b] = Operand::random(dtype, (count + 1) * width, 21 + b, 3);
     const Operand weights = Operand::random(DType::f32, count, 24);
     for (std::int64_t i = 0; i < count; ++i) {
-      refs.push_back(
-          {static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count), weights[i]});
+      refs.push_back({static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count), weights[i]});
     }
   }
   struct Out {
@@ -149,14 +136,13 @@ struct GatherProblem {
   };
   Out run(const Kernels& kernels, Pool& pool, bool listed, bool scaled, bool dotted) const {
     Out out{Operand(dtype, count * width), Operand(DType::f32, count)};
-    kernels.gather(
-        {{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
-         count,
-         scaled,
-         out.rows.data(),
-         dotted ? other.data() : nullptr,
-         dotted ? out.dot.f32() : nullptr},
-        pool);
+    kernels.gather({{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
+                    count,
+                    scaled,
+                    out.rows.data(),
+                    dotted ? other.data() : nullptr,
+                    dotted ? out.dot.f32() : nullptr},
+                   pool);
     return out;
   }
   float at(std::int64_t i, std::int64_t h, bool listed) const {
@@ -180,24 +166,20 @@ TEST_P(Gather_, copies_scales_and_multiplies_the_rows_of_its_list) {
       for (const std::int64_t count : {0, 1, 7, 8, 9, 100}) {
         const GatherProblem p(dtype, count, width);
         for (int flags = 0; flags < 8; ++flags) {
-          const bool listed = (flags & 1) != 0, scaled = (flags & 2) != 0,
-                     dotted = (flags & 4) != 0;
+          const bool listed = (flags & 1) != 0, scaled = (flags & 2) != 0, dotted = (flags & 4) != 0;
           const auto out = p.run(kernels(), pool, listed, scaled, dotted);
           Worst rows, dots;
           for (std::int64_t i = 0; i < count; ++i) {
             double dot = 0, magnitude = 0;
             for (std::int64_t h = 0; h < width; ++h) {
               const double x = p.at(i, h, listed), term = x * p.other[i * width + h];
-              const double wanted =
-                  scaled && listed ? x * p.refs[static_cast<std::size_t>(i)].weight : x;
+              const double wanted = scaled && listed ? x * p.refs[static_cast<std::size_t>(i)].weight : x;
               dot += term;
               magnitude += std::abs(term);
               rows.see(i * width + h, out.rows[i * width + h], wanted,
                        scaled ? rounding(dtype) * std::abs(wanted) + kFlushed : kFlushed);
             }
-            if (dotted)
-              dots.see(i, out.dot[i], dot,
-                       static_cast<double>(width + 2) * kEpsF32 * magnitude + kFlushed);
+            if (dotted) dots.see(i, out.dot[i], dot, static_cast<double>(width + 2) * kEpsF32 * magnitude + kFlushed);
           }
           EXPECT_TRUE(rows.good()) << rows;
           EXPECT_TRUE(dots.good()) << dots;
@@ -236,10 +218,9 @@ struct ReduceProblem {
   }
   Operand run(const Kernels& kernels, Pool& pool, bool weighted, bool with_residual) const {
     Operand out(dtype, tokens * width);
-    kernels.reduce(
-        {tokens, topk, width, dtype, slots.data(), weighted ? weights.memory.as<float>() : nullptr,
-         with_residual ? residual.data() : nullptr, out.data()},
-        pool);
+    kernels.reduce({tokens, topk, width, dtype, slots.data(), weighted ? weights.memory.as<float>() : nullptr,
+                    with_residual ? residual.data() : nullptr, out.data()},
+                   pool);
     return out;
   }
 
@@ -272,9 +253,9 @@ TEST_P(Reduce_, sums_the_slots_of_a_token_by_weight) {
                 sum += term;
                 magnitude += std::abs(term);
               }
-              worst.see(at, out[at], sum,
-                        static_cast<double>(topk + 2) * kEpsF32 * magnitude +
-                            rounding(dtype) * std::abs(sum) + kFlushed);
+              worst.see(
+                  at, out[at], sum,
+                  static_cast<double>(topk + 2) * kEpsF32 * magnitude + rounding(dtype) * std::abs(sum) + kFlushed);
             }
             EXPECT_TRUE(worst.good()) << worst;
           }
@@ -284,19 +265,17 @@ TEST_P(Reduce_, sums_the_slots_of_a_token_by_weight) {
   }
 }
 
-// ---- Router
-// --------------------------------------------------------------------------------------
+// ---- Router --------------------------------------------------------------------------------------
 
 struct TopK {
-  TopK(const Kernels& kernels, Pool& pool, const Operand& logits, std::int64_t tokens,
-       std::int64_t experts, std::int64_t topk)
+  TopK(const Kernels& kernels, Pool& pool, const Operand& logits, std::int64_t tokens, std::int64_t experts,
+       std::int64_t topk)
       : scores(DType::f32, tokens * experts),
         logsumexp(DType::f32, tokens),
         top(DType::f32, tokens * topk),
         ids(static_cast<std::size_t>(tokens * topk), -7) {
-    kernels.softmax_topk({tokens, experts, topk, logits.memory.as<float>(), scores.f32(),
-                          logsumexp.f32(), ids.data(), top.f32()},
-                         pool);
+    kernels.softmax_topk(
+        {tokens, experts, topk, logits.memory.as<float>(), scores.f32(), logsumexp.f32(), ids.data(), top.f32()}, pool);
   }
   Operand scores, logsumexp, top;
   std::vector<std::int32_t> ids;
@@ -315,27 +294,22 @@ TEST_P(Router, takes_the_largest_scores_of_a_softmax) {
         Worst worst;
         for (std::int64_t t = 0; t < tokens; ++t) {
           double largest = logits[t * experts], sum = 0;
-          for (std::int64_t e = 1; e < experts; ++e)
-            largest = std::max<double>(largest, logits[t * experts + e]);
-          for (std::int64_t e = 0; e < experts; ++e)
-            sum += std::exp(logits[t * experts + e] - largest);
+          for (std::int64_t e = 1; e < experts; ++e) largest = std::max<double>(largest, logits[t * experts + e]);
+          for (std::int64_t e = 0; e < experts; ++e) sum += std::exp(logits[t * experts + e] - largest);
           const double lse = largest + std::log(sum);
-          // The difference of logits up to 40 is rounded once, which its exponential multiplies by
-          // 40; then the sum.
+          // The difference of logits up to 40 is rounded once, which its exponential multiplies by 40; then the sum.
           const double relative = static_cast<double>(40 + 4 + experts) * kEpsF32;
           worst.see(t, got.logsumexp[t], lse, relative + 4 * kEpsF32 * std::abs(lse));
           for (std::int64_t e = 0; e < experts; ++e) {
             const double score = std::exp(logits[t * experts + e] - lse);
-            worst.see(t * experts + e, got.scores[t * experts + e], score,
-                      2 * relative * score + kFlushed);
+            worst.see(t * experts + e, got.scores[t * experts + e], score, 2 * relative * score + kFlushed);
           }
           std::vector<bool> taken(static_cast<std::size_t>(experts));
           for (std::int64_t k = 0; k < topk; ++k) {
             std::int64_t best = -1;
             for (std::int64_t e = 0; e < experts; ++e) {
               if (taken[static_cast<std::size_t>(e)]) continue;
-              if (best < 0 || got.scores[t * experts + e] > got.scores[t * experts + best])
-                best = e;
+              if (best < 0 || got.scores[t * experts + e] > got.scores[t * experts + best]) best = e;
             }
             taken[static_cast<std::size_t>(best)] = true;
             ASSERT_EQ(got.ids[static_cast<std::size_t>(t * topk + k)], best);
@@ -367,8 +341,7 @@ TEST_P(Router, gives_valid_ids_even_for_scores_that_are_not_numbers) {
   for (const std::int32_t id : got.ids) EXPECT_TRUE(id >= 0 && id < 10) << id;
 }
 
-// ---- AdamW
-// ---------------------------------------------------------------------------------------
+// ---- AdamW ---------------------------------------------------------------------------------------
 
 struct AdamProblem {
   explicit AdamProblem(std::int64_t count_)
@@ -402,19 +375,16 @@ TEST_P(AdamW, is_its_formula) {
     Worst worst;
     for (std::int64_t i = 0; i < count; ++i) {
       const double g = static_cast<double>(old.g[i]) * s.grad_scale;
-      const double m_old = s.beta1 * static_cast<double>(old.m[i]),
-                   m_new = (1 - static_cast<double>(s.beta1)) * g;
+      const double m_old = s.beta1 * static_cast<double>(old.m[i]), m_new = (1 - static_cast<double>(s.beta1)) * g;
       const double m = m_old + m_new;
-      const double v =
-          s.beta2 * static_cast<double>(old.v[i]) + (1 - static_cast<double>(s.beta2)) * g * g;
+      const double v = s.beta2 * static_cast<double>(old.v[i]) + (1 - static_cast<double>(s.beta2)) * g * g;
       const double size = std::abs(m_old) + std::abs(m_new);
       const double scale = s.lr / s.c1 / (std::sqrt(v / s.c2) + s.eps);
       const double p = old.p[i] - (scale * m + static_cast<double>(s.lr) * s.decay * old.p[i]);
       // 1 - beta2 in f32 is off by half a unit of 1, a thousand times larger relative to 0.001.
       worst.see(i, now.m[i], m, 8 * kEpsF32 * size + kFlushed);
       worst.see(i, now.v[i], v, 1010 * kEpsF32 * v + kFlushed);
-      worst.see(i, now.p[i], p,
-                4 * kEpsF32 * std::abs(old.p[i]) + 1100 * kEpsF32 * scale * size + kFlushed);
+      worst.see(i, now.p[i], p, 4 * kEpsF32 * std::abs(old.p[i]) + 1100 * kEpsF32 * scale * size + kFlushed);
       EXPECT_EQ(old.low.count(), now.low.count());
       ASSERT_EQ(now.low.memory.as<bf16>()[i].bits, bf16(now.p[i]).bits);
     }
@@ -432,15 +402,13 @@ TEST_P(AdamW, works_without_a_low_precision_copy) {
   EXPECT_EQ(with.p.bytes(), without.p.bytes());
 }
 
-// ---- Bits
-// ----------------------------------------------------------------------------------------
+// ---- Bits ----------------------------------------------------------------------------------------
 
 /// The results of every kernel above as one string of bytes.
 std::string bytes_of(const Kernels& kernels, Pool& pool) {
   std::string all;
-  for_activations([&](const ActivationProblem& p) {
-    all += p.forward(kernels, pool).bytes() + p.backward(kernels, pool).bytes();
-  });
+  for_activations(
+      [&](const ActivationProblem& p) { all += p.forward(kernels, pool).bytes() + p.backward(kernels, pool).bytes(); });
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const std::int64_t width : kWidths) {
       const GatherProblem gathered(dtype, 100, width);
@@ -453,8 +421,7 @@ std::string bytes_of(const Kernels& kernels, Pool& pool) {
     const Operand logits = Operand::random(DType::f32, 50 * experts, 61, 15);
     const TopK got(kernels, pool, logits, 50, experts, 1 + experts / 10);
     all += got.scores.bytes() + got.logsumexp.bytes() + got.top.bytes();
-    all.append(reinterpret_cast<const char*>(got.ids.data()),
-               got.ids.size() * sizeof(std::int32_t));
+    all.append(reinterpret_cast<const char*>(got.ids.data()), got.ids.size() * sizeof(std::int32_t));
   }
   AdamProblem adam(70001);
   kernels.adamw(adam.step(), pool);
@@ -485,6 +452,13 @@ TEST(FloatMode, flushes_denormals_inside_and_restores_the_caller_outside) {
   EXPECT_EQ(rounding_in_force(), "down");
   std::fesetround(FE_TONEAREST);
   EXPECT_EQ(rounding_in_force(), "nearest");
+}
+
+TEST(BitsOfIsas, are_the_same_for_all) {
+  Pool pool(2);
+  const auto isas = cpu_kernels();
+  const std::string bytes = bytes_of(*isas.back(), pool);
+  for (const Kernels* kernels : isas) EXPECT_TRUE(bytes == bytes_of(*kernels, pool)) << label(*kernels);
 }
 
 }  // namespace

@@ -56,11 +56,10 @@ TEST_P(Gemm, leaves_the_gradient_of_an_idle_group_as_it_is_when_accumulating) {
 std::string bytes_of(const GemmProblem& problem, const Kernels& kernels, Pool& pool) {
   std::string all;
   for (const bool flag : {false, true}) {
-    const GemmOptions o{
-        .packed = flag, .accumulate = flag, .out = flag ? problem.shape.dtype : DType::f32};
+    const GemmOptions o{.packed = flag, .accumulate = flag, .out = flag ? problem.shape.dtype : DType::f32};
     const auto gradient = problem.tn(kernels, pool, o);
-    all += problem.nt(kernels, pool, o).bytes() + problem.nn(kernels, pool, o).bytes() +
-           gradient.dw.bytes() + gradient.dbias.bytes();
+    all += problem.nt(kernels, pool, o).bytes() + problem.nn(kernels, pool, o).bytes() + gradient.dw.bytes() +
+           gradient.dbias.bytes();
   }
   return all;
 }
@@ -93,8 +92,7 @@ TEST_P(Gemm, gives_the_same_bits_for_any_number_of_rows) {
     EXPAR_TRACE(kernels(), problem.shape);
     const std::int64_t n = problem.shape.n, k = problem.shape.k;
     const auto row_bytes = [](const Operand& o, std::int64_t i, std::int64_t width) {
-      return o.bytes().substr(static_cast<std::size_t>(i * width) * 4,
-                              static_cast<std::size_t>(width) * 4);
+      return o.bytes().substr(static_cast<std::size_t>(i * width) * 4, static_cast<std::size_t>(width) * 4);
     };
     for (const bool packed : {false, true}) {
       const Operand y = problem.nt(kernels(), pool, {.packed = packed});
@@ -124,6 +122,41 @@ TEST_P(Gemm, does_not_depend_on_the_callers_mode_which_is_kept) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const GemmProblem problem({dtype, 66, 37, {5, 20}, true});
     expect_the_same_in_every_mode([&] { return bytes_of(problem, kernels(), pool); });
+  }
+}
+
+TEST(GemmIsas, all_give_the_same_bits) {
+  Pool pool(2);
+  const auto isas = cpu_kernels();
+  for (const GemmShape& shape : odd_shapes()) {
+    const GemmProblem problem(shape);
+    const std::string bytes = bytes_of(problem, *isas.back(), pool);
+    for (const Kernels* kernels : isas) {
+      EXPAR_TRACE(*kernels, shape);
+      EXPECT_TRUE(bytes == bytes_of(problem, *kernels, pool));
+    }
+  }
+}
+
+// Products far below the smallest normal, and sums that cross it.
+TEST(GemmIsas, all_flush_denormals_alike) {
+  Pool pool(1);
+  const auto isas = cpu_kernels();
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    GemmProblem problem({dtype, 66, 37, {5, 20}, true});
+    std::mt19937 bits(7);
+    for (Operand* o : {&problem.x[0], &problem.x[1], &problem.w, &problem.dy}) {
+      for (std::int64_t i = 0; i < o->count(); ++i) {
+        o->set(i, std::ldexp((*o)[i], -58 - static_cast<int>(bits() % 12)));
+      }
+      if (o->count() > 3) o->set(3, std::ldexp(1.0F, -130));
+      if (o->count() > 9) o->set(9, std::ldexp(1.0F, 127));
+    }
+    const std::string bytes = bytes_of(problem, *isas.back(), pool);
+    for (const Kernels* kernels : isas) {
+      EXPAR_TRACE(*kernels, problem.shape);
+      EXPECT_TRUE(bytes == bytes_of(problem, *kernels, pool));
+    }
   }
 }
 

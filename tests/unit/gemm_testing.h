@@ -14,8 +14,7 @@ struct GemmShape {
 };
 
 inline std::ostream& operator<<(std::ostream& out, const GemmShape& s) {
-  out << name(s.dtype) << " n " << s.n << " k " << s.k << (s.gathered ? " gathered" : " plain")
-      << " rows";
+  out << name(s.dtype) << " n " << s.n << " k " << s.k << (s.gathered ? " gathered" : " plain") << " rows";
   for (const std::int64_t r : s.rows) out << ' ' << r;
   return out;
 }
@@ -41,11 +40,10 @@ class GemmProblem {
     // by side.
     refs.resize(static_cast<std::size_t>(total()));
     for (std::int64_t i = 0; i < total(); ++i) {
-      refs[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(i % 2),
-                                           static_cast<std::int32_t>(total() - 1 - i), 1.0F};
+      refs[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(total() - 1 - i),
+                                           1.0F};
     }
-    for (unsigned b = 0; b < 2; ++b)
-      x[b] = Operand::random(shape.dtype, total() * shape.k, seed + b);
+    for (unsigned b = 0; b < 2; ++b) x[b] = Operand::random(shape.dtype, total() * shape.k, seed + b);
     w = Operand::random(shape.dtype, groups * shape.n * shape.k, seed + 2);
     dy = Operand::random(shape.dtype, total() * shape.n, seed + 3);
     bias = Operand::random(DType::f32, groups * shape.n, seed + 4);
@@ -56,8 +54,7 @@ class GemmProblem {
   std::int64_t total() const { return offsets.back(); }
   Groups groups() const { return {static_cast<int>(shape.rows.size()), offsets.data()}; }
   Rows rows() const {
-    return {
-        {x[0].data(), x[1].data()}, shape.dtype, shape.k, shape.gathered ? refs.data() : nullptr};
+    return {{x[0].data(), x[1].data()}, shape.dtype, shape.k, shape.gathered ? refs.data() : nullptr};
   }
   double x_at(std::int64_t i, std::int64_t k) const {
     if (!shape.gathered) return x[0][i * shape.k + k];
@@ -67,15 +64,13 @@ class GemmProblem {
 
   Operand nt(const Kernels& kernels, Pool& pool, const GemmOptions& o = {}) const {
     Operand y(o.out, total() * shape.n);
-    GemmNT p{groups(), shape.n,  shape.k, rows(), {w.data(), shape.dtype, false},
-             nullptr,  y.data(), o.out};
+    GemmNT p{groups(), shape.n, shape.k, rows(), {w.data(), shape.dtype, false}, nullptr, y.data(), o.out};
     if (o.with_bias) p.bias = bias.memory.as<float>();
     Array packed;
     if (o.packed) {
       const std::int64_t bytes = kernels.packed_bytes(shape.dtype, shape.n, shape.k);
       packed = Array(DType::int8, {bytes * p.groups.count});
-      kernels.pack(shape.dtype, p.groups.count, shape.n, shape.k, w.data(), packed.view().data(),
-                   pool);
+      kernels.pack(shape.dtype, p.groups.count, shape.n, shape.k, w.data(), packed.view().data(), pool);
       p.w = {packed.view().data(), shape.dtype, true};
     }
     kernels.gemm_nt(p, pool);
@@ -84,9 +79,7 @@ class GemmProblem {
 
   Operand nn(const Kernels& kernels, Pool& pool, const GemmOptions& o = {}) const {
     Operand dx(o.out, total() * shape.k);
-    kernels.gemm_nn(
-        {groups(), shape.n, shape.k, dy.data(), {w.data(), shape.dtype, false}, dx.data(), o.out},
-        pool);
+    kernels.gemm_nn({groups(), shape.n, shape.k, dy.data(), {w.data(), shape.dtype, false}, dx.data(), o.out}, pool);
     return dx;
   }
 
@@ -114,8 +107,7 @@ class GemmProblem {
       magnitude += std::abs(term);
     }
     double tolerance(std::int64_t length, DType out) const {
-      return static_cast<double>(length + 2) * kEpsF32 * magnitude +
-             rounding(out) * std::abs(value) + kFlushed;
+      return static_cast<double>(length + 2) * kEpsF32 * magnitude + rounding(out) * std::abs(value) + kFlushed;
     }
   };
 
@@ -124,8 +116,7 @@ class GemmProblem {
     for_rows([&](std::int64_t g, std::int64_t i) {
       for (std::int64_t n = 0; n < shape.n; ++n) {
         Sum sum;
-        for (std::int64_t k = 0; k < shape.k; ++k)
-          sum.add(x_at(i, k) * w[(g * shape.n + n) * shape.k + k]);
+        for (std::int64_t k = 0; k < shape.k; ++k) sum.add(x_at(i, k) * w[(g * shape.n + n) * shape.k + k]);
         if (o.with_bias) sum.add(bias[g * shape.n + n]);
         const std::int64_t at = i * shape.n + n;
         worst.see(at, y[at], sum.value, sum.tolerance(shape.k, o.out));
@@ -150,13 +141,10 @@ class GemmProblem {
   }
 
   void check_tn(const Gradient& got, const GemmOptions& o) const {
-    std::vector<Sum> dw(static_cast<std::size_t>(old_dw.count())),
-        dbias(static_cast<std::size_t>(old_dbias.count()));
+    std::vector<Sum> dw(static_cast<std::size_t>(old_dw.count())), dbias(static_cast<std::size_t>(old_dbias.count()));
     if (o.accumulate) {
-      for (std::int64_t i = 0; i < old_dw.count(); ++i)
-        dw[static_cast<std::size_t>(i)].add(old_dw[i]);
-      for (std::int64_t i = 0; i < old_dbias.count(); ++i)
-        dbias[static_cast<std::size_t>(i)].add(old_dbias[i]);
+      for (std::int64_t i = 0; i < old_dw.count(); ++i) dw[static_cast<std::size_t>(i)].add(old_dw[i]);
+      for (std::int64_t i = 0; i < old_dbias.count(); ++i) dbias[static_cast<std::size_t>(i)].add(old_dbias[i]);
     }
     for_rows([&](std::int64_t g, std::int64_t i) {
       for (std::int64_t n = 0; n < shape.n; ++n) {
@@ -180,8 +168,7 @@ class GemmProblem {
   template <class Body>
   void for_rows(Body body) const {
     for (std::size_t g = 0; g + 1 < offsets.size(); ++g) {
-      for (std::int64_t i = offsets[g]; i < offsets[g + 1]; ++i)
-        body(static_cast<std::int64_t>(g), i);
+      for (std::int64_t i = offsets[g]; i < offsets[g + 1]; ++i) body(static_cast<std::int64_t>(g), i);
     }
   }
   void see_all(const Operand& got, const std::vector<Sum>& wanted) const {

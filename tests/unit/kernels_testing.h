@@ -1,5 +1,4 @@
-// What the tests of kernels share: the tables under test, random operands, comparisons that print
-// the worst element.
+// What the tests of kernels share: the tables under test, random operands, comparisons that print the worst element.
 #pragma once
 
 #include <expar/kernels.h>
@@ -14,21 +13,24 @@
 #include <string>
 #include <vector>
 
+#include "backends/cpu/cpu.h"
 #include "backends/reference/reference.h"
 #include "src/util/processor.h"
 
 namespace expar {
 
-constexpr double kEpsF32 = 0x1p-24;  // half a unit in the last place, relative
-constexpr double kEpsBf16 =
-    0x1p-8;  // a whole one: the f32 before it may lie on the other side of a tie
-constexpr double kFlushed =
-    0x1p-125;  // what results near the smallest normal may lose to flush-to-zero
+constexpr double kEpsF32 = 0x1p-24;    // half a unit in the last place, relative
+constexpr double kEpsBf16 = 0x1p-8;    // a whole one: the f32 before it may lie on the other side of a tie
+constexpr double kFlushed = 0x1p-125;  // what results near the smallest normal may lose to flush-to-zero
 
 inline double rounding(DType dtype) { return dtype == DType::bf16 ? kEpsBf16 : kEpsF32; }
 
-/// Every table that runs on this machine.
-inline std::vector<const Kernels*> tables() { return {&reference_kernels()}; }
+/// Every table that runs on this machine: reference, then the cpu's instruction sets.
+inline std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> all = {&reference_kernels()};
+  for (const Kernels* k : cpu_kernels()) all.push_back(k);
+  return all;
+}
 
 inline std::string label(const Kernels& k) { return std::string(k.name) + "_" + k.isa; }
 
@@ -81,14 +83,10 @@ struct Operand {
   Array memory;
 };
 
-/// How this thread rounds now, by what it does: fegetround() alone does not see every mode
-/// register.
+/// How this thread rounds now, by what it does: fegetround() alone does not see every mode register.
 inline std::string rounding_in_force() {
   volatile float one = 1, little = 0x1p-30F, tiny = 0x1p-140F;
-  std::string text = one + little > 1     ? "up"
-                     : -one - little < -1 ? "down"
-                     : one - little < 1   ? "zero"
-                                          : "nearest";
+  std::string text = one + little > 1 ? "up" : -one - little < -1 ? "down" : one - little < 1 ? "zero" : "nearest";
   return text + (tiny * 2 == 0 ? ", flushing" : "");
 }
 
@@ -111,8 +109,7 @@ void expect_the_same_in_every_mode(F bytes) {
   }
 }
 
-/// Keeps the element that exceeds its tolerance most; a test ends with EXPECT_TRUE(worst.good()) <<
-/// worst.
+/// Keeps the element that exceeds its tolerance most; a test ends with EXPECT_TRUE(worst.good()) << worst.
 class Worst {
  public:
   void see(std::int64_t at, double got, double wanted, double tolerance) {
@@ -121,13 +118,11 @@ class Worst {
     if (std::isnan(excess_)) return;
     excess_ = excess;
     text_.str({});
-    text_ << "worst element " << at << ": got " << got << ", wanted " << wanted << ", off by "
-          << excess << " tolerances of " << tolerance;
+    text_ << "worst element " << at << ": got " << got << ", wanted " << wanted << ", off by " << excess
+          << " tolerances of " << tolerance;
   }
   bool good() const { return excess_ <= 1; }
-  friend std::ostream& operator<<(std::ostream& out, const Worst& w) {
-    return out << w.text_.str();
-  }
+  friend std::ostream& operator<<(std::ostream& out, const Worst& w) { return out << w.text_.str(); }
 
  private:
   double excess_ = 0;
