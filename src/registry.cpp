@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "backends/cpu/cpu.h"
 #include "backends/reference/reference.h"
 #include "transports/threads/threads.h"
 
@@ -21,7 +22,7 @@ struct Backend {
   std::vector<const Kernels*> tables;  // best first
 };
 
-std::vector<Backend> backends() { return {{"reference", {&reference_kernels()}}}; }
+std::vector<Backend> backends() { return {{"cpu", cpu_kernels()}, {"reference", {&reference_kernels()}}}; }
 
 std::string list(const std::vector<std::string>& names) {
   std::string text;
