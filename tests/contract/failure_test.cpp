@@ -110,6 +110,10 @@ TEST_P(Failures, a_rank_that_has_left_fails_only_those_who_wait_for_it) {
     transport.wait([&] { return transport.peek(other, 1).sequence == 1; }, for_test(other));
     const Deadline until = Clock::now() + milliseconds(30);
     transport.wait([&] { return Clock::now() > until; }, for_test(other));
+    transport.publish(2, {.sequence = 1});
+    for (int peer = 0; peer < transport.size(); ++peer) {
+      if (peer != 1) transport.wait([&] { return transport.peek(peer, 2).sequence == 1; }, for_test(peer));
+    }
   });
   expect_success(ends);
 }

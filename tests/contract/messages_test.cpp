@@ -2,6 +2,8 @@
 #include <expar/transport.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -17,9 +19,9 @@ using Bytes = std::vector<std::byte>;
 Bytes contents(int from, int to, std::uint64_t tag, std::size_t bytes) {
   Bytes data(bytes);
   std::uint64_t state = tag * 1'000'003 + static_cast<std::uint64_t>(from) * 257 + static_cast<std::uint64_t>(to) + 1;
-  for (std::byte& b : data) {
-    state = state * 6364136223846793005u + 1442695040888963407u;
-    b = static_cast<std::byte>(state >> 56);
+  for (std::size_t i = 0; i < bytes; i += 8) {
+    state = state * 6364136223846793005U + 1442695040888963407U;
+    std::memcpy(data.data() + i, &state, std::min<std::size_t>(8, bytes - i));
   }
   return data;
 }

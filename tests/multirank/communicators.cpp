@@ -3,6 +3,7 @@
 #include <thread>
 
 #include "tests/multirank/processes.h"
+#include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
 
 namespace expar::test {
@@ -23,6 +24,14 @@ void run_rank(const Communicator& communicator, const std::function<void(Communi
 }  // namespace
 
 std::vector<Outcome> run_communicators(const RankSetup& setup, const std::function<void(Communicator)>& rank_main) {
+  if (setup.kind == Kind::shm) {
+    const std::string job = fresh_job_id();
+    const auto run = [&](int rank) {
+      auto transport = shm::connect({job, rank, setup.ranks, setup.mapping}, setup.timeout);
+      run_rank(Communicator(std::move(transport), {setup.timeout}), rank_main);
+    };
+    return fork_ranks(setup.ranks, run, setup.patience);
+  }
   const threads::ThreadsJob job(setup.ranks, setup.mapping);
   std::vector<Outcome> outcomes(static_cast<std::size_t>(setup.ranks));
   std::vector<std::thread> running;

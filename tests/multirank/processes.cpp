@@ -206,7 +206,7 @@ std::ostream& operator<<(std::ostream& out, const RankSetup& setup) { return out
 
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks) {
   std::vector<RankSetup> setups;
-  for (Kind kind : {Kind::threads}) {
+  for (Kind kind : {Kind::threads, Kind::shm}) {
     for (int n : ranks) {
       for (bool mapping : {true, false}) setups.push_back({.kind = kind, .ranks = n, .mapping = mapping});
     }

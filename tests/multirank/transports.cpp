@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "tests/multirank/processes.h"
+#include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
 
 namespace expar::test {
@@ -24,6 +25,13 @@ void run_rank(std::unique_ptr<Transport> transport, const std::function<void(Tra
 }  // namespace
 
 std::vector<Outcome> run_transports(const RankSetup& setup, const std::function<void(Transport&)>& rank_main) {
+  if (setup.kind == Kind::shm) {
+    const std::string job = fresh_job_id();
+    const auto run = [&](int rank) {
+      run_rank(shm::connect({job, rank, setup.ranks, setup.mapping}, setup.timeout), rank_main);
+    };
+    return fork_ranks(setup.ranks, run, setup.patience);
+  }
   const threads::ThreadsJob job(setup.ranks, setup.mapping);
   std::vector<Outcome> outcomes(static_cast<std::size_t>(setup.ranks));
   std::vector<std::thread> running;

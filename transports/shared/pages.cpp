@@ -27,16 +27,6 @@ constexpr std::size_t kWorthChecking = std::size_t{64} << 20;
                                         " bytes of memory: " + std::generic_category().message(error));
 }
 
-// Peers may already be using the memory, so pages are touched without changing them.
-void touch(std::span<std::byte> bytes) {
-  if (madvise(bytes.data(), bytes.size(), MADV_POPULATE_WRITE) == 0) return;
-  if (errno == ENOMEM) fail(bytes.size(), ENOMEM);
-  for (std::size_t at = 0; at < bytes.size(); at += kPage) {
-    auto* word = reinterpret_cast<std::uint64_t*>(bytes.data() + at);
-    std::atomic_ref<std::uint64_t>(*word).fetch_add(0, std::memory_order_relaxed);
-  }
-}
-
 }  // namespace
 
 std::size_t whole_pages(std::size_t bytes) {
@@ -75,20 +65,30 @@ Pages& Pages::operator=(Pages&& other) noexcept {
   return *this;
 }
 
-Pages Pages::map(std::size_t bytes, int flags, int file) {
+Pages Pages::map(std::size_t bytes, int flags, int file, Touch when) {
   void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, file, 0);
   if (address == MAP_FAILED) fail(bytes, errno);
   Pages pages({static_cast<std::byte*>(address), bytes});
   if (bytes >= kHugePage) madvise(address, bytes, MADV_HUGEPAGE);  // a wish: refusal costs nothing
-  touch(pages.bytes());
+  if (when == Touch::now) pages.touch();
   return pages;
 }
 
 Pages Pages::anonymous(std::size_t bytes) {
   check_available(bytes);
-  return map(whole_pages(bytes), MAP_PRIVATE | MAP_ANONYMOUS, -1);
+  return map(whole_pages(bytes), MAP_PRIVATE | MAP_ANONYMOUS, -1, Touch::now);
 }
 
-Pages Pages::shared(int file, std::size_t bytes) { return map(bytes, MAP_SHARED, file); }
+Pages Pages::shared(int file, std::size_t bytes, Touch when) { return map(bytes, MAP_SHARED, file, when); }
+
+// Peers may already be using the memory, so pages are touched without changing them.
+void Pages::touch() const {
+  if (madvise(bytes_.data(), bytes_.size(), MADV_POPULATE_WRITE) == 0) return;
+  if (errno == ENOMEM) fail(bytes_.size(), ENOMEM);
+  for (std::size_t at = 0; at < bytes_.size(); at += kPage) {
+    auto* word = reinterpret_cast<std::uint64_t*>(bytes_.data() + at);
+    std::atomic_ref<std::uint64_t>(*word).fetch_add(0, std::memory_order_relaxed);
+  }
+}
 
 }  // namespace expar::local

@@ -24,14 +24,18 @@ class Pages {
 
   /// Private zeroed memory of this process. Throws Error: no_memory.
   static Pages anonymous(std::size_t bytes);
+  enum class Touch { now, later };
   /// The first `bytes` of `file`, shared with whoever else maps it. Throws Error: no_memory.
-  static Pages shared(int file, std::size_t bytes);
+  static Pages shared(int file, std::size_t bytes, Touch when = Touch::now);
+
+  /// Makes every page present without changing what it holds. Throws Error: no_memory.
+  void touch() const;
 
   std::span<std::byte> bytes() const { return bytes_; }
 
  private:
   explicit Pages(std::span<std::byte> bytes) : bytes_(bytes) {}
-  static Pages map(std::size_t bytes, int flags, int file);
+  static Pages map(std::size_t bytes, int flags, int file, Touch when);
   std::span<std::byte> bytes_;
 };
 
