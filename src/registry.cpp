@@ -5,12 +5,14 @@
 #include <cstdlib>
 #include <exception>
 #include <optional>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
 
 #include "backends/cpu/cpu.h"
 #include "backends/reference/reference.h"
+#include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
 
 namespace expar {
@@ -53,8 +55,6 @@ Kernels filled(Kernels table, const Kernels& other) {
 
 }  // namespace
 
-std::vector<std::string> available_transports() { return {"threads"}; }
-
 std::vector<std::string> available_backends() {
   std::vector<std::string> names;
   for (const Backend& backend : backends()) names.emplace_back(backend.name);
@@ -87,11 +87,16 @@ Kernels find_kernels(std::string_view wanted, std::string_view isa) {
 
 namespace {
 
+std::chrono::nanoseconds timeout_of(const RunOptions& options) {
+  if (options.timeout.count() < 0) throw Error(ErrorCode::bad_argument, "the timeout of a job is negative");
+  return options.timeout.count() > 0 ? options.timeout : default_timeout();
+}
+
 void run_rank(const threads::ThreadsJob& job, int rank, const std::function<void(Communicator)>& rank_main,
-              const RunOptions& options) {
+              std::chrono::nanoseconds timeout) {
   try {
     // Kept until the cause is recorded: a rank that seems to leave cleanly would hide why it failed.
-    const Communicator communicator(job.transport(rank), {options.timeout});
+    const Communicator communicator(job.transport(rank), {timeout});
     try {
       rank_main(communicator);
     } catch (const Error& error) {
@@ -110,13 +115,20 @@ void run_rank(const threads::ThreadsJob& job, int rank, const std::function<void
 
 }  // namespace
 
+std::vector<std::string> available_transports() {
+  std::vector<std::string> names{"threads"};
+  if (shm::works()) names.emplace_back("shm");
+  return names;
+}
+
 void run_threads(int ranks, const std::function<void(Communicator)>& rank_main, const RunOptions& options) {
+  const auto timeout = timeout_of(options);
   const threads::ThreadsJob job(ranks, options.mapping);
   std::vector<std::thread> running;
   running.reserve(static_cast<std::size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank) {
     try {
-      running.emplace_back([&, rank] { run_rank(job, rank, rank_main, options); });
+      running.emplace_back([&, rank] { run_rank(job, rank, rank_main, timeout); });
     } catch (const std::system_error& error) {
       job.abort(rank, Error(ErrorCode::no_memory, std::string("cannot start a thread: ") + error.what(), {rank}));
       break;
@@ -124,6 +136,18 @@ void run_threads(int ranks, const std::function<void(Communicator)>& rank_main, 
   }
   for (std::thread& thread : running) thread.join();
   if (auto cause = job.failure()) throw *cause;
+}
+
+Communicator join(const Job& job, const RunOptions& options) {
+  const auto timeout = timeout_of(options);
+  if (job.local_size != job.size) {
+    throw Error(ErrorCode::unsupported,
+                "transport shm connects ranks of one host; " + std::to_string(job.size) + " ranks of job '" + job.id +
+                    "' run on several (" + std::to_string(job.local_size) + " of them here)",
+                {job.rank, -1, "join"});
+  }
+  const shm::Membership self{.job = job.id, .rank = job.rank, .size = job.size, .mapping = options.mapping};
+  return Communicator(shm::connect(self, timeout), {timeout});
 }
 
 }  // namespace expar

@@ -89,8 +89,12 @@ class InFlight {
   virtual void advance() = 0;
 };
 
+/// How long a call may wait where nobody says otherwise: EXPAR_TIMEOUT (seconds), else 120 s.
+/// Throws Error: bad_argument (EXPAR_TIMEOUT is not a number above 0).
+std::chrono::nanoseconds default_timeout();
+
 struct CommunicatorOptions {
-  /// How long a call may wait. Default: EXPAR_TIMEOUT (seconds), else 120 s. Throws bad_argument if that is not a number > 0.
+  /// How long a call may wait; 0 is default_timeout().
   std::chrono::nanoseconds timeout{0};
 };
 

@@ -11,7 +11,9 @@ namespace {
 
 constexpr std::chrono::seconds kDefaultTimeout{120};
 
-std::chrono::nanoseconds timeout_from_environment() {
+}  // namespace
+
+std::chrono::nanoseconds default_timeout() {
   const char* text = std::getenv("EXPAR_TIMEOUT");
   if (text == nullptr) return kDefaultTimeout;
   char* end = nullptr;
@@ -23,11 +25,9 @@ std::chrono::nanoseconds timeout_from_environment() {
   return std::chrono::nanoseconds(std::llround(seconds * 1e9));
 }
 
-}  // namespace
-
 Communicator::Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options) {
   if (options.timeout.count() < 0) throw Error(ErrorCode::bad_argument, "the timeout of a communicator is negative");
-  const auto timeout = options.timeout.count() > 0 ? options.timeout : timeout_from_environment();
+  const auto timeout = options.timeout.count() > 0 ? options.timeout : default_timeout();
   state_ = std::make_shared<State>(std::move(transport), timeout);
 }
 
