@@ -1,0 +1,57 @@
+// The one runner of all benchmarks: what is measured, on which sizes, and the row that comes out.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <expar/expar.h>
+
+namespace expar::bench {
+
+struct Options {
+  std::int64_t tokens = 1024;  // T, of each rank
+  std::int64_t hidden = 2048;
+  std::int64_t inner = 768;
+  std::int64_t experts = 64;
+  std::int64_t topk = 8;
+  DType dtype = DType::bf16;
+  Activation activation = Activation::swiglu;
+  bool bias = false;
+  bool train = false;  // layer: also a training step
+  Layout layout = Layout::indexed;
+  std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file
+};
+
+/// Times are of the slowest rank, round by round; everything else is of all ranks together.
+struct Row {
+  std::string what;
+  double p50_us = 0;
+  double p99_us = 0;
+  std::optional<std::int64_t> bytes;
+  std::optional<double> gbps;     // bytes / p50
+  std::optional<double> of_copy;  // time of the plain copy (or the plain read) / ours
+  std::optional<double> of_peak;  // time that the machine's limits allow / ours
+  std::int64_t wrong = 0;         // elements found wrong before or after timing
+  bool routed = true;             // false: sizes of routing do not apply
+};
+
+/// The names that measure() knows.
+const std::vector<std::string>& names();
+
+/// Throws Error: bad_argument (options that cannot be, naming flag and value). Reads the routes file, if there is one,
+/// and fills in the sizes that it fixes where `experts_given` and `topk_given` are false.
+void check(Options& options, bool experts_given, bool topk_given);
+
+/// Measures one of names(); "layer" gives one or two rows. The same on every rank.
+/// Collective. Throws as what it calls.
+std::vector<Row> measure(const std::string& what, const Context& context, const Options& options);
+
+std::vector<Row> measure_barrier(const Context& context, const Options& options);
+std::vector<Row> measure_dispatch(const Context& context, const Options& options);
+std::vector<Row> measure_combine(const Context& context, const Options& options);
+std::vector<Row> measure_experts(const Context& context, const Options& options);
+std::vector<Row> measure_layer(const Context& context, const Options& options);
+
+}  // namespace expar::bench

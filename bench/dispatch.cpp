@@ -1,0 +1,138 @@
+// Dispatch beside a plain copy of the rows it sends, and combine beside a plain read of the rows it takes.
+#include <cstring>
+
+#include "bench/peers.h"
+#include "bench/timing.h"
+#include "bench/workload.h"
+
+namespace expar::bench {
+namespace {
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
+
+/// The times of an operation (step 0) and of its probe (step 1, where there is one).
+Row make_row(const char* what, const Times& times, std::int64_t bytes, std::int64_t wrong) {
+  Row row;
+  row.what = what;
+  row.p50_us = median(times[0]);
+  row.p99_us = percentile(times[0], 0.99);
+  row.bytes = bytes;
+  row.gbps = static_cast<double>(bytes) / row.p50_us * 1e-3;
+  row.wrong = wrong;
+  if (times.size() < 2) return row;
+  std::vector<double> ratios;
+  for (std::size_t i = 0; i < times[0].size(); ++i) ratios.push_back(times[1][i] / times[0][i]);
+  row.of_copy = median(ratios);
+  return row;
+}
+
+Plan plan_of(const Context& context, const Workload& workload) {
+  return make_plan(context, workload.ids(), {.experts = workload.options().experts});
+}
+
+/// What the experts would have written: row by row of a table.
+Array made_up_answers(const Workload& workload, const Plan& plan) {
+  const Options& options = workload.options();
+  Array answers(options.dtype, Shape{plan.received(), options.hidden});
+  const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
+  for (std::size_t e = 0; e < workload.arrivals().size(); ++e) {
+    std::byte* to = answers.view().bytes() + at(plan.offsets()[e]) * row_bytes;
+    for (const Arrival& arrival : workload.arrivals()[e]) {
+      fill_row(workload.answer_row(arrival), options.dtype, options.hidden, to);
+      to += row_bytes;
+    }
+  }
+  return answers;
+}
+
+/// Elements of `out` that are not the weighted sum of the answers. Every product and sum is exact in f32, so only the
+/// last rounding counts and no tolerance is needed.
+std::int64_t count_wrong_sums(const Workload& workload, ConstTensor out) {
+  const Options& options = workload.options();
+  const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
+  std::vector<float> sum(at(options.hidden)), answer(at(options.hidden));
+  std::vector<std::byte> wanted(row_bytes);
+  std::int64_t wrong = 0;
+  for (std::int64_t t = 0; t < options.tokens; ++t) {
+    std::fill(sum.begin(), sum.end(), 0.0F);
+    for (std::int64_t k = 0; k < options.topk; ++k) {
+      const std::int64_t token = workload.first_token() + t;
+      if (workload.id(token, k) < 0) continue;
+      fill_row(workload.answer_row({token, k}), DType::f32, options.hidden, answer.data());
+      const float weight = workload.weight(token, k);
+      for (std::size_t c = 0; c < sum.size(); ++c) sum[c] += weight * answer[c];
+    }
+    if (options.dtype == DType::f32) {
+      std::memcpy(wanted.data(), sum.data(), row_bytes);
+    } else {
+      for (std::size_t c = 0; c < sum.size(); ++c) {
+        const bf16 rounded(sum[c]);
+        std::memcpy(wanted.data() + c * sizeof rounded, &rounded, sizeof rounded);
+      }
+    }
+    wrong += count_wrong(out.bytes() + at(t) * row_bytes, wanted.data(), options.dtype, options.hidden);
+  }
+  return wrong;
+}
+
+}  // namespace
+
+std::vector<Row> measure_dispatch(const Context& context, const Options& options) {
+  const Workload workload(context, options);
+  Inbox inbox;
+  const auto run = [&] {
+    const Plan plan = plan_of(context, workload);
+    inbox = dispatch(context, workload.x(), workload.weights(), plan, {.layout = options.layout});
+  };
+  run();
+  std::int64_t wrong = count_wrong(workload, inbox);
+  const Plan plan = inbox.plan();
+
+  std::uint64_t used = 0;
+  const auto use = [&] { used += use_memory(inbox.rows().data(), inbox.rows().byte_size()); };
+  CopyProbe probe(context, workload.x(), plan);
+  // The inbox goes back to the arena just after its reader has used it, and the next one takes its place.
+  std::vector<Step> steps{{[&] {
+                             use();
+                             inbox = Inbox();
+                           },
+                           run}};
+  if (probe.possible() && context.size() > 1) {
+    steps.push_back({[&] { probe.use(); }, [&] { probe.copy(); }});
+  }
+  const Times times = measure_rounds(context, steps);
+  wrong += count_wrong(workload, inbox);
+  const std::int64_t bytes = sum_over_ranks(context, plan.bytes(options.hidden, options.dtype));
+  return {make_row("dispatch", times, bytes, sum_over_ranks(context, wrong))};
+}
+
+std::vector<Row> measure_combine(const Context& context, const Options& options) {
+  const Workload workload(context, options);
+  const Plan plan = plan_of(context, workload);
+  const Array answers = made_up_answers(workload, plan);
+  Outbox y = make_outbox(context, plan, options.hidden, options.dtype);
+  Array out(options.dtype, Shape{options.tokens, options.hidden});
+  // Experts have just written their results when combine starts.
+  const auto answer = [&] {
+    barrier(context);  // until then another rank may still be reading the last ones
+    if (y.rows().byte_size() > 0) std::memcpy(y.rows().data(), answers.view().data(), y.rows().byte_size());
+  };
+  const auto run = [&] { combine(context, plan, y, workload.weights(), out); };
+  answer();
+  run();
+  std::int64_t wrong = count_wrong_sums(workload, out);
+
+  FetchProbe probe(context, plan, y);
+  std::vector<Step> steps{{answer, run}};
+  if (probe.possible() && context.size() > 1) steps.push_back({answer, [&] { probe.read(); }});
+  const Times times = measure_rounds(context, steps);
+  wrong += count_wrong_sums(workload, out);
+
+  std::int64_t rows = 0;
+  for (const SlotRow& slot : plan.slots()) rows += slot.rank >= 0 && slot.rank != context.rank();
+  const std::int64_t bytes =
+      sum_over_ranks(context, rows * options.hidden * static_cast<std::int64_t>(size_of(options.dtype)));
+  return {make_row("combine", times, bytes, sum_over_ranks(context, wrong))};
+}
+
+}  // namespace expar::bench

@@ -1,0 +1,60 @@
+// What the machine can do at most: plain loops that compute or read and nothing else.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include <expar/expar.h>
+
+namespace expar::bench {
+
+/// The fastest loops that this processor runs.
+struct Loops {
+  /// Reads all bytes once; the value keeps the compiler from leaving it out.
+  std::uint64_t (*read)(const std::byte* data, std::size_t bytes);
+  /// Multiplies and adds in registers; returns how many operations (two each) that were.
+  double (*flops_f32)(std::int64_t rounds, float* sink);
+  double (*flops_bf16)(std::int64_t rounds, float* sink);
+};
+Loops fastest_loops();
+
+// One of each file limits_*.cpp; null entries take the next slower file's.
+Loops portable_loops();
+Loops avx2_loops();
+Loops avx512_loops();
+Loops avx512_bf16_loops();
+
+/// Memory of this rank that is read at full speed by all its threads, again and again.
+class ReadProbe {
+ public:
+  /// `bytes` are rounded up to a MiB and cut at a size that no cache holds.
+  ReadProbe(const Context& context, std::int64_t bytes);
+  void run();
+  double bytes() const { return static_cast<double>(memory_.view().byte_size()); }
+
+ private:
+  Context context_;
+  Loops loops_;
+  Array memory_;
+  std::vector<std::uint64_t> sums_;
+};
+
+/// About a millisecond of arithmetic on all threads of this rank.
+class ComputeProbe {
+ public:
+  ComputeProbe(const Context& context, DType dtype);
+  void run();
+  /// Of one run(), all threads together.
+  double flops() const { return flops_; }
+
+ private:
+  Context context_;
+  double (*loop_)(std::int64_t rounds, float* sink);
+  std::vector<float> sinks_;
+  std::int64_t rounds_ = 0;
+  double flops_ = 0;
+};
+
+}  // namespace expar::bench

@@ -1,0 +1,8 @@
+// Where no processor is known more closely.
+#include "bench/limits.h"
+
+namespace expar::bench {
+
+Loops fastest_loops() { return portable_loops(); }
+
+}  // namespace expar::bench
