@@ -5,6 +5,7 @@
 
 namespace expar::cli {
 
+Verb bench_verb();
 Verb doctor();
 Verb launch_program();
 
