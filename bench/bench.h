@@ -24,11 +24,12 @@ struct Options {
   std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file
 };
 
-/// Times are of the slowest rank, round by round; everything else is of all ranks together.
+/// Times are of the slowest rank, round by round.
 struct Row {
   std::string what;
   double p50_us = 0;
   double p99_us = 0;
+  /// Payload: between ranks, of all ranks together; of experts and layers, on the rank that has most.
   std::optional<std::int64_t> bytes;
   std::optional<double> gbps;     // bytes / p50
   std::optional<double> of_copy;  // time of the plain copy (or the plain read) / ours

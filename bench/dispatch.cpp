@@ -17,8 +17,8 @@ Row make_row(const char* what, const Times& times, std::int64_t bytes, std::int6
   row.p50_us = median(times[0]);
   row.p99_us = percentile(times[0], 0.99);
   row.bytes = bytes;
-  row.gbps = static_cast<double>(bytes) / row.p50_us * 1e-3;
   row.wrong = wrong;
+  if (bytes > 0) row.gbps = static_cast<double>(bytes) / row.p50_us * 1e-3;
   if (times.size() < 2) return row;
   std::vector<double> ratios;
   for (std::size_t i = 0; i < times[0].size(); ++i) ratios.push_back(times[1][i] / times[0][i]);
