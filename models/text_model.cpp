@@ -1,0 +1,293 @@
+// Composes embedding, MoE blocks and head, forward and backward.
+#include "models/text_model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include <expar/collectives.h>
+
+#include "models/norm.h"
+
+namespace expar {
+namespace {
+
+constexpr std::int64_t kBytes = 256;
+
+void require_positive(std::string_view name, std::int64_t value) {
+  if (value >= 1) return;
+  throw Error(ErrorCode::bad_argument, std::string(name) + " " + std::to_string(value) + " is not at least 1");
+}
+
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+std::string prefix(std::size_t layer) { return "layers." + std::to_string(layer); }
+
+// The same elements as one row each of the leading extent, or as one row.
+Tensor flat(ConstTensor tensor) { return {const_cast<void*>(tensor.data()), tensor.dtype(), {tensor.elements()}}; }
+ConstTensor flat_rows(ConstTensor tensor) {
+  std::int64_t width = 1;
+  for (int axis = 1; axis < tensor.shape().rank(); ++axis) width *= tensor.size(axis);
+  return {tensor.data(), tensor.dtype(), {tensor.size(0), width}};
+}
+
+// dlogits = (softmax - one-hot) / B for the tokens of one shard.
+template <class T>
+void loss_gradient(std::span<const std::uint8_t> targets, const float* scores, float scale, T* dlogits) {
+  for (const std::uint8_t target : targets) {
+    for (std::int64_t v = 0; v < kBytes; ++v) {
+      dlogits[v] = T((scores[v] - (v == target ? 1.0F : 0.0F)) * scale);
+    }
+    scores += kBytes;
+    dlogits += kBytes;
+  }
+}
+
+}  // namespace
+
+void validate(const TextModelOptions& options) {
+  require_positive("layers", options.layers);
+  require_positive("context", options.context);
+  require_positive("hidden", options.moe.hidden);
+  require_positive("inner", options.moe.inner);
+  validate(options.moe.router);
+  if (options.moe.dtype != DType::f32 && options.moe.dtype != DType::bf16) {
+    throw Error(ErrorCode::bad_argument, "dtype " + std::string(name(options.moe.dtype)) + " is neither f32 nor bf16");
+  }
+}
+
+TextModelOptions dense_twin(TextModelOptions options) {
+  options.moe.inner *= options.moe.router.topk;
+  options.moe.router.experts = 1;
+  options.moe.router.topk = 1;
+  return options;
+}
+
+TextModel::TextModel(const Context& context, const TextModelOptions& options, std::uint64_t seed)
+    : options_((validate(options), options)),
+      embedding_(context, options.context, options.moe.hidden, options.moe.dtype),
+      norms_(static_cast<std::size_t>(options.layers) + 1),
+      gains_(DType::f32, {options.layers + 1, hidden()}),
+      dgains_and_loss_(DType::f32, {gains_and_loss()}),
+      head_(DType::f32, {kBytes, hidden()}),
+      dhead_(DType::f32, {kBytes, hidden()}),
+      loads_(static_cast<std::size_t>(options.layers * options.moe.router.experts)) {
+  if (dtype() == DType::bf16) head_low_ = Array(dtype(), {kBytes, hidden()});
+  std::fill_n(gains_.as<float>(), gains_.view().elements(), 1.0F);
+  embedding_.initialise(context, seed);
+  blocks_.reserve(static_cast<std::size_t>(options.layers));
+  for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
+    Block& block = blocks_.emplace_back(MoeLayer(context, options.moe), Parameter{}, MoeRecord{});
+    block.moe.initialise(seed, prefix(layer));
+    block.router = block.moe.router_parameter(prefix(layer));
+  }
+}
+
+std::vector<Parameter> TextModel::parameters() {
+  std::vector<Parameter> all{embedding_.parameter()};
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    all.push_back(blocks_[layer].router);
+    auto experts = blocks_[layer].moe.expert_parameters(prefix(layer));
+    std::move(experts.begin(), experts.end(), std::back_inserter(all));
+  }
+  all.push_back({.name = "norms",
+                 .value = gains_,
+                 .gradient = dgains_and_loss_.view().rows(0, gains_and_loss() - 1),
+                 .low = {},
+                 .decay = false});
+  all.push_back(head_parameter());
+  return all;
+}
+
+void TextModel::gather(const Context& context) { embedding_.gather(context); }
+
+void TextModel::refresh(const Context& context) {
+  for (Block& block : blocks_) block.moe.refresh();
+  for (const Parameter& parameter : {embedding_.parameter(), head_parameter()}) {
+    if (parameter.low.absent()) continue;
+    std::transform(parameter.value.as<float>(), parameter.value.as<float>() + parameter.value.elements(),
+                   parameter.low.as<bf16>(), [](float value) { return bf16(value); });
+  }
+  gather(context);
+}
+
+Parameter TextModel::head_parameter() { return {.name = "head", .value = head_, .gradient = dhead_, .low = head_low_}; }
+
+float TextModel::train(const Context& context, const Batch& batch, const Sharding& sharding) {
+  forward(context, batch, sharding, Pass::training);
+  const auto start = Clock::now();
+  backward(context, batch, sharding);
+  backward_ms_ += milliseconds_since(start);
+  count_loads();
+  return dgains_and_loss_.as<float>()[gains_and_loss() - 1];
+}
+
+void TextModel::evaluate(const Context& context, const Batch& batch, const Sharding& sharding, std::span<double> nats) {
+  forward(context, batch, sharding, Pass::inference);
+  for (std::int64_t shard = 0; shard < sharding.local_shards(); ++shard) {
+    nats[static_cast<std::size_t>(shard)] += nats_of(batch, sharding, shard);
+  }
+}
+
+void TextModel::forward(const Context& context, const Batch& batch, const Sharding& sharding, Pass pass) {
+  const std::int64_t tokens = sharding.local_tokens();
+  for (Norm& norm : norms_) {
+    norm.x = norm.x_memory.view(dtype(), {tokens, hidden()});
+    norm.y = norm.y_memory.view(dtype(), {tokens, hidden()});
+    norm.scale = norm.scale_memory.view(DType::f32, {tokens});
+  }
+  const auto contexts = std::span(batch.contexts)
+                            .subspan(static_cast<std::size_t>(sharding.first_token * options_.context),
+                                     static_cast<std::size_t>(tokens * options_.context));
+  embedding_.forward(context, contexts, norms_[0].x);
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    Block& block = blocks_[layer];
+    const Norm& in = norms_[layer];
+    const Tensor out = norms_[layer + 1].x;
+    norm(context, layer);
+    if (pass == Pass::training) {
+      block.moe.forward(context, in.y, out, in.x, sharding.offsets, block.record);
+    } else {
+      block.moe.forward(context, in.y, out, in.x);
+    }
+  }
+  norm(context, blocks_.size());
+  predict(context);
+}
+
+void TextModel::norm(const Context& context, std::size_t index) {
+  const Norm& norm = norms_[index];
+  rms_norm(context, norm.x, gain(index), norm.y, norm.scale);
+}
+
+void TextModel::predict(const Context& context) {
+  const Norm& norm = norms_.back();
+  const std::int64_t tokens = norm.y.size(0);
+  const std::int64_t offsets[] = {0, tokens};
+  logits_ = logits_memory_.view(DType::f32, {tokens, kBytes});
+  scores_ = scores_memory_.view(DType::f32, {tokens, kBytes});
+  logsumexp_ = logsumexp_memory_.view(DType::f32, {tokens});
+  context.kernels().gemm_nt({.groups = {1, offsets},
+                             .n = kBytes,
+                             .k = hidden(),
+                             .rows = {.base = {norm.y.data()}, .dtype = dtype(), .width = hidden()},
+                             .w = {head().data(), dtype()},
+                             .y = logits_.data()},
+                            context.pool());
+  context.kernels().softmax_topk({.tokens = tokens,
+                                  .experts = kBytes,
+                                  .topk = 1,
+                                  .logits = logits_.as<float>(),
+                                  .scores = scores_.as<float>(),
+                                  .logsumexp = logsumexp_.as<float>(),
+                                  .ids = chosen_.view(DType::int32, {tokens, 1}).as<std::int32_t>(),
+                                  .top = top_.view(DType::f32, {tokens, 1}).as<float>()},
+                                 context.pool());
+}
+
+double TextModel::nats_of(const Batch& batch, const Sharding& sharding, std::int64_t shard) const {
+  const auto s = static_cast<std::size_t>(shard);
+  double sum = 0;
+  for (std::int64_t t = sharding.offsets[s]; t < sharding.offsets[s + 1]; ++t) {
+    const std::int64_t target = batch.targets[static_cast<std::size_t>(sharding.first_token + t)];
+    sum +=
+        static_cast<double>(logsumexp_.as<float>()[t]) - static_cast<double>(logits_.as<float>()[t * kBytes + target]);
+  }
+  return sum;
+}
+
+void TextModel::backward(const Context& context, const Batch& batch, const Sharding& sharding) {
+  const Tensor dx = dx_.view(dtype(), norms_[0].x.shape());
+  const Tensor dnormed = head_backward(context, batch, sharding);
+  norm_backward(context, blocks_.size(), dnormed, {}, sharding, dx);
+  for (std::size_t layer = blocks_.size(); layer-- > 0;) {
+    Block& block = blocks_[layer];
+    block.moe.backward(context, block.record, dx, dnormed);
+    all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router.gradient));
+    norm_backward(context, layer, dnormed, dx, sharding, dx);
+  }
+  all_reduce(context, gain_rows_, dgains_and_loss_);
+  embedding_.backward(context, batch.contexts, dx);
+}
+
+Tensor TextModel::head_backward(const Context& context, const Batch& batch, const Sharding& sharding) {
+  const Norm& norm = norms_.back();
+  const std::int64_t tokens = sharding.local_tokens(), shards = sharding.local_shards();
+  const float scale = 1.0F / static_cast<float>(sharding.tokens);
+  const Tensor dlogits = dlogits_.view(dtype(), {tokens, kBytes});
+  gain_rows_ = gain_rows_memory_.view(DType::f32, {shards, gains_and_loss()});
+  context.pool().run(shards, [&](std::int64_t shard, int) {
+    const std::int64_t first = sharding.offsets[static_cast<std::size_t>(shard)];
+    const std::int64_t count = sharding.offsets[static_cast<std::size_t>(shard) + 1] - first;
+    const std::span targets(batch.targets.data() + sharding.first_token + first, static_cast<std::size_t>(count));
+    const float* scores = scores_.as<float>() + first * kBytes;
+    if (dtype() == DType::bf16) {
+      loss_gradient(targets, scores, scale, dlogits.as<bf16>() + first * kBytes);
+    } else {
+      loss_gradient(targets, scores, scale, dlogits.as<float>() + first * kBytes);
+    }
+    gain_rows_.as<float>()[(shard + 1) * gains_and_loss() - 1] =
+        static_cast<float>(nats_of(batch, sharding, shard) / static_cast<double>(sharding.tokens));
+  });
+
+  const Tensor rows = head_rows_.view(DType::f32, {shards, kBytes * hidden()});
+  context.kernels().gemm_tn({.groups = {static_cast<int>(shards), sharding.offsets.data()},
+                             .n = kBytes,
+                             .k = hidden(),
+                             .dy = dlogits.data(),
+                             .rows = {.base = {norm.y.data()}, .dtype = dtype(), .width = hidden()},
+                             .dw = rows.as<float>()},
+                            context.pool());
+  all_reduce(context, rows, flat(dhead_));
+
+  const Tensor dnormed = dnormed_.view(dtype(), norm.y.shape());
+  const std::int64_t offsets[] = {0, tokens};
+  context.kernels().gemm_nn({.groups = {1, offsets},
+                             .n = kBytes,
+                             .k = hidden(),
+                             .dy = dlogits.data(),
+                             .w = {head().data(), dtype()},
+                             .dx = dnormed.data(),
+                             .dx_dtype = dtype()},
+                            context.pool());
+  return dnormed;
+}
+
+void TextModel::norm_backward(const Context& context, std::size_t index, ConstTensor dy, ConstTensor residual,
+                              const Sharding& sharding, Tensor dx) {
+  const Norm& norm = norms_[index];
+  float* dgain = gain_rows_.as<float>() + static_cast<std::int64_t>(index) * hidden();
+  rms_norm_backward(context, norm.x, gain(index), norm.scale, dy, residual, sharding.offsets, dx, dgain,
+                    gains_and_loss());
+}
+
+void TextModel::count_loads() {
+  const auto experts = static_cast<std::size_t>(options_.moe.router.experts);
+  dropped_ = 0;
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    const MoeRecord& record = blocks_[layer].record;
+    const auto totals = record.plan.expert_totals();
+    std::copy(totals.begin(), totals.end(), loads_.begin() + static_cast<std::ptrdiff_t>(layer * experts));
+    dropped_ += record.losses.tokens * options_.moe.router.topk;
+    for (const std::int64_t rows : totals) dropped_ -= rows;
+  }
+}
+
+PhaseTimes TextModel::take_times() {
+  PhaseTimes sum;
+  for (Block& block : blocks_) {
+    const PhaseTimes times = block.moe.take_times();
+    sum.route += times.route;
+    sum.dispatch += times.dispatch;
+    sum.experts += times.experts;
+    sum.combine += times.combine;
+  }
+  sum.backward = std::exchange(backward_ms_, 0.0);
+  return sum;
+}
+
+}  // namespace expar
