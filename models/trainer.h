@@ -1,0 +1,59 @@
+// Trains a TextModel on a text and judges it by what was held out.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "models/text.h"
+#include "models/text_model.h"
+
+namespace expar {
+
+struct TrainOptions {
+  TextModelOptions model;
+  std::int64_t batch = 1024;  // tokens of a step, over all ranks
+  std::int64_t shards = 8;    // micro-shards of the batch: losses are the same for every number of ranks, not of shards
+  std::int64_t steps = 1000;
+  float lr = 3e-3F;  // at its peak: after a linear warm-up, before a cosine decay
+  std::uint64_t seed = 1;
+};
+
+/// Throws Error: bad_argument (naming the option and its value).
+void validate(const TrainOptions& options);
+
+struct TrainReport {
+  std::vector<float> losses;  // [steps] mean cross-entropy of each step's batch before the step, nats
+  double heldout_bits_per_byte = 0;
+  std::int64_t heldout_bytes = 0;  // over how many: all, or kMaxHeldOut of them at even distances
+  double tokens_per_s = 0;         // of training alone
+  PhaseTimes phase_ms;             // per step, mean over ranks
+  double optimizer_ms = 0;         // likewise
+  double load_max_over_mean = 0;   // slots per expert over the last tenth of the steps; of the worst layer
+  std::int64_t dropped = 0;        // slots, over all steps
+};
+
+inline constexpr std::int64_t kMaxHeldOut = 1 << 18;
+
+/// After each step: what to show to somebody who waits.
+struct Progress {
+  std::int64_t step = 0;  // from 1
+  float loss = 0;
+  double tokens_per_s = 0;
+};
+
+/// Losses and bits per byte are the same bytes for every number of ranks and threads and every transport; times are
+/// not. `watch` is called on every rank. Collective. Throws Error: bad_argument (options; a loss that is not finite,
+/// naming the step), as TextModel.
+TrainReport train(const Context& context, const Text& text, const TrainOptions& options,
+                  FunctionRef<void(const Progress&)> watch);
+
+/// The learning rate of step `step` (from 0) relative to its peak.
+float schedule(std::int64_t step, std::int64_t steps);
+
+/// Mean cross-entropy in bits over the held-out bytes, summed in an order that depends on neither ranks nor threads.
+///   targets : how many bytes, at even distances; at most all of them
+/// Collective.
+double heldout_bits(const Context& context, TextModel& model, const Text& text, std::int64_t shards,
+                    std::int64_t targets);
+
+}  // namespace expar
