@@ -67,15 +67,15 @@ std::vector<Row> measure(const std::string& what, const Context& context, const 
   refuse("no benchmark is called '" + what + "'");
 }
 
-std::vector<Row> measure_barrier(const Context& context, const Options&) {
+std::vector<Row> measure_barrier(const Context& context, const Options& options) {
   std::int64_t wrong = 0;
   std::vector<std::int64_t> entered, left;
   const auto now = [] { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); };
-  const Times times = measure_rounds(context, {{nullptr, [&] {
-                                                  entered.push_back(now());
-                                                  barrier(context);
-                                                  left.push_back(now());
-                                                }}});
+  const Times times = measure_rounds(context, options.seconds, {{nullptr, [&] {
+                                                                   entered.push_back(now());
+                                                                   barrier(context);
+                                                                   left.push_back(now());
+                                                                 }}});
   // Nobody may leave before the last has entered; the ranks of one host have one clock.
   const std::vector<std::int64_t> all = gather_all(context, entered);
   for (std::size_t i = 0; i < all.size(); ++i) wrong += left[i % left.size()] < all[i];

@@ -22,6 +22,7 @@ struct Options {
   bool train = false;  // layer: also a training step
   Layout layout = Layout::indexed;
   std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file
+  double seconds = 2;              // to spend on each measurement
 };
 
 /// Times are of the slowest rank, round by round.

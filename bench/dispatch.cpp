@@ -100,7 +100,7 @@ std::vector<Row> measure_dispatch(const Context& context, const Options& options
   if (probe.possible() && context.size() > 1) {
     steps.push_back({[&] { probe.use(); }, [&] { probe.copy(); }});
   }
-  const Times times = measure_rounds(context, steps);
+  const Times times = measure_rounds(context, options.seconds, steps);
   wrong += count_wrong(workload, inbox);
   const std::int64_t bytes = sum_over_ranks(context, plan.bytes(options.hidden, options.dtype));
   return {make_row("dispatch", times, bytes, sum_over_ranks(context, wrong))};
@@ -125,7 +125,7 @@ std::vector<Row> measure_combine(const Context& context, const Options& options)
   FetchProbe probe(context, plan, y);
   std::vector<Step> steps{{answer, run}};
   if (probe.possible() && context.size() > 1) steps.push_back({answer, [&] { probe.read(); }});
-  const Times times = measure_rounds(context, steps);
+  const Times times = measure_rounds(context, options.seconds, steps);
   wrong += count_wrong_sums(workload, out);
 
   std::int64_t rows = 0;

@@ -125,7 +125,7 @@ std::vector<Row> measure_experts(const Context& context, const Options& options)
   PeakProbes probes(context, work, options.dtype);
   std::vector<Step> steps{{nullptr, run}};
   probes.append(steps);
-  const Times times = measure_rounds(context, steps);
+  const Times times = measure_rounds(context, options.seconds, steps);
   wrong += count_wrong_rows(shape, weights, inbox, y);
 
   Row row;

@@ -95,7 +95,7 @@ class Bench {
     PeakProbes probes(context_, work, options_.dtype);
     std::vector<Step> steps{{nullptr, run}};
     probes.append(steps);
-    const Times times = measure_rounds(context_, steps);
+    const Times times = measure_rounds(context_, options_.seconds, steps);
     Row row;
     row.what = what;
     row.p50_us = median(times[0]);

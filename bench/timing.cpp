@@ -10,7 +10,6 @@
 namespace expar::bench {
 namespace {
 
-constexpr double kSeconds = 2.0;
 constexpr std::int64_t kWarmUp = 3;
 constexpr std::int64_t kFewest = 7;
 constexpr std::int64_t kMost = 5000;
@@ -30,12 +29,12 @@ void run_round(const Context& context, const std::vector<Step>& steps, std::vect
 
 }  // namespace
 
-Times measure_rounds(const Context& context, const std::vector<Step>& steps) {
+Times measure_rounds(const Context& context, double seconds, const std::vector<Step>& steps) {
   std::vector<std::int64_t> times;
   const auto start = Clock::now();
   for (std::int64_t i = 0; i < kWarmUp; ++i) run_round(context, steps, times);
   const double each = seconds_since(start) / kWarmUp;
-  const auto wanted = static_cast<std::int64_t>(std::min(kSeconds / each, 1e9));
+  const auto wanted = static_cast<std::int64_t>(std::min(seconds / each, 1e9));
   // All ranks must do the same number, and none has measured the same.
   const std::int64_t rounds = max_over_ranks(context, std::clamp(wanted, kFewest, kMost));
   times.clear();

@@ -18,8 +18,8 @@ struct Step {
 /// For each step, for each round: microseconds of the slowest rank.
 using Times = std::vector<std::vector<double>>;
 
-/// Runs all steps in every round, for about two seconds, and at least seven rounds. Collective.
-Times measure_rounds(const Context& context, const std::vector<Step>& steps);
+/// Runs all steps in every round, for about `seconds`, and at least seven rounds. Collective.
+Times measure_rounds(const Context& context, double seconds, const std::vector<Step>& steps);
 
 /// The least value that a share of `share` of the values do not exceed.
 double percentile(std::vector<double> values, double share);

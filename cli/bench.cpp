@@ -37,6 +37,7 @@ void add_flags(CLI::App& app, Flags& flags) {
   app.add_flag("--train", o.train, "layer: also a training step with AdamW");
   app.add_option("--layout", flags.layout, "dispatch: indexed or expert_major (default indexed)")
       ->check(one_of({"indexed", "expert_major"}));
+  app.add_option("--seconds", o.seconds, "time to spend on each row (default 2)")->check(number_above(0));
   flags.routes = app.add_option("--routes", o.routes,
                                 "uniform, zipf:A, hot:N:F (the first choice is with chance F one of N experts), or a "
                                 "recorded FILE (default uniform)");

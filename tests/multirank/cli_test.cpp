@@ -211,7 +211,8 @@ TEST_F(CommandLine, says_of_every_transport_whether_it_works) {
 
 /// Small enough to be quick under a sanitizer.
 Words bench(const Words& more) {
-  Words words{"bench", "--tokens", "24", "--hidden", "40", "--inner", "24", "--experts", "6", "--topk", "2"};
+  Words words{"bench",   "--seconds", "0.05",      "--tokens", "24",     "--hidden", "40",
+              "--inner", "24",        "--experts", "6",        "--topk", "2"};
   words.insert(words.end(), more.begin(), more.end());
   return words;
 }
@@ -276,8 +277,7 @@ TEST_F(CommandLine, names_the_rank_that_never_came) {
 }
 
 TEST_F(CommandLine, names_a_rank_that_is_killed_at_work) {
-  // Rounds go on for two seconds: the ranks have met long before the first ends.
-  const pid_t launcher = start(bench({"dispatch", "-n", "3", "--json", path("result")}));
+  const pid_t launcher = start({"bench", "dispatch", "-n", "3", "--seconds", "30", "--json", path("result")});
   const std::vector<pid_t> ranks = children_of(launcher, 3);
   ASSERT_EQ(ranks.size(), 3u);
   std::this_thread::sleep_for(milliseconds(700));
@@ -292,7 +292,7 @@ TEST_F(CommandLine, names_a_rank_that_is_killed_at_work) {
 }
 
 TEST_F(CommandLine, takes_its_ranks_along_when_it_is_killed) {
-  const pid_t launcher = start(bench({"dispatch", "-n", "3"}));
+  const pid_t launcher = start({"bench", "dispatch", "-n", "3", "--seconds", "30"});
   const std::vector<pid_t> ranks = children_of(launcher, 3);
   kill(launcher, SIGKILL);
   finish(launcher);
