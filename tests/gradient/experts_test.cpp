@@ -1,0 +1,209 @@
+// The experts' backward pass, through dispatch and combine, against finite differences.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <string>
+
+#include <expar/experts.h>
+#include <expar/random.h>
+#include <expar/registry.h>
+
+#include "tests/fastest_backend.h"
+#include "tests/gradient/differences.h"
+
+namespace expar::test {
+namespace {
+
+constexpr int kRanks = 2;
+constexpr std::int64_t kTokens[kRanks] = {4, 3};
+constexpr std::int64_t kFirst[kRanks] = {0, 4};  // global number of a rank's first token
+constexpr std::int64_t kAll = 7, kExperts = 3, kTopk = 2, kHidden = 6, kInner = 5;
+// Expert 1 gets nothing, expert 2 the same token twice, and one slot is not routed.
+constexpr std::int32_t kIds[kAll * kTopk] = {0, 2, 2, 2, 0, -1, 2, 0, 0, 2, 2, 0, 2, 0};
+
+/// Everything that is differentiated, in one array.
+struct Numbers {
+  explicit Numbers(const ExpertShape& shape) {
+    const auto add = [&](const char* name, std::int64_t count) {
+      names.push_back(name);
+      begins.push_back(static_cast<std::int64_t>(values.size()));
+      const Random random(11, name);
+      for (std::int64_t i = 0; i < count; ++i) values.push_back(0.6F * random.normal(static_cast<std::uint64_t>(i)));
+    };
+    add("x", kAll * kHidden);
+    add("weights", kAll * kTopk);
+    add("up", kExperts * shape.up_rows() * kHidden);
+    add("down", kExperts * kHidden * kInner);
+    add("up_bias", shape.bias ? kExperts * shape.up_rows() : 0);
+    add("down_bias", shape.bias ? kExperts * kHidden : 0);
+    begins.push_back(static_cast<std::int64_t>(values.size()));
+    const Random random(11, "dout");
+    for (std::int64_t i = 0; i < kAll * kHidden; ++i) dout.push_back(random.normal(static_cast<std::uint64_t>(i)));
+  }
+  float* at(std::size_t section, std::int64_t index = 0) { return values.data() + begins[section] + index; }
+
+  std::vector<const char*> names;
+  std::vector<std::int64_t> begins;
+  std::vector<float> values, dout;
+};
+enum Section : std::size_t { kX, kWeights, kUp, kDown, kUpBias, kDownBias };
+
+/// One rank's part of the function and of its gradient.
+class Rank {
+ public:
+  Rank(const Context& context, const ExpertShape& shape, Numbers& numbers)
+      : context_(context), shape_(shape), numbers_(numbers), tokens_(kTokens[context.rank()]) {
+    const std::int64_t first = kFirst[context.rank()];
+    plan_ = make_plan(context, ConstTensor(kIds + first * kTopk, {tokens_, kTopk}), {.experts = kExperts});
+    x_ = Tensor(numbers.at(kX, first * kHidden), {tokens_, kHidden});
+    weights_ = Tensor(numbers.at(kWeights, first * kTopk), {tokens_, kTopk});
+    out_ = Array(DType::f32, {tokens_, kHidden});
+    dout_ = ConstTensor(numbers.dout.data() + first * kHidden, {tokens_, kHidden});
+  }
+
+  /// This rank's part of sum(out * dout).
+  double loss() {
+    forward();
+    double sum = 0;
+    for (std::int64_t i = 0; i < tokens_ * kHidden; ++i)
+      sum += static_cast<double>(out_.as<float>()[i]) * dout_.as<float>()[i];
+    return sum;
+  }
+
+  void gradient(Numbers& gradients) {
+    forward();
+    const std::int64_t e = plan_.local().first;
+    const std::int64_t local = plan_.local().count;
+    const std::int64_t wide = shape_.up_rows();
+    ExpertGradients g;
+    g.up = Tensor(gradients.at(kUp, e * wide * kHidden), {local, wide, kHidden});
+    g.down = Tensor(gradients.at(kDown, e * kHidden * kInner), {local, kHidden, kInner});
+    if (shape_.bias) {
+      g.up_bias = Tensor(gradients.at(kUpBias, e * wide), {local, wide});
+      g.down_bias = Tensor(gradients.at(kDownBias, e * kHidden), {local, kHidden});
+    }
+    const Inbox dout = dispatch(context_, dout_, {}, plan_, {.lists_of = &inbox_});
+    Outbox dx = make_outbox(context_, plan_, kHidden, DType::f32);
+    Outbox dweights = make_outbox(context_, plan_, 1, DType::f32);
+    ExpertsScratch scratch;
+    experts_backward(context_, shape_, weights(), inbox_, dout, y_, record_, g, dx, dweights, scratch);
+    const std::int64_t first = kFirst[context_.rank()];
+    combine(context_, plan_, dx, unweighted, Tensor(gradients.at(kX, first * kHidden), {tokens_, kHidden}));
+    fetch_slots(context_, plan_, dweights, Tensor(gradients.at(kWeights, first * kTopk), {tokens_, kTopk, 1}));
+  }
+
+ private:
+  ExpertWeights weights() {
+    const std::int64_t e = plan_.local().first;
+    const std::int64_t local = plan_.local().count;
+    const std::int64_t wide = shape_.up_rows();
+    ExpertWeights w;
+    w.up = {numbers_.at(kUp, e * wide * kHidden), DType::f32, false};
+    w.down = {numbers_.at(kDown, e * kHidden * kInner), DType::f32, false};
+    if (shape_.bias) {
+      w.up_bias = ConstTensor(numbers_.at(kUpBias, e * wide), {local, wide});
+      w.down_bias = ConstTensor(numbers_.at(kDownBias, e * kHidden), {local, kHidden});
+    }
+    return w;
+  }
+  void forward() {
+    inbox_ = dispatch(context_, x_, weights_, plan_);
+    y_ = make_outbox(context_, plan_, kHidden, DType::f32);
+    experts_forward(context_, shape_, weights(), inbox_, y_, record_);
+    combine(context_, plan_, y_, weights_, out_);
+  }
+
+  Context context_;
+  ExpertShape shape_;
+  Numbers& numbers_;
+  std::int64_t tokens_;
+  Plan plan_;
+  Tensor x_, weights_;
+  Array out_;
+  ConstTensor dout_;
+  Inbox inbox_;
+  Outbox y_;
+  ExpertsRecord record_;
+};
+
+class ExpertsGradient : public testing::TestWithParam<Activation> {};
+INSTANTIATE_TEST_SUITE_P(all, ExpertsGradient, testing::Values(Activation::swiglu, Activation::gelu),
+                         [](const auto& test) { return gated(test.param) ? "swiglu" : "gelu"; });
+
+void check(const ExpertShape& shape) {
+  constexpr double kStep = 0.02;
+  const Numbers numbers(shape);
+  Numbers gradients(shape);
+  std::vector<double> losses[kRanks];  // of each point of each element
+  run_threads(kRanks, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    Numbers own(shape);  // each rank moves its own copy: they need not wait for each other
+    Rank rank(context, shape, own);
+    rank.gradient(gradients);
+    for (float& element : own.values) {
+      const float before = element;
+      for (const double at : Stencil::kAt) {
+        element = static_cast<float>(before + at * kStep);
+        losses[context.rank()].push_back(rank.loss());
+      }
+      element = before;
+    }
+  });
+  for (std::size_t s = 0; s < numbers.names.size(); ++s) {
+    std::vector<double> differences;
+    for (std::int64_t i = numbers.begins[s]; i < numbers.begins[s + 1]; ++i) {
+      double sum = 0;
+      for (int p = 0; p < Stencil::kPoints; ++p) {
+        const auto at = static_cast<std::size_t>(i * Stencil::kPoints + p);
+        sum += Stencil::kWeight[p] * (losses[0][at] + losses[1][at]);
+      }
+      differences.push_back(sum / kStep);
+    }
+    if (!differences.empty()) expect_gradient(numbers.names[s], differences, gradients.at(s), 1e-3);
+  }
+}
+
+TEST_P(ExpertsGradient, agrees_with_finite_differences) {
+  for (const bool bias : {false, true}) check({kHidden, kInner, GetParam(), bias, DType::f32});
+}
+
+TEST_P(ExpertsGradient, is_added_where_asked) {
+  const ExpertShape shape{kHidden, kInner, GetParam(), true, DType::f32};
+  Numbers numbers(shape);
+  run_threads(1, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    const Plan plan = make_plan(context, ConstTensor(kIds, {kAll, kTopk}), {.experts = kExperts});
+    const ConstTensor x(numbers.at(kX), {kAll, kHidden});
+    const ConstTensor weights(numbers.at(kWeights), {kAll, kTopk});
+    const ConstTensor gradient(numbers.dout.data(), {kAll, kHidden});
+    ExpertWeights w;
+    w.up = {numbers.at(kUp), DType::f32, false};
+    w.down = {numbers.at(kDown), DType::f32, false};
+    w.up_bias = ConstTensor(numbers.at(kUpBias), {kExperts, shape.up_rows()});
+    w.down_bias = ConstTensor(numbers.at(kDownBias), {kExperts, kHidden});
+    const Array up(DType::f32, {kExperts, shape.up_rows(), kHidden});
+    const Array down(DType::f32, {kExperts, kHidden, kInner});
+    const Array up_bias(DType::f32, {kExperts, shape.up_rows()});
+    const Array down_bias(DType::f32, {kExperts, kHidden});
+
+    const Inbox inbox = dispatch(context, x, weights, plan);
+    const Inbox dout = dispatch(context, gradient, {}, plan, {.lists_of = &inbox});
+    Outbox y = make_outbox(context, plan, kHidden, DType::f32);
+    Outbox dx = make_outbox(context, plan, kHidden, DType::f32);
+    Outbox dweights = make_outbox(context, plan, 1, DType::f32);
+    ExpertsRecord record;
+    ExpertsScratch scratch;
+    experts_forward(context, shape, w, inbox, y, record);
+    std::vector<float> once;
+    for (const bool accumulate : {false, true}) {
+      experts_backward(context, shape, w, inbox, dout, y, record, {up, down, up_bias, down_bias, accumulate}, dx,
+                       dweights, scratch);
+      if (!accumulate) once.assign(up.as<float>(), up.as<float>() + up.view().elements());
+    }
+    for (std::size_t i = 0; i < once.size(); ++i)
+      EXPECT_NEAR(up.as<float>()[i], 2 * once[i], 1e-5 + 1e-5 * std::abs(once[i]));
+  });
+}
+
+}  // namespace
+}  // namespace expar::test
