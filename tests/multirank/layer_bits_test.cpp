@@ -1,0 +1,87 @@
+// The layer's bytes: the same on any number of ranks, by any transport, with mapping on and off, for any thread count.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cstdlib>
+
+#include <expar/registry.h>
+
+#include "tests/fastest_backend.h"
+#include "tests/multirank/layer_case.h"
+#include "tests/multirank/processes.h"
+
+namespace expar::test {
+namespace {
+
+LayerResult run_on(const LayerCase& c, const RankSetup& setup, const ContextOptions& options) {
+  LayerResult result(c);
+  expect_success(run_communicators(
+      setup, [&](const Communicator& communicator) { run_layer(c, Context(communicator, options), result); }));
+  return result;
+}
+
+std::vector<LayerSpec> specs() {
+  // Wide enough for several tiles and tasks per kernel.
+  return {{.experts = 8, .topk = 2, .bias = true, .hidden = 136, .inner = 72},
+          {.experts = 8, .topk = 2, .dtype = DType::bf16, .hidden = 136, .inner = 72},
+          {.experts = 5, .topk = 3, .activation = Activation::gelu, .bias = true, .dtype = DType::bf16, .hot = 1}};
+}
+
+class LayerBits : public testing::TestWithParam<LayerSpec> {};
+INSTANTIATE_TEST_SUITE_P(all, LayerBits, testing::ValuesIn(specs()),
+                         [](const auto& test) { return test.param.name(); });
+
+TEST_P(LayerBits, do_not_depend_on_ranks_transport_or_mapping) {
+  const LayerCase layer_case(GetParam());
+  const LayerResult alone = run_on(layer_case, {.ranks = 1}, {.threads = 1, .backend = fastest_backend()});
+  for (const RankSetup& setup : all_setups()) {
+    EXPECT_EQ(run_on(layer_case, setup, {.threads = 1, .backend = fastest_backend()}).difference(alone), "")
+        << setup.name();
+  }
+}
+
+TEST_P(LayerBits, do_not_depend_on_the_number_of_threads) {
+  const LayerCase layer_case(GetParam());
+  const LayerResult alone = run_on(layer_case, {.ranks = 1}, {.threads = 1, .backend = fastest_backend()});
+  for (const int ranks : {1, 3}) {
+    for (const int threads : {2, 3}) {
+      EXPECT_EQ(
+          run_on(layer_case, {.ranks = ranks}, {.threads = threads, .backend = fastest_backend()}).difference(alone),
+          "")
+          << ranks << " ranks of " << threads << " threads";
+    }
+  }
+}
+
+/// Sets EXPAR_ISA until its end.
+class Isa {
+ public:
+  explicit Isa(const std::string& isa) { setenv("EXPAR_ISA", isa.c_str(), 1); }
+  ~Isa() { unsetenv("EXPAR_ISA"); }
+};
+
+TEST_P(LayerBits, hold_for_every_backend_and_instruction_set) {
+  const LayerCase layer_case(GetParam());
+  for (const std::string& backend : available_backends()) {
+    for (const std::string& isa : available_isas(backend)) {
+      const Isa chosen(isa);
+      const LayerResult alone = run_on(layer_case, {.ranks = 1}, {.threads = 1, .backend = backend});
+      for (const int ranks : {2, 4}) {
+        EXPECT_EQ(run_on(layer_case, {.ranks = ranks}, {.threads = 2, .backend = backend}).difference(alone), "")
+            << backend << " " << isa << " on " << ranks << " ranks";
+      }
+    }
+  }
+}
+
+TEST_P(LayerBits, differ_where_a_token_differs_in_its_last_bit) {
+  LayerCase layer_case(GetParam());
+  const LayerResult before = run_on(layer_case, {.ranks = 2}, {.threads = 1, .backend = fastest_backend()});
+  const std::uint32_t last = layer_case.spec.dtype == DType::f32 ? 1U : 0x10000U;
+  float& element = layer_case.x[5];
+  element = std::bit_cast<float>(std::bit_cast<std::uint32_t>(element) ^ last);
+  EXPECT_NE(run_on(layer_case, {.ranks = 2}, {.threads = 1, .backend = fastest_backend()}).difference(before), "");
+}
+
+}  // namespace
+}  // namespace expar::test

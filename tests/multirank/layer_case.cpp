@@ -1,0 +1,197 @@
+// One layer with its parameters, one global batch, and what comes out of them on any number of ranks.
+#include "tests/multirank/layer_case.h"
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include <expar/collectives.h>
+#include <expar/random.h>
+#include <gtest/gtest.h>
+
+namespace expar::test {
+namespace {
+
+std::vector<float> drawn(const char* name, std::int64_t count, double deviation, DType dtype) {
+  const Random random(7, name);
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<float>(deviation) * random.normal(i);
+    if (dtype == DType::bf16) values[i] = static_cast<float>(bf16(values[i]));
+  }
+  return values;
+}
+
+}  // namespace
+
+std::string LayerSpec::name() const {
+  return "E" + std::to_string(experts) + "_K" + std::to_string(topk) + "_" + std::string(expar::name(dtype)) +
+         (gated(activation) ? "_swiglu" : "_gelu") + (bias ? "_bias" : "") + (renormalise ? "" : "_plain") +
+         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
+}
+
+LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
+  const std::int64_t E = spec.experts, H = spec.hidden, F = spec.inner, T = tokens();
+  const auto root = [](std::int64_t n) { return 1.0 / std::sqrt(static_cast<double>(n)); };
+  x = drawn("x", T * H, 1.0, spec.dtype);
+  for (std::int64_t t = 0; t < T; ++t) x[static_cast<std::size_t>(t * H)] = 1.0F;  // the router's bias, so to speak
+  residual = drawn("residual", T * H, 1.0, spec.dtype);
+  dout = drawn("dout", T * H, 1.0 / static_cast<double>(T), spec.dtype);
+  router = drawn("router", E * H, 2.0 * root(H), DType::f32);
+  if (spec.hot >= 0) router[static_cast<std::size_t>(spec.hot * H)] = 20.0F;
+  if (spec.cold >= 0) router[static_cast<std::size_t>(spec.cold * H)] = -20.0F;
+  up = drawn("up", E * wide() * H, root(H), spec.dtype);
+  down = drawn("down", E * H * F, root(F), spec.dtype);
+  up_bias = drawn("up_bias", E * wide(), 0.5, DType::f32);
+  down_bias = drawn("down_bias", E * H, 0.5, DType::f32);
+}
+
+MoeLayerOptions LayerCase::options() const {
+  MoeLayerOptions options;
+  options.hidden = spec.hidden;
+  options.inner = spec.inner;
+  options.router.experts = spec.experts;
+  options.router.topk = spec.topk;
+  options.router.renormalise = spec.renormalise;
+  options.router.balance = 0.5F;
+  options.router.z = 0.125F;
+  options.activation = spec.activation;
+  options.bias = spec.bias;
+  options.dtype = spec.dtype;
+  return options;
+}
+
+LayerCase::Held LayerCase::held(int rank, int ranks) const {
+  const std::size_t all = shards.size() - 1;
+  const auto r = static_cast<std::size_t>(rank);
+  const auto p = static_cast<std::size_t>(ranks);
+  if (ranks == 1) return {0, all};
+  if (ranks == 2) return rank == 0 ? Held{0, 3} : Held{3, all - 3};
+  if (rank < 2) return {r, 1};
+  const auto begin = [&](std::size_t i) { return 2 + (all - 2) * (i - 2) / (p - 2); };
+  return {begin(r), begin(r + 1) - begin(r)};
+}
+
+void LayerCase::fill(MoeLayer& layer) const {
+  const auto first = static_cast<std::size_t>(layer.local_experts().first);
+  const auto copy = [](const std::vector<float>& from, std::size_t begin, const Tensor& to) {
+    std::memcpy(to.data(), from.data() + begin, to.byte_size());
+  };
+  copy(router, 0, layer.router_parameter("").value);
+  for (const Parameter& p : layer.expert_parameters("")) {
+    const auto& from = p.name == "experts.up"        ? up
+                       : p.name == "experts.down"    ? down
+                       : p.name == "experts.up_bias" ? up_bias
+                                                     : down_bias;
+    copy(from, first * (from.size() / static_cast<std::size_t>(spec.experts)), p.value);
+  }
+  layer.refresh();
+}
+
+LayerResult::LayerResult(const LayerCase& c) {
+  const auto add = [&](const char* name, std::size_t count) {
+    sections_.push_back({name, total_, count});
+    total_ += count;
+  };
+  add("out", c.x.size());
+  add("inference", c.x.size());
+  add("dx", c.x.size());
+  add("router", (c.shards.size() - 1) * c.router.size());
+  add("up", c.up.size());
+  add("down", c.down.size());
+  add("up_bias", c.spec.bias ? c.up_bias.size() : 0);
+  add("down_bias", c.spec.bias ? c.down_bias.size() : 0);
+  add("losses", 2);
+  void* memory = mmap(nullptr, total_ * sizeof(float), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  values_ = static_cast<float*>(memory);
+  std::memset(memory, 0xff, total_ * sizeof(float));  // NaN: what no rank writes is noticed
+}
+
+LayerResult::~LayerResult() {
+  if (values_ != nullptr) munmap(values_, total_ * sizeof(float));
+}
+LayerResult::LayerResult(LayerResult&& other) noexcept
+    : sections_(std::move(other.sections_)), total_(other.total_), values_(std::exchange(other.values_, nullptr)) {}
+
+float* LayerResult::at(const std::string& name) const {
+  for (const Section& s : sections_)
+    if (s.name == name) return values_ + s.begin;
+  throw Error(ErrorCode::internal, "no section " + name);
+}
+
+std::string LayerResult::difference(const LayerResult& other) const {
+  for (const Section& s : sections_) {
+    for (std::size_t i = 0; i < s.count; ++i) {
+      const float a = values_[s.begin + i];
+      const float b = other.values_[s.begin + i];
+      if (std::memcmp(&a, &b, sizeof(float)) == 0) continue;
+      return s.name + "[" + std::to_string(i) + "]: " + std::to_string(a) + " and " + std::to_string(b);
+    }
+  }
+  return "";
+}
+
+Array rows_of(const LayerCase& c, const std::vector<float>& all, LayerCase::Held held) {
+  const std::int64_t begin = c.shards[held.first];
+  Array rows(c.spec.dtype, {c.shards[held.first + held.count] - begin, c.spec.hidden});
+  const float* from = all.data() + begin * c.spec.hidden;
+  for (std::int64_t i = 0; i < rows.view().elements(); ++i) {
+    if (c.spec.dtype == DType::f32) rows.as<float>()[i] = from[i];
+    if (c.spec.dtype == DType::bf16) rows.as<bf16>()[i] = bf16(from[i]);
+  }
+  return rows;
+}
+
+void to_f32(const ConstTensor& from, float* to) {
+  for (std::int64_t i = 0; i < from.elements(); ++i)
+    to[i] = from.dtype() == DType::f32 ? from.as<float>()[i] : static_cast<float>(from.as<bf16>()[i]);
+}
+
+void run_layer(const LayerCase& c, const Context& context, const LayerResult& result) {
+  const LayerCase::Held held = c.held(context.rank(), context.size());
+  const std::int64_t begin = c.shards[held.first];
+  std::vector<std::int64_t> shards;
+  for (std::size_t s = 0; s <= held.count; ++s) shards.push_back(c.shards[held.first + s] - begin);
+
+  MoeLayer layer(context, c.options());
+  c.fill(layer);
+  const Array x = rows_of(c, c.x, held);
+  const Array residual = rows_of(c, c.residual, held);
+  const Array dout = rows_of(c, c.dout, held);
+  Array out(c.spec.dtype, x.view().shape());
+  const std::int64_t row = begin * c.spec.hidden;
+
+  layer.forward(context, x, out, residual);
+  to_f32(out, result.at("inference") + row);
+
+  // A second pass over the same record shows that nothing of the first is left in it.
+  MoeRecord record;
+  Array dx(c.spec.dtype, x.view().shape());
+  for (int pass = 0; pass < 2; ++pass) {
+    layer.forward(context, x, out, residual, shards, record);
+    layer.backward(context, record, dout, dx);
+  }
+  to_f32(out, result.at("out") + row);
+  to_f32(dx, result.at("dx") + row);
+  EXPECT_EQ(std::memcmp(result.at("out") + row, result.at("inference") + row, x.view().elements() * sizeof(float)), 0)
+      << "training and inference differ";
+  const auto per_shard = static_cast<std::size_t>(c.spec.experts * c.spec.hidden);
+  to_f32(layer.router_shard_gradients(), result.at("router") + held.first * per_shard);
+  for (const Parameter& p : layer.expert_parameters("")) {
+    const std::int64_t local = layer.local_experts().count;
+    if (local == 0) continue;
+    const std::string name = p.name.substr(p.name.find('.') + 1);
+    to_f32(p.gradient, result.at(name) + layer.local_experts().first * (p.gradient.elements() / local));
+  }
+  if (context.rank() == 0) result.at("losses")[0] = record.losses.balance, result.at("losses")[1] = record.losses.z;
+  barrier(context);
+  EXPECT_EQ(result.at("losses")[0], record.losses.balance);
+  EXPECT_EQ(result.at("losses")[1], record.losses.z);
+  EXPECT_EQ(record.losses.tokens, c.tokens());
+}
+
+}  // namespace expar::test

@@ -1,0 +1,203 @@
+// The layer against a double-precision loop: output, losses and every gradient, on any number of ranks.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include <expar/registry.h>
+
+#include "tests/multirank/layer_case.h"
+#include "tests/multirank/oracle.h"
+#include "tests/multirank/processes.h"
+
+namespace expar::test {
+namespace {
+
+using oracle::Real;
+using oracle::Vector;
+
+Vector part(const std::vector<float>& all, std::int64_t index, std::int64_t parts) {
+  const auto count = static_cast<std::ptrdiff_t>(all.size()) / parts;
+  return {all.begin() + index * count, all.begin() + (index + 1) * count};
+}
+
+oracle::Layer oracle_layer(const LayerCase& c) {
+  oracle::Layer layer;
+  layer.hidden = static_cast<std::size_t>(c.spec.hidden);
+  layer.inner = static_cast<std::size_t>(c.spec.inner);
+  layer.topk = static_cast<std::size_t>(c.spec.topk);
+  layer.gated = gated(c.spec.activation);
+  layer.renormalise = c.spec.renormalise;
+  layer.bf16 = c.spec.dtype == DType::bf16;
+  layer.balance = c.options().router.balance;
+  layer.z = c.options().router.z;
+  layer.router = part(c.router, 0, 1);
+  for (std::int64_t e = 0; e < c.spec.experts; ++e) {
+    layer.experts.push_back({part(c.up, e, c.spec.experts), part(c.down, e, c.spec.experts), {}, {}});
+    if (!c.spec.bias) continue;
+    layer.experts.back().up_bias = part(c.up_bias, e, c.spec.experts);
+    layer.experts.back().down_bias = part(c.down_bias, e, c.spec.experts);
+  }
+  return layer;
+}
+
+/// What the layer should give, in the sections of LayerResult.
+struct Expected {
+  std::vector<Vector> sections;
+  double smallest_gap = INFINITY;
+
+  explicit Expected(const LayerCase& c);
+};
+
+void append(Vector& to, const Vector& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+Expected::Expected(const LayerCase& c) {
+  const oracle::Layer layer = oracle_layer(c);
+  const auto tokens = static_cast<double>(c.tokens());
+  std::vector<oracle::Token> walks;
+  std::vector<double> load(layer.experts.size());
+  Vector means(layer.experts.size());
+  Real balance, z, squares;
+  for (std::int64_t t = 0; t < c.tokens(); ++t) {
+    walks.push_back(oracle::forward(layer, part(c.x, t, c.tokens()), part(c.residual, t, c.tokens())));
+    for (const std::size_t e : walks.back().ids) load[e] += 1.0 / (tokens * static_cast<double>(layer.topk));
+    oracle::add(means, walks.back().scores);
+    squares += walks.back().lse * walks.back().lse;
+    smallest_gap = std::min(smallest_gap, walks.back().gap);
+  }
+  for (std::size_t e = 0; e < load.size(); ++e) balance += Real(load[e]) * means[e] / Real(tokens);
+  balance = balance * Real(layer.balance * static_cast<double>(load.size()));
+  z = squares * Real(layer.z / tokens);
+
+  std::vector<oracle::Network> gradients;
+  for (const oracle::Network& net : layer.experts) {
+    gradients.push_back(
+        {Vector(net.up.size()), Vector(net.down.size()), Vector(net.up_bias.size()), Vector(net.down_bias.size())});
+  }
+  Vector out, dx, router;
+  for (std::size_t s = 0; s + 1 < c.shards.size(); ++s) {
+    Vector shard(layer.router.size());
+    for (std::int64_t t = c.shards[s]; t < c.shards[s + 1]; ++t) {
+      const oracle::Token& walk = walks[static_cast<std::size_t>(t)];
+      append(out, walk.out);
+      append(dx, oracle::backward(layer, walk, part(c.dout, t, c.tokens()), load, tokens, shard, gradients));
+    }
+    append(router, shard);
+  }
+  Vector up, down, up_bias, down_bias;
+  for (const oracle::Network& g : gradients) {
+    append(up, g.up), append(down, g.down), append(up_bias, g.up_bias), append(down_bias, g.down_bias);
+  }
+  sections = {out, out, dx, router, up, down, up_bias, down_bias, {balance, z}};
+}
+
+double size_of_all(const Vector& v, double Real::*member) {
+  double sum = 0;
+  for (const Real& r : v) sum += r.*member * (r.*member);
+  return std::sqrt(sum / static_cast<double>(v.size()));
+}
+
+// Of hundreds of thousands of elements the worst is 1.9 of Real's errors away.
+constexpr double kErrors = 4;
+
+/// Every element lies within the bound on its own error; the worst is printed.
+void expect_near(const LayerResult& got, const Expected& expected, const std::string& where) {
+  for (std::size_t s = 0; s < got.sections().size(); ++s) {
+    const auto& section = got.sections()[s];
+    const Vector& want = expected.sections[s];
+    ASSERT_EQ(section.count, want.size()) << where << " " << section.name;
+    double worst = 0;
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      const double miss = std::abs(got.at(section.name)[i] - want[i].value);
+      const double ratio = miss / (kErrors * want[i].error + 1e-30);  // flushed denormals
+      if (!(ratio <= worst)) worst = ratio, at = i;
+    }
+    if (worst <= 1) continue;
+    ADD_FAILURE() << where << ": " << section.name << "[" << at << "] is " << got.at(section.name)[at] << ", should be "
+                  << want[at].value << " within " << kErrors * want[at].error;
+  }
+}
+
+/// A bound as wide as the numbers themselves would accept anything.
+void expect_sharp(const Expected& expected, const LayerSpec& spec) {
+  EXPECT_GT(expected.smallest_gap, kErrors) << "rounding may change a choice of experts: draw other numbers";
+  const double sharp = spec.dtype == DType::f32 ? 5e-4 : 0.75;
+  for (const Vector& v : expected.sections) {
+    if (v.empty()) continue;
+    EXPECT_LT(kErrors * size_of_all(v, &Real::error), sharp * size_of_all(v, &Real::value)) << spec.name();
+  }
+}
+
+LayerResult run_on(const LayerCase& c, int ranks, const std::string& backend) {
+  LayerResult result(c);
+  expect_success(run_communicators({.ranks = ranks}, [&](const Communicator& communicator) {
+    run_layer(c, Context(communicator, {.threads = 1, .backend = backend}), result);
+  }));
+  return result;
+}
+
+constexpr int kRanks[] = {1, 2, 3, 4, 7, 8};
+
+void compare(const LayerSpec& spec) {
+  const LayerCase layer_case(spec);
+  const Expected expected(layer_case);
+  expect_sharp(expected, spec);
+  for (const std::string& backend : available_backends()) {
+    const LayerResult alone = run_on(layer_case, 1, backend);
+    for (const int ranks : kRanks) {
+      const LayerResult result = run_on(layer_case, ranks, backend);
+      const std::string where = spec.name() + " of " + backend + " on " + std::to_string(ranks) + " ranks";
+      expect_near(result, expected, where);
+      EXPECT_EQ(result.difference(alone), "") << where << " and on one";
+    }
+  }
+}
+
+struct Choice {
+  std::int64_t experts, topk;
+  DType dtype;
+};
+std::vector<Choice> choices() {
+  std::vector<Choice> all;
+  for (const std::int64_t experts : {1, 5, 8, 64})
+    for (const std::int64_t topk : {1, 2, 8})
+      for (const DType dtype : {DType::f32, DType::bf16})
+        if (topk <= experts) all.push_back({experts, topk, dtype});
+  return all;
+}
+std::string name_of(const Choice& c) {
+  return "E" + std::to_string(c.experts) + "_K" + std::to_string(c.topk) + "_" + std::string(name(c.dtype));
+}
+void PrintTo(const Choice& c, std::ostream* out) { *out << name_of(c); }
+
+class LayerOracle : public testing::TestWithParam<Choice> {};
+INSTANTIATE_TEST_SUITE_P(all, LayerOracle, testing::ValuesIn(choices()),
+                         [](const auto& test) { return name_of(test.param); });
+
+TEST_P(LayerOracle, agrees_on_any_number_of_ranks) {
+  const auto [experts, topk, dtype] = GetParam();
+  for (const Activation activation : {Activation::swiglu, Activation::gelu}) {
+    for (const bool bias : {false, true}) {
+      compare({.experts = experts, .topk = topk, .activation = activation, .bias = bias, .dtype = dtype});
+    }
+  }
+}
+
+TEST(LayerSkew, agrees_where_one_expert_takes_everything) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    compare({.experts = 8, .topk = 1, .bias = true, .dtype = dtype, .hot = 6});
+    compare({.experts = 5, .topk = 2, .activation = Activation::gelu, .dtype = dtype, .hot = 3});
+  }
+}
+
+TEST(LayerSkew, agrees_where_an_expert_gets_no_token) {
+  for (const DType dtype : {DType::f32, DType::bf16}) compare({.topk = 2, .bias = true, .dtype = dtype, .cold = 5});
+}
+
+TEST(LayerScores, agrees_without_renormalisation) {
+  for (const DType dtype : {DType::f32, DType::bf16}) compare({.topk = 3, .dtype = dtype, .renormalise = false});
+}
+
+}  // namespace
+}  // namespace expar::test

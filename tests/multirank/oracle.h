@@ -1,0 +1,195 @@
+// The whole layer as one plain loop, forwards and backwards: what the library's layer is compared with.
+//
+// It computes with Real, a double that carries how far the library's rounding may have taken it so far, each rounding
+// being independent of the others (Higham & Mary 2019), so that no tolerance has to be guessed. Read it as if Real were
+// double.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <numbers>
+#include <numeric>
+#include <vector>
+
+namespace expar::oracle {
+
+inline constexpr double kF32 = 0x1p-24;  // half a unit in the last place
+inline constexpr double kBf16 = 0x1p-8;  // the same, of a number stored as bf16
+inline constexpr double kFunction = 4;   // exp, log and erf of a backend are right to this many kF32
+
+struct Real {
+  double value = 0, error = 0;
+  Real() = default;
+  Real(double v, double e = 0) : value(v), error(e) {}
+};
+
+/// A result that inherits errors `a` and `b` and is off by up to `rounding` by itself.
+inline Real result(double value, double a, double b, double rounding) {
+  return {value, std::sqrt(a * a + b * b + rounding * rounding)};
+}
+inline Real operator+(Real a, Real b) {
+  return result(a.value + b.value, a.error, b.error, kF32 * std::abs(a.value + b.value));
+}
+inline Real operator-(Real a, Real b) { return a + Real(-b.value, b.error); }
+inline Real operator*(Real a, Real b) {
+  return result(a.value * b.value, a.value * b.error, b.value * a.error, kF32 * std::abs(a.value * b.value));
+}
+inline Real operator/(Real a, Real b) {
+  const double value = a.value / b.value;
+  return result(value, a.error / b.value, value * b.error / b.value, kF32 * std::abs(value));
+}
+inline Real& operator+=(Real& a, Real b) { return a = a + b; }
+inline Real exp(Real a) {
+  const double value = std::exp(a.value);
+  return result(value, value * a.error, 0, kFunction * kF32 * value);
+}
+inline Real log(Real a) {
+  const double value = std::log(a.value);
+  return result(value, a.error / a.value, 0, kFunction * kF32 * (1 + std::abs(value)));
+}
+inline Real erf(Real a) {
+  return result(std::erf(a.value), 2 / std::sqrt(std::numbers::pi) * a.error, 0, kFunction * kF32);
+}
+
+using Vector = std::vector<Real>;
+
+struct Network {  // one expert: up [N, H], down [H, F]; N is 2F (gate, then up) where gated
+  Vector up, down, up_bias, down_bias;
+};
+
+struct Layer {
+  std::size_t hidden = 0, inner = 0, topk = 0;
+  bool gated = false, renormalise = true, bf16 = false;
+  double balance = 0, z = 0;
+  Vector router;  // [E, H]
+  std::vector<Network> experts;
+
+  std::size_t wide() const { return gated ? 2 * inner : inner; }
+  /// What the library stores in the layer's dtype is rounded there.
+  Real stored(Real a) const { return bf16 ? result(a.value, a.error, 0, kBf16 * std::abs(a.value)) : a; }
+};
+
+/// y [rows] = w [rows, columns] v, or with the other extent x [columns] = w^T v.
+inline Vector times(const Vector& w, const Vector& v) {
+  Vector y(w.size() / v.size());
+  for (std::size_t i = 0; i < y.size(); ++i)
+    for (std::size_t j = 0; j < v.size(); ++j) y[i] += w[i * v.size() + j] * v[j];
+  return y;
+}
+inline Vector transposed_times(const Vector& w, const Vector& v) {
+  Vector x(w.size() / v.size());
+  for (std::size_t i = 0; i < v.size(); ++i)
+    for (std::size_t j = 0; j < x.size(); ++j) x[j] += w[i * x.size() + j] * v[i];
+  return x;
+}
+inline void add(Vector& sum, const Vector& v) {
+  for (std::size_t i = 0; i < v.size(); ++i) sum[i] += v[i];
+}
+inline void add_outer(Vector& sum, const Vector& a, const Vector& b) {
+  for (std::size_t i = 0; i < a.size(); ++i)
+    for (std::size_t j = 0; j < b.size(); ++j) sum[i * b.size() + j] += a[i] * b[j];
+}
+inline Real dot(const Vector& a, const Vector& b) { return times(a, b)[0]; }
+
+inline Real sigmoid(Real a) { return Real(1) / (Real(1) + exp(Real(0) - a)); }
+inline Real normal_cdf(Real a) { return Real(0.5) * (Real(1) + erf(a * Real(std::sqrt(0.5)))); }
+inline Real normal_pdf(Real a) { return exp(Real(-0.5) * a * a) * Real(std::sqrt(0.5 / std::numbers::pi)); }
+
+/// What one token meets on its way.
+struct Token {
+  Vector x, scores, weights, out;
+  Real lse, sum = Real(1);
+  std::vector<std::size_t> ids;
+  std::vector<Vector> pre, h, y;  // [K]
+  double gap = INFINITY;          // between the last chosen score and the best one left, in errors of this difference
+};
+
+inline Token forward(const Layer& layer, const Vector& x, const Vector& residual) {
+  Token t;
+  t.x = x;
+  t.scores = times(layer.router, x);
+  const Real most =
+      *std::max_element(t.scores.begin(), t.scores.end(), [](Real a, Real b) { return a.value < b.value; });
+  Real total;
+  for (Real& s : t.scores) total += s = exp(s - most);
+  t.lse = most + log(total);
+  for (Real& s : t.scores) s = s / total;
+
+  std::vector<std::size_t> order(t.scores.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return t.scores[a].value > t.scores[b].value; });
+  t.ids.assign(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(layer.topk));
+  if (layer.topk < order.size()) {
+    const Real difference = t.scores[order[layer.topk - 1]] - t.scores[order[layer.topk]];
+    t.gap = difference.value / difference.error;
+  }
+
+  if (layer.renormalise) {
+    t.sum = Real();
+    for (const std::size_t e : t.ids) t.sum += t.scores[e];
+  }
+  t.out.resize(layer.hidden);
+  for (const std::size_t e : t.ids) {
+    const Network& net = layer.experts[e];
+    t.weights.push_back(t.scores[e] / t.sum);
+    Vector pre = times(net.up, x);
+    add(pre, net.up_bias);
+    for (Real& p : pre) p = layer.stored(p);
+    Vector h(layer.inner);
+    for (std::size_t f = 0; f < h.size(); ++f) {
+      h[f] = layer.stored(layer.gated ? pre[f] * sigmoid(pre[f]) * pre[layer.inner + f] : pre[f] * normal_cdf(pre[f]));
+    }
+    Vector y = times(net.down, h);
+    add(y, net.down_bias);
+    for (std::size_t i = 0; i < y.size(); ++i) t.out[i] += t.weights.back() * (y[i] = layer.stored(y[i]));
+    t.pre.push_back(pre), t.h.push_back(h), t.y.push_back(y);
+  }
+  add(t.out, residual);
+  for (Real& o : t.out) o = layer.stored(o);
+  return t;
+}
+
+/// Adds to the gradients and returns dx. `load` [E]: the fraction of all slots each expert got; `tokens`: of the batch.
+inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, const std::vector<double>& load,
+                       double tokens, Vector& drouter, std::vector<Network>& dexperts) {
+  Vector dx(layer.hidden), dweights;
+  for (std::size_t k = 0; k < layer.topk; ++k) {
+    const Network& net = layer.experts[t.ids[k]];
+    Network& grad = dexperts[t.ids[k]];
+    dweights.push_back(dot(dout, t.y[k]));
+    Vector dy;
+    for (const Real& d : dout) dy.push_back(layer.stored(t.weights[k] * d));
+    const Vector dh = transposed_times(net.down, dy);
+    Vector dpre(layer.wide());
+    for (std::size_t f = 0; f < layer.inner; ++f) {
+      const Real d = layer.stored(dh[f]), p = t.pre[k][f], s = sigmoid(p);
+      if (layer.gated) {
+        dpre[f] = layer.stored(d * t.pre[k][layer.inner + f] * s * (Real(1) + p * (Real(1) - s)));
+        dpre[layer.inner + f] = layer.stored(d * p * s);
+      } else {
+        dpre[f] = layer.stored(d * (normal_cdf(p) + p * normal_pdf(p)));
+      }
+    }
+    add_outer(grad.down, dy, t.h[k]), add_outer(grad.up, dpre, t.x);
+    if (!grad.up_bias.empty()) add(grad.down_bias, dy), add(grad.up_bias, dpre);
+    Vector row = transposed_times(net.up, dpre);
+    for (std::size_t i = 0; i < row.size(); ++i) dx[i] += layer.stored(row[i]);
+  }
+
+  Vector dscores(t.scores.size()), dz(t.scores.size());
+  for (std::size_t e = 0; e < dscores.size(); ++e)
+    dscores[e] = Real(layer.balance * static_cast<double>(dscores.size()) * load[e] / tokens);
+  Real mean, total;
+  if (layer.renormalise) mean = dot(t.weights, dweights);
+  for (std::size_t k = 0; k < layer.topk; ++k) dscores[t.ids[k]] += (dweights[k] - mean) / t.sum;
+  total = dot(dscores, t.scores);
+  for (std::size_t e = 0; e < dz.size(); ++e)
+    dz[e] = t.scores[e] * (dscores[e] - total + Real(2 * layer.z / tokens) * t.lse);
+  add_outer(drouter, dz, t.x);
+  const Vector by_router = transposed_times(layer.router, dz);
+  for (std::size_t i = 0; i < dx.size(); ++i) dx[i] = layer.stored(dx[i] + layer.stored(by_router[i]));
+  return dx;
+}
+
+}  // namespace expar::oracle
