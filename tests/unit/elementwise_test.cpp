@@ -1,56 +1,16 @@
 // The kernels that work element by element or row by row, against double precision.
-#include <functional>
 #include <limits>
 
-#include "tests/unit/kernels_testing.h"
+#include "tests/unit/elementwise_testing.h"
 
 namespace expar {
 namespace {
-
-constexpr std::int64_t kWidths[] = {1, 2, 3, 15, 16, 17, 64, 130};
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 double normal_integral(double x) { return std::erfc(-x / std::sqrt(2.0)) / 2; }
 double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); }
 
 // ---- Activations ---------------------------------------------------------------------------------
-
-struct ActivationProblem {
-  ActivationProblem(Activation act_, DType dtype_, std::int64_t rows_, std::int64_t inner_, float range = 12)
-      : act(act_),
-        dtype(dtype_),
-        rows(rows_),
-        inner(inner_),
-        columns(gated(act_) ? 2 * inner_ : inner_),
-        pre(Operand::random(dtype_, rows * columns, 11, range)),
-        dh(Operand::random(dtype_, rows * inner, 12)) {}
-
-  Operand forward(const Kernels& kernels, Pool& pool) const {
-    Operand h(dtype, rows * inner);
-    kernels.activate({act, rows, inner, dtype, pre.data(), h.data()}, pool);
-    return h;
-  }
-  Operand backward(const Kernels& kernels, Pool& pool) const {
-    Operand dpre(dtype, rows * columns);
-    kernels.activate_grad({act, rows, inner, dtype, pre.data(), dh.data(), dpre.data()}, pool);
-    return dpre;
-  }
-
-  Activation act;
-  DType dtype;
-  std::int64_t rows, inner, columns;
-  Operand pre, dh;
-};
-
-void for_activations(const std::function<void(const ActivationProblem&)>& body) {
-  for (const Activation act : {Activation::swiglu, Activation::gelu}) {
-    for (const DType dtype : {DType::f32, DType::bf16}) {
-      for (const std::int64_t inner : kWidths) body({act, dtype, inner % 4, inner});
-      body({act, dtype, 301, 67});
-      body({act, dtype, 3, 400, 100});  // far into both tails
-    }
-  }
-}
 
 // About sixteen roundings of f32, and those of the exponent x^2 / 2 of GELU's tail, two of them before it is squared.
 double relative(double x) { return (16 + 2 * x * x) * kEpsF32; }
@@ -122,44 +82,9 @@ TEST_P(Activations, have_the_gradients_that_finite_differences_find) {
 
 // ---- Gather and reduce ---------------------------------------------------------------------------
 
-struct GatherProblem {
-  GatherProblem(DType dtype_, std::int64_t count_, std::int64_t width_)
-      : dtype(dtype_), count(count_), width(width_), other(Operand::random(dtype_, count_ * width_, 23)) {
-    for (unsigned b = 0; b < 2; ++b) base[b] = Operand::random(dtype, (count + 1) * width, 21 + b, 3);
-    const Operand weights = Operand::random(DType::f32, count, 24);
-    for (std::int64_t i = 0; i < count; ++i) {
-      refs.push_back({static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count), weights[i]});
-    }
-  }
-  struct Out {
-    Operand rows, dot;
-  };
-  Out run(const Kernels& kernels, Pool& pool, bool listed, bool scaled, bool dotted) const {
-    Out out{Operand(dtype, count * width), Operand(DType::f32, count)};
-    kernels.gather({{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
-                    count,
-                    scaled,
-                    out.rows.data(),
-                    dotted ? other.data() : nullptr,
-                    dotted ? out.dot.f32() : nullptr},
-                   pool);
-    return out;
-  }
-  float at(std::int64_t i, std::int64_t h, bool listed) const {
-    if (!listed) return base[0][i * width + h];
-    const RowRef& ref = refs[static_cast<std::size_t>(i)];
-    return base[ref.base][ref.row * width + h];
-  }
+EXPAR_FOR_EVERY_TABLE(GatherRows);
 
-  DType dtype;
-  std::int64_t count, width;
-  Operand base[2], other;
-  std::vector<RowRef> refs;
-};
-
-EXPAR_FOR_EVERY_TABLE(Gather_);
-
-TEST_P(Gather_, copies_scales_and_multiplies_the_rows_of_its_list) {
+TEST_P(GatherRows, copies_scales_and_multiplies_the_rows_of_its_list) {
   Pool pool(2);
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const std::int64_t width : kWidths) {
@@ -189,7 +114,7 @@ TEST_P(Gather_, copies_scales_and_multiplies_the_rows_of_its_list) {
   }
 }
 
-TEST_P(Gather_, gives_a_dot_product_that_other_rows_do_not_change) {
+TEST_P(GatherRows, gives_a_dot_product_that_other_rows_do_not_change) {
   Pool pool(1);
   const GatherProblem many(DType::bf16, 23, 77);
   const auto all = many.run(kernels(), pool, true, false, true);
@@ -202,37 +127,9 @@ TEST_P(Gather_, gives_a_dot_product_that_other_rows_do_not_change) {
   }
 }
 
-struct ReduceProblem {
-  ReduceProblem(DType dtype_, std::int64_t tokens_, std::int64_t topk_, std::int64_t width_)
-      : dtype(dtype_),
-        tokens(tokens_),
-        topk(topk_),
-        width(width_),
-        rows(Operand::random(dtype_, tokens * topk * width, 31)),
-        weights(Operand::random(DType::f32, tokens * topk, 32)),
-        residual(Operand::random(dtype_, tokens * width, 33)) {
-    for (std::int64_t i = 0; i < tokens * topk; ++i) {
-      const auto offset = static_cast<std::size_t>(i * width) * size_of(dtype);
-      slots.push_back(i % 5 == 3 ? nullptr : rows.memory.view().bytes() + offset);
-    }
-  }
-  Operand run(const Kernels& kernels, Pool& pool, bool weighted, bool with_residual) const {
-    Operand out(dtype, tokens * width);
-    kernels.reduce({tokens, topk, width, dtype, slots.data(), weighted ? weights.memory.as<float>() : nullptr,
-                    with_residual ? residual.data() : nullptr, out.data()},
-                   pool);
-    return out;
-  }
+EXPAR_FOR_EVERY_TABLE(ReduceSlots);
 
-  DType dtype;
-  std::int64_t tokens, topk, width;
-  Operand rows, weights, residual;
-  std::vector<const void*> slots;
-};
-
-EXPAR_FOR_EVERY_TABLE(Reduce_);
-
-TEST_P(Reduce_, sums_the_slots_of_a_token_by_weight) {
+TEST_P(ReduceSlots, sums_the_slots_of_a_token_by_weight) {
   Pool pool(2);
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const std::int64_t width : {1, 3, 16, 17, 127, 128, 130, 300}) {
@@ -266,20 +163,6 @@ TEST_P(Reduce_, sums_the_slots_of_a_token_by_weight) {
 }
 
 // ---- Router --------------------------------------------------------------------------------------
-
-struct TopK {
-  TopK(const Kernels& kernels, Pool& pool, const Operand& logits, std::int64_t tokens, std::int64_t experts,
-       std::int64_t topk)
-      : scores(DType::f32, tokens * experts),
-        logsumexp(DType::f32, tokens),
-        top(DType::f32, tokens * topk),
-        ids(static_cast<std::size_t>(tokens * topk), -7) {
-    kernels.softmax_topk(
-        {tokens, experts, topk, logits.memory.as<float>(), scores.f32(), logsumexp.f32(), ids.data(), top.f32()}, pool);
-  }
-  Operand scores, logsumexp, top;
-  std::vector<std::int32_t> ids;
-};
 
 EXPAR_FOR_EVERY_TABLE(Router);
 
@@ -342,26 +225,6 @@ TEST_P(Router, gives_valid_ids_even_for_scores_that_are_not_numbers) {
 }
 
 // ---- AdamW ---------------------------------------------------------------------------------------
-
-struct AdamProblem {
-  explicit AdamProblem(std::int64_t count_)
-      : count(count_),
-        g(Operand::random(DType::f32, count, 51)),
-        p(Operand::random(DType::f32, count, 52)),
-        m(Operand::random(DType::f32, count, 53, 0.1F)),
-        v(Operand::random(DType::f32, count, 54)),
-        low(DType::bf16, count) {
-    for (std::int64_t i = 0; i < count; ++i) v.set(i, std::abs(v[i]));
-  }
-  AdamWStep step() {
-    return {count,     0.01F, 0.9F,    0.999F,  1e-8F,   0.1F,    0.271F,
-            0.002997F, 0.5F,  g.f32(), p.f32(), m.f32(), v.f32(), low.memory.as<bf16>()};
-  }
-  std::string bytes() const { return p.bytes() + m.bytes() + v.bytes() + low.bytes(); }
-
-  std::int64_t count;
-  Operand g, p, m, v, low;
-};
 
 EXPAR_FOR_EVERY_TABLE(AdamW);
 
