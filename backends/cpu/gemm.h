@@ -10,8 +10,11 @@ namespace {
 
 // A chunk of a panel is 256 KiB, which leaves room beside it in an L2 cache of 1 MiB.
 constexpr std::int64_t kChunkWords = 1024;
+constexpr std::int64_t kPackedWords = 256;        // 64 KiB, for panels that are packed just before they are read
 constexpr std::int64_t kBlockRows = 240;          // their sums fill 60 KiB
 constexpr std::int64_t kFewRows = 4 * kTileRows;  // from here on, fetching the next chunk while summing pays
+
+constexpr std::int64_t kShortRow = 4096;
 
 /// Where finished sums go: rounded once, after the bias.
 struct Result {
@@ -39,19 +42,18 @@ struct Result {
   }
 };
 
-/// Rows by pointer times one chunk of a panel. `left` starts at the chunk's first word.
-template <class Step>
+/// Rows by pointer times one chunk of a panel. ahead(r, tile) tells what to fetch while rows from r on are summed.
+template <class Step, class Ahead>
 void sum_block(const std::byte* const* rows, std::int64_t count, const Chunk& chunk, int vectors, Right right,
-               const std::byte* ahead, float* sums, std::int64_t stride, bool resume) {
+               const Ahead& ahead, float* sums, std::int64_t stride, bool resume) {
   const std::int64_t height = tile_height(count);
   right.steps = chunk.steps;
   right.tail = chunk.tail;
-  for (std::int64_t r = 0, quarter = 0; r < count; r += height, ++quarter) {
+  for (std::int64_t r = 0, tile = 0; r < count; r += height, ++tile) {
     RowsLeft left;
     const std::int64_t some = smaller(height, count - r);
     for (std::int64_t i = 0; i < some; ++i) left.row[i] = rows[r + i] + 4 * chunk.first;
-    // Four tiles fetch a quarter of the next chunk each: a step reads 256 bytes and fetches 64.
-    right.ahead = ahead != nullptr && quarter < 4 ? ahead + quarter * chunk.steps * 64 : nullptr;
+    right.ahead = ahead(r, tile);
     tile_of<Step>(static_cast<int>(some), vectors, left, right, sums + r * stride, stride, resume);
   }
 }
@@ -83,9 +85,12 @@ void nt_packed(const GemmNT& p, Pool& pool) {
           const Chunk chunk = chunks[c];
           const Right right{panel + chunk.first * kPanel, kPanel};
           const Word* const next = right.words + (chunk.steps + chunk.tail) * kPanel;
+          // A step reads 256 bytes and fetches 64, so four tiles fetch the next chunk, a quarter each.
           const bool fetch = count >= kFewRows && next < stop;
-          sum_block<Step>(rows, count, chunk, kPanel / kLanes, right,
-                          fetch ? reinterpret_cast<const std::byte*>(next) : nullptr, sums, kPanel, c > 0);
+          const auto ahead = [&](std::int64_t, std::int64_t tile) {
+            return fetch && tile < 4 ? reinterpret_cast<const std::byte*>(next) + tile * chunk.steps * 64 : nullptr;
+          };
+          sum_block<Step>(rows, count, chunk, kPanel / kLanes, right, ahead, sums, kPanel, c > 0);
         }
         const float* const bias = p.bias ? p.bias + g * p.n + n : nullptr;
         for (std::int64_t r = 0; r < count; ++r) {
@@ -110,7 +115,7 @@ void nt_plain(const GemmNT& p, Pool& pool) {
     if (begin == end) return;
     const FloatMode mode;
     const std::int64_t n0 = cut.first(task), n1 = cut.last(task, p.n), outputs = n1 - n0;
-    const std::int64_t longest = smaller(chunks[0].steps, kChunkWords) + 1;
+    const std::int64_t longest = chunks[0].steps + 1;
     // Rounded up to whole vectors of outputs, which the last transpose reads.
     const std::int64_t sum_rows = parts(outputs, kLanes) * kLanes;
     Slices slices(pool.scratch(worker, static_cast<std::size_t>((longest + sum_rows) * kPanel * 4 + 128)));
@@ -120,6 +125,12 @@ void nt_plain(const GemmNT& p, Pool& pool) {
     for (std::int64_t n = 0; n < outputs; ++n) {
       weights[n] = static_cast<const std::byte*>(p.w.data) + (g * p.n + n0 + n) * weight_bytes;
     }
+    // Short rows of weights end before the processor has learnt to fetch ahead, so the rows of the next tile, which lie
+    // behind those of this one, are fetched here.
+    const bool fetch = weight_bytes <= kShortRow;
+    const auto ahead = [&](std::int64_t r, std::int64_t) {
+      return fetch && r + kTileRows < outputs ? weights[r + kTileRows] : nullptr;
+    };
     for (std::int64_t i = begin; i < end; i += kPanel) {
       const std::int64_t count = smaller(kPanel, end - i);
       const int vectors = static_cast<int>(parts(count, kLanes));
@@ -128,7 +139,7 @@ void nt_plain(const GemmNT& p, Pool& pool) {
       for (std::int64_t r = 0; r < count; ++r) rows[r] = row_at(p.rows, i + r);
       for (std::int64_t c = 0; c < chunks.count(); ++c) {
         pack_transposed(rows, count, vectors, chunks[c], packed);
-        sum_block<Step>(weights, outputs, chunks[c], vectors, {packed, stride}, nullptr, sums, stride, c > 0);
+        sum_block<Step>(weights, outputs, chunks[c], vectors, {packed, stride}, ahead, sums, stride, c > 0);
       }
       for (std::int64_t n = 0; n < outputs; n += kLanes) {
         const std::int64_t some = smaller(kLanes, outputs - n);
@@ -154,7 +165,7 @@ void nt_plain(const GemmNT& p, Pool& pool) {
 template <class Step>
 void nn(const GemmNN& p, Pool& pool) {
   const Cut cut(p.groups, p.k, pool.threads());
-  const Chunks chunks(p.n, Step::kPerWord, kChunkWords);
+  const Chunks chunks(p.n, Step::kPerWord, kPackedWords);
   const std::int64_t size = size_of_element(p.w.dtype);
   const Result result{p.dx, p.dx_dtype, p.k};
   pool.run(cut.tasks, [&](std::int64_t task, int worker) {
@@ -162,7 +173,7 @@ void nn(const GemmNN& p, Pool& pool) {
     const std::int64_t begin = p.groups.offsets[g], end = p.groups.offsets[g + 1];
     if (begin == end) return;
     const FloatMode mode;
-    const std::int64_t longest = smaller(chunks[0].steps, kChunkWords) + 1;
+    const std::int64_t longest = chunks[0].steps + 1;
     Slices slices(pool.scratch(worker, static_cast<std::size_t>((longest + kBlockRows) * kPanel * 4 + 128)));
     Word* const packed = slices.take<Word>(longest * kPanel);
     float* const sums = slices.take<float>(kBlockRows * kPanel);
@@ -170,8 +181,6 @@ void nn(const GemmNN& p, Pool& pool) {
       const std::int64_t columns = smaller(kPanel, p.k - k);
       const std::byte* const weights = static_cast<const std::byte*>(p.w.data) + (g * p.n * p.k + k) * size;
       const auto weight_row = [&](std::int64_t n) { return weights + n * p.k * size; };
-      // In f32 a panel that is used once is read where it lies.
-      const bool in_place = Step::kPerWord == 1 && columns == kPanel && end - begin <= kTileRows;
       for (std::int64_t i = begin; i < end; i += kBlockRows) {
         const std::int64_t count = smaller(kBlockRows, end - i);
         const std::byte* rows[kBlockRows];
@@ -182,13 +191,18 @@ void nn(const GemmNN& p, Pool& pool) {
           const Chunk chunk = chunks[c];
           const std::int64_t n0 = chunk.first * Step::kPerWord;
           const std::int64_t n1 = n0 + chunk.steps * Step::kPerWord + chunk.tail;
-          Right right{packed, kPanel};
-          if (in_place) {
-            right = {reinterpret_cast<const Word*>(weight_row(n0)), p.k};
-          } else if (i == begin || chunks.count() > 1) {
-            pack_rows<Step>(n0, n1, columns, weight_row, packed);
-          }
-          sum_block<Step>(rows, count, chunk, kPanel / kLanes, right, nullptr, sums, kPanel, c > 0);
+          if (i == begin || chunks.count() > 1) pack_rows<Step>(n0, n1, columns, weight_row, packed);
+          // The next chunk lies below this one; below the last, the next panel starts again at the top, to the right. A
+          // step joins rows of 256 bytes in all, of which each of four tiles fetches a line.
+          const bool more = c + 1 < chunks.count() || k + kPanel < cut.last(task, p.k);
+          const std::byte* const next = c + 1 < chunks.count() ? weight_row(n1) : weights + kPanel * size;
+          const auto ahead = [&](std::int64_t, std::int64_t tile) -> const std::byte* {
+            if (count < kFewRows || !more || tile >= 4) return nullptr;
+            const std::int64_t line = tile * 64;
+            return next + line / (kPanel * size) * p.k * size + line % (kPanel * size);
+          };
+          const Right right{.words = packed, .stride = kPanel, .ahead_stride = Step::kPerWord * p.k * size};
+          sum_block<Step>(rows, count, chunk, kPanel / kLanes, right, ahead, sums, kPanel, c > 0);
         }
         for (std::int64_t r = 0; r < count; ++r) result.write(sums + r * kPanel, nullptr, columns, i + r, k);
       }

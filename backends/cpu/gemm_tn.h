@@ -85,6 +85,10 @@ void tn(const GemmTN& p, Pool& pool) {
           const PackedLeft tile_left{left + n * steps};
           float* const to = dw + n * p.k + k;
           if (columns == kPanel) {
+            // The tile after the next: with few rows a tile ends before the lines it writes have come.
+            for (std::int64_t r = 2 * kTileRows; r < smaller(3 * kTileRows, outputs - n); ++r) {
+              for (std::int64_t c = 0; c < kPanel; c += kLanes) __builtin_prefetch(to + r * p.k + c, 1);
+            }
             tile_of<Step>(some, kPanel / kLanes, tile_left, right, to, p.k, resume);
             continue;
           }

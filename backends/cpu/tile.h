@@ -30,7 +30,8 @@ struct Right {
   std::int64_t stride = 0;
   std::int64_t steps = 0;
   bool tail = false;
-  const std::byte* ahead = nullptr;  // what will be read next: one line for each step is fetched into L2
+  const std::byte* ahead = nullptr;  // what will be read next: a step fetches one line of it into L2,
+  std::int64_t ahead_stride = 64;    // and the next step one so many bytes further
 };
 
 /// sums[r * stride + c] (+)= sum over s of left(r, s) * right(s, c). `resume` continues the chains that are there.
@@ -59,7 +60,8 @@ void tile(const Left& left, const Right& right, float* sums, std::int64_t stride
   if (right.ahead != nullptr) {
     const std::byte* ahead = right.ahead;
     for (std::int64_t s = 0; s < right.steps; ++s) {
-      __builtin_prefetch(ahead + 64 * s, 0, 2);
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += right.ahead_stride;
       step([&](int r) { return left.word(r, s); });
     }
   } else {
