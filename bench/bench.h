@@ -25,7 +25,7 @@ struct Options {
   double seconds = 2;              // to spend on each measurement
 };
 
-/// Times are of the slowest rank, round by round.
+/// Times are from the first rank's start to the last one's end, round by round.
 struct Row {
   std::string what;
   double p50_us = 0;

@@ -16,14 +16,16 @@ constexpr std::int64_t kMost = 5000;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-/// Appends this rank's nanoseconds of each step.
+std::int64_t now() { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); }
+
+/// Appends when this rank started and ended each step, in nanoseconds of the host's one clock.
 void run_round(const Context& context, const std::vector<Step>& steps, std::vector<std::int64_t>& times) {
   for (const Step& step : steps) {
     if (step.prepare) step.prepare();
     barrier(context);
-    const auto start = Clock::now();
+    times.push_back(now());
     step.timed();
-    times.push_back(std::chrono::nanoseconds(Clock::now() - start).count());
+    times.push_back(now());
   }
 }
 
@@ -41,11 +43,15 @@ Times measure_rounds(const Context& context, double seconds, const std::vector<S
   for (std::int64_t i = 0; i < rounds; ++i) run_round(context, steps, times);
 
   const std::vector<std::int64_t> all = gather_all(context, times);
-  Times result(steps.size(), std::vector<double>(static_cast<std::size_t>(rounds)));
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    const std::size_t at = i % times.size();
-    double& slowest = result[at % steps.size()][at / steps.size()];
-    slowest = std::max(slowest, static_cast<double>(all[i]) * 1e-3);
+  Times result(steps.size());
+  for (std::size_t at = 0; at < times.size(); at += 2) {
+    std::int64_t first = all[at];
+    std::int64_t last = all[at + 1];
+    for (std::size_t of_rank = at; of_rank < all.size(); of_rank += times.size()) {
+      first = std::min(first, all[of_rank]);
+      last = std::max(last, all[of_rank + 1]);
+    }
+    result[at / 2 % steps.size()].push_back(static_cast<double>(last - first) * 1e-3);
   }
   return result;
 }

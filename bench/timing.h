@@ -15,7 +15,8 @@ struct Step {
   std::function<void()> timed;
 };
 
-/// For each step, for each round: microseconds of the slowest rank.
+/// For each step, for each round: microseconds from the first rank's start to the last one's end. Where ranks outnumber
+/// cores some start late, and what they wait for a core belongs to the operation.
 using Times = std::vector<std::vector<double>>;
 
 /// Runs all steps in every round, for about `seconds`, and at least seven rounds. Collective.
