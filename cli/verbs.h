@@ -8,5 +8,6 @@ namespace expar::cli {
 Verb bench_verb();
 Verb doctor();
 Verb launch_program();
+Verb train_verb();
 
 }  // namespace expar::cli

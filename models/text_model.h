@@ -13,7 +13,7 @@
 namespace expar {
 
 struct TextModelOptions {
-  std::int64_t context = 32;  // C, bytes before the target
+  std::int64_t context = 12;  // C, bytes before the target
   std::int64_t layers = 2;
   MoeLayerOptions moe;  // of every layer: H, F, E, K, and the dtype of activations and weights
 };

@@ -13,8 +13,8 @@ struct TrainOptions {
   TextModelOptions model;
   std::int64_t batch = 1024;  // tokens of a step, over all ranks
   std::int64_t shards = 8;    // micro-shards of the batch: losses are the same for every number of ranks, not of shards
-  std::int64_t steps = 1000;
-  float lr = 3e-3F;  // at its peak: after a linear warm-up, before a cosine decay
+  std::int64_t steps = 900;
+  float lr = 8e-3F;  // at its peak: after a linear warm-up, before a cosine decay
   std::uint64_t seed = 1;
 };
 

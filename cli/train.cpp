@@ -1,0 +1,185 @@
+// expar train: trains a byte-level MoE text model, and on request its dense twin, and says how well each predicts the
+// held-out text.
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "cli/verbs.h"
+#include "models/trainer.h"
+
+namespace expar::cli {
+namespace {
+
+struct TrainFlags {
+  std::string text;
+  std::string dtype = "bf16";
+  std::string router = "softmax";
+  bool dense = false;
+  TrainOptions options;
+};
+
+void add_flags(CLI::App& app, TrainFlags& flags) {
+  TrainOptions& train = flags.options;
+  TextModelOptions& model = train.model;
+  const auto count = [&](const char* name, std::int64_t& value, const char* help, std::int64_t most = INT32_MAX) {
+    app.add_option(name, value, help)->check(whole_number(1, most))->capture_default_str();
+  };
+  app.add_option("--text", flags.text, "the file to learn from")->required();
+  count("--experts", model.moe.router.experts, "experts of each layer");
+  count("--topk", model.moe.router.topk, "experts that work on each token");
+  count("--hidden", model.moe.hidden, "width of a token");
+  count("--inner", model.moe.inner, "inner width of an expert");
+  count("--layers", model.layers, "MoE layers");
+  count("--context", model.context, "bytes before the one to predict", Text::kMaxContext);
+  count("--batch", train.batch, "tokens of a step, over all ranks");
+  count("--shards", train.shards, "parts of a batch: results depend on them and not on the ranks");
+  count("--steps", train.steps, "steps");
+  app.add_option("--lr", train.lr, "learning rate at its peak")->check(number_above(0))->capture_default_str();
+  app.add_option("--seed", train.seed, "seed of everything random")->check(whole_number(0))->capture_default_str();
+  app.add_flag("--dense", flags.dense, "train the dense twin too: as many parameters work on each token");
+  app.add_option("--dtype", flags.dtype, "of activations and weights: f32 or bf16")
+      ->check(one_of({"f32", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--router", flags.router, "how experts are chosen: softmax")
+      ->check(one_of({"softmax"}))
+      ->capture_default_str();
+}
+
+// Before any rank starts, so that a mistake is told at once. A pipe can be read only once, so not here.
+void check_text(const TrainFlags& flags) {
+  std::error_code ignored;
+  const auto type = std::filesystem::status(flags.text, ignored).type();
+  if (type == std::filesystem::file_type::fifo || type == std::filesystem::file_type::character) return;
+  Text(read_file(flags.text, Text::kHeldOut + 1), flags.options.model.context, flags.text);
+}
+
+/// A line that is written over again and again, for somebody who waits at a terminal.
+class ProgressLine {
+ public:
+  ProgressLine(const char* model, std::int64_t steps, bool speaks)
+      : model_(model), steps_(steps), shown_(speaks && isatty(STDERR_FILENO) != 0) {}
+  ~ProgressLine() {
+    if (shown_) std::fputs("\r\x1b[K", stderr);
+  }
+  ProgressLine(const ProgressLine&) = delete;
+  ProgressLine& operator=(const ProgressLine&) = delete;
+
+  void show(const Progress& progress) {
+    if (!shown_ || (Clock::now() < next_ && progress.step < steps_)) return;
+    next_ = Clock::now() + std::chrono::milliseconds(100);
+    std::fprintf(stderr, "\r%s: step %lld of %lld, loss %.3f bits per byte, %.0f tokens/s\x1b[K", model_,
+                 static_cast<long long>(progress.step), static_cast<long long>(steps_),
+                 static_cast<double>(progress.loss) / std::log(2.0), progress.tokens_per_s);
+  }
+
+ private:
+  const char* model_;
+  std::int64_t steps_;
+  bool shown_;
+  Clock::time_point next_{};
+};
+
+TrainReport train_one(const Context& context, const Text& text, const TrainOptions& options, const char* name) {
+  ProgressLine line(name, options.steps, context.rank() == 0);
+  return train(context, text, options, [&](const Progress& progress) { line.show(progress); });
+}
+
+using Phase = double PhaseTimes::*;
+constexpr struct {
+  const char* name;
+  Phase phase;
+} kPhases[] = {{"route", &PhaseTimes::route},
+               {"dispatch", &PhaseTimes::dispatch},
+               {"experts", &PhaseTimes::experts},
+               {"combine", &PhaseTimes::combine},
+               {"backward", &PhaseTimes::backward}};
+
+nlohmann::json to_json(const Communicator& communicator, const TrainOptions& options, const TrainReport& moe,
+                       const std::optional<TrainReport>& dense) {
+  nlohmann::json phases = {{"optimizer", moe.optimizer_ms}};
+  for (const auto& [name, phase] : kPhases) phases[name] = moe.phase_ms.*phase;
+  nlohmann::json result = {{"ranks", communicator.size()},
+                           {"transport", communicator.transport_name()},
+                           {"steps", options.steps},
+                           {"losses", moe.losses},
+                           {"heldout_bits_per_byte", moe.heldout_bits_per_byte},
+                           {"tokens_per_s", moe.tokens_per_s},
+                           {"phase_ms", phases},
+                           {"load_max_over_mean", moe.load_max_over_mean},
+                           {"dropped", moe.dropped}};
+  if (dense) result["dense_heldout_bits_per_byte"] = dense->heldout_bits_per_byte;
+  return result;
+}
+
+void print_model(const char* name, const TrainReport& report) {
+  std::printf("%-8s %22.4f %10.0f %14.2f %14lld\n", name, report.heldout_bits_per_byte, report.tokens_per_s,
+              report.load_max_over_mean, static_cast<long long>(report.dropped));
+}
+
+void print_phases(const char* name, const TrainReport& report) {
+  std::printf("%-8s", name);
+  for (const auto& row : kPhases) std::printf(" %9.2f", report.phase_ms.*row.phase);
+  std::printf(" %9.2f\n", report.optimizer_ms);
+}
+
+void print(const TrainOptions& options, const TrainReport& moe, const std::optional<TrainReport>& dense) {
+  const MoeLayerOptions& layer = options.model.moe;
+  std::printf("%lld of %lld experts of inner size %lld in each of %lld layers, hidden size %lld, %s\n",
+              static_cast<long long>(layer.router.topk), static_cast<long long>(layer.router.experts),
+              static_cast<long long>(layer.inner), static_cast<long long>(options.model.layers),
+              static_cast<long long>(layer.hidden), std::string(name(layer.dtype)).c_str());
+  std::printf("%lld steps of %lld tokens; judged by %lld held-out bytes\n\n", static_cast<long long>(options.steps),
+              static_cast<long long>(options.batch), static_cast<long long>(moe.heldout_bytes));
+  std::printf("%-8s %22s %10s %14s %14s\n", "", "held-out bits per byte", "tokens/s", "load max/mean", "dropped slots");
+  print_model("MoE", moe);
+  if (dense) print_model("dense", *dense);
+  std::printf("\n%-8s", "ms/step");
+  for (const auto& row : kPhases) std::printf(" %9s", row.name);
+  std::printf(" %9s\n", "optimizer");
+  print_phases("MoE", moe);
+  if (dense) print_phases("dense", *dense);
+}
+
+nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicator, const Common& common) {
+  const Context context(communicator, common.context_options());
+  const TrainOptions& options = flags.options;
+  const Text text(read_text(context, flags.text), options.model.context, flags.text);
+  const TrainReport moe = train_one(context, text, options, "MoE");
+  std::optional<TrainReport> dense;
+  if (flags.dense) {
+    TrainOptions twin = options;
+    twin.model = dense_twin(options.model);
+    dense = train_one(context, text, twin, "dense");
+  }
+  if (communicator.rank() != 0) return nullptr;
+  print(options, moe, dense);
+  return to_json(communicator, options, moe, dense);
+}
+
+}  // namespace
+
+Verb train_verb() {
+  auto flags = std::make_shared<TrainFlags>();
+  flags->options.model.moe.router = {.experts = 16, .topk = 2, .balance = 0.01F, .z = 0.001F};
+  flags->options.model.moe.hidden = 128;
+  flags->options.model.moe.inner = 256;
+  Verb verb;
+  verb.name = "train";
+  verb.help = "Train an expert-parallel MoE on the bytes of a text.";
+  verb.add_options = [flags](CLI::App& app) { add_flags(app, *flags); };
+  verb.check = [flags](const Common&) {
+    flags->options.model.moe.dtype = parse_dtype(flags->dtype);
+    validate(flags->options);
+    check_text(*flags);
+  };
+  verb.run = [flags](const Communicator& communicator, const Common& common) {
+    return run_train(*flags, communicator, common);
+  };
+  return verb;
+}
+
+}  // namespace expar::cli

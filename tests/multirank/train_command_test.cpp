@@ -1,0 +1,150 @@
+// expar train as people and programs run it: equal losses for any number of ranks, and a sentence for every mistake.
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+namespace {
+
+std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+struct Finished {
+  int status = -1;
+  std::string out, err;
+};
+
+class TrainCommand : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = testing::TempDir() + "train_XXXXXX";
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    directory_ = pattern;
+    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
+  }
+  void TearDown() override { std::filesystem::remove_all(directory_); }
+
+  std::string path(const std::string& file) const { return directory_ + "/" + file; }
+
+  Finished expar(const std::string& arguments) const {
+    const std::string command = EXPAR " " + arguments + " >" + path("out") + " 2>" + path("err") + " </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, contents(path("out")), contents(path("err"))};
+  }
+
+  nlohmann::json train(const std::string& arguments) const {
+    const Finished finished = expar("train --text " + path("text") + " --json " + path("json") + " " + arguments);
+    EXPECT_EQ(finished.status, 0) << arguments << "\n" << finished.err;
+    EXPECT_EQ(finished.err, "") << "a progress line is for terminals";
+    return nlohmann::json::parse(contents(path("json")), nullptr, false);
+  }
+
+  std::string directory_;
+};
+
+constexpr const char* kSmall =
+    " --hidden 16 --inner 16 --experts 5 --context 4 --batch 40 --steps 50 --lr 0.01 --seed 3";
+
+TEST_F(TrainCommand, prints_the_same_losses_on_any_ranks_and_transport) {
+  for (const std::string dtype : {"f32", "bf16"}) {
+    const std::string flags = kSmall + (" --dtype " + dtype);
+    const nlohmann::json one = train(flags + " --transport threads");
+    ASSERT_EQ(one["losses"].size(), 50u);
+    ASSERT_GT(one["losses"].front(), one["losses"].back());
+    for (const std::string ranks : {"1", "2", "3", "4", "8"}) {
+      const nlohmann::json result = train(flags + " --ranks " + ranks);
+      EXPECT_EQ(result["ranks"], std::stoi(ranks));
+      EXPECT_EQ(result["transport"], ranks == "1" ? result["transport"] : "shm");
+      EXPECT_EQ(result["losses"].dump(), one["losses"].dump()) << ranks << " ranks, " << dtype;
+      EXPECT_EQ(result["heldout_bits_per_byte"].dump(), one["heldout_bits_per_byte"].dump());
+    }
+    const nlohmann::json threads = train(flags + " --transport threads --ranks 3");
+    EXPECT_EQ(threads["losses"].dump(), one["losses"].dump());
+  }
+}
+
+TEST_F(TrainCommand, says_what_programs_want_to_know) {
+  const nlohmann::json plain = train(std::string(kSmall) + " --ranks 2");
+  EXPECT_FALSE(plain.contains("dense_heldout_bits_per_byte"));
+  const nlohmann::json result = train(std::string(kSmall) + " --ranks 2 --dense");
+  EXPECT_EQ(result["losses"], plain["losses"]) << "the twin must not disturb the model";
+  for (const std::string key :
+       {"ranks", "transport", "steps", "losses", "heldout_bits_per_byte", "dense_heldout_bits_per_byte", "tokens_per_s",
+        "phase_ms", "load_max_over_mean", "dropped"}) {
+    EXPECT_TRUE(result.contains(key)) << key;
+  }
+  EXPECT_EQ(result.size(), 10u);
+  for (const std::string key : {"route", "dispatch", "experts", "combine", "backward", "optimizer"}) {
+    EXPECT_GT(result["phase_ms"].value(key, 0.0), 0.0) << key;
+  }
+  EXPECT_EQ(result["phase_ms"].size(), 6u);
+  EXPECT_EQ(result["steps"], 50);
+  EXPECT_EQ(result["dropped"], 0);
+  EXPECT_GE(result["load_max_over_mean"], 1.0);
+  EXPECT_GT(result["tokens_per_s"], 0.0);
+}
+
+TEST_F(TrainCommand, shows_people_a_table) {
+  const Finished finished = expar("train --text " + path("text") + kSmall + " --steps 2 --dense");
+  EXPECT_EQ(finished.status, 2) << "a flag given twice";
+  const Finished table = expar("train --text " + path("text") + " --hidden 8 --inner 8 --batch 16 --steps 2 --dense");
+  EXPECT_EQ(table.status, 0) << table.err;
+  for (const std::string word : {"MoE", "dense", "held-out bits per byte", "tokens/s", "load max/mean", "dropped slots",
+                                 "ms/step", "route", "optimizer"}) {
+    EXPECT_NE(table.out.find(word), std::string::npos) << word << " is not in\n" << table.out;
+  }
+}
+
+TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
+  const std::string text = " --text " + path("text");
+  std::ofstream(path("short")) << "In the beginning";
+  const struct {
+    std::string arguments;
+    int status;
+    std::string says;
+  } mistakes[] = {
+      {"", 2, "--text"},
+      {" --text " + path("missing"), 7, "No such file or directory"},
+      {" --text " + directory_, 7, "Is a directory"},
+      {" --text " + path("short"), 2, "too short: it has 16 bytes"},
+      {text + " --experts 4 --topk 5", 2, "topk"},
+      {text + " --topk 0", 2, "--topk = '0'"},
+      {text + " --experts -1", 2, "--experts = '-1'"},
+      {text + " --hidden 0", 2, "--hidden = '0'"},
+      {text + " --steps ten", 2, "--steps = 'ten'"},
+      {text + " --batch 0", 2, "--batch = '0'"},
+      {text + " --batch 4", 2, "shards 8 exceeds the batch of 4 tokens"},
+      {text + " --shards 0", 2, "--shards = '0'"},
+      {text + " --context 9000", 2, "--context = '9000'"},
+      {text + " --lr nan", 2, "--lr = 'nan'"},
+      {text + " --lr 0", 2, "--lr = '0'"},
+      {text + " --lr 1e-60", 2, "lr 0"},
+      {text + " --seed -1", 2, "--seed = '-1'"},
+      {text + " --dtype f64", 2, "--dtype = 'f64' is not one of f32, bf16"},
+      {text + " --router sigmoid", 2, "--router = 'sigmoid' is not one of softmax"},
+      {text + " --save here", 2, "unknown flag --save"},
+      {text + " --dense=maybe", 2, "--dense"},
+  };
+  for (const auto& mistake : mistakes) {
+    for (const std::string ranks : {"", " --ranks 2"}) {
+      const Finished finished = expar("train" + mistake.arguments + ranks + " --json " + path("error"));
+      EXPECT_EQ(finished.status, mistake.status) << mistake.arguments << "\n" << finished.err;
+      EXPECT_NE(finished.err.find(mistake.says), std::string::npos) << mistake.arguments << "\n" << finished.err;
+      EXPECT_EQ(std::count(finished.err.begin(), finished.err.end(), '\n'), 1) << finished.err;
+      EXPECT_EQ(finished.out, "") << mistake.arguments;
+    }
+  }
+}
+
+}  // namespace
