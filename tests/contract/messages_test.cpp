@@ -45,7 +45,7 @@ TEST_P(Messages, of_every_size_reach_every_rank) {
     const int self = transport.rank();
     const int ranks = transport.size();
     std::uint64_t tag = 0;
-    for (std::size_t bytes : {0, 1, 15, 16, 17, 1000, 4096, 100'000, 1'000'003}) {
+    for (std::size_t bytes : {0, 1, 15, 16, 17, 1000, 4096, 100'000, 300'007}) {
       ++tag;
       std::vector<Bytes> out;
       std::vector<Bytes> in;
@@ -135,7 +135,7 @@ TEST_P(Messages, survive_a_random_exchange) {
     const auto ranks = static_cast<std::size_t>(transport.size());
     std::mt19937 shared(7);  // the same draws on every rank
     std::mt19937 own(static_cast<unsigned>(self));
-    for (std::uint64_t round = 0; round < 20; ++round) {
+    for (std::uint64_t round = 0; round < 10; ++round) {
       struct Flight {
         Transport::Ticket ticket;
         std::size_t from;
