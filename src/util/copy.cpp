@@ -51,6 +51,7 @@ constexpr CopyRow kCopies[kStores] = {copy_cached, copy_cached, copy_cached};
 
 void copy_rows(std::byte* to, const std::byte* from, std::span<const std::int32_t> rows, std::size_t row_bytes,
                Store store) {
+  if (row_bytes == 0) return;  // there may be no memory either
   const CopyRow copy = kCopies[static_cast<int>(store)];
   for (std::size_t i = 0; i < rows.size(); ++i, to += row_bytes) {
     const std::byte* row = from + static_cast<std::size_t>(rows[i]) * row_bytes;
