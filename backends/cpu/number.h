@@ -78,27 +78,26 @@ struct Normal {
   float integral, density;
 };
 
-/// From erfc(a) for a = |x| / sqrt 2 as exp(-a^2) / (1 + 2 a) * g((a - 2) / (a + 2)), a form whose g is smooth on the
-/// whole half line (Shepherd & Laframboise 1981); g is the polynomial through its values at the eleven Chebyshev
-/// points of a in [0, 10], relative error 2.5e-8.
+/// From erfc(a) for a = |x| / sqrt 2 as exp(-a^2) / (1 + 2 a) * g(a / (a + 2)), a form whose g is smooth on the whole
+/// half line (after Shepherd & Laframboise 1981) and exact at zero: g = 1 + t q(t), q the polynomial through the values
+/// at the nine Chebyshev points of a in [0, 10]. In f32 g is within 1.3 units.
 inline Normal normal(float x) {
   const float magnitude = as_float(as_word(x) & 0x7fffffffu) * 0x1.6a09e6p-1F;
   const float a = magnitude > 10.0F ? 10.0F : magnitude;  // exp(-100) is zero in f32
   const float square = a * a;
   const float lost = fma(a, a, -square);  // exp(-a^2) would magnify the rounding of the square
   const float tail = exp(-square) * (1 - lost);
-  const float t = (a - 2) / (a + 2);
-  float g = 0x1.54e7f8p-16F;
-  g = fma(g, t, -0x1.8a2852p-12F);
-  g = fma(g, t, -0x1.4829d6p-10F);
-  g = fma(g, t, 0x1.50c910p-10F);
-  g = fma(g, t, 0x1.1b21dep-7F);
-  g = fma(g, t, -0x1.07bc26p-7F);
-  g = fma(g, t, -0x1.bc0e4ap-5F);
-  g = fma(g, t, 0x1.4ffb62p-3F);
-  g = fma(g, t, -0x1.540816p-3F);
-  g = fma(g, t, -0x1.7bf604p-4F);
-  g = fma(g, t, 0x1.46e80ep0F);
+  const float t = a / (a + 2);
+  float g = -0x1.a87f16p-3F;
+  g = fma(g, t, 0x1.3b32c0p-1F);
+  g = fma(g, t, -0x1.b7ae6ep-2F);
+  g = fma(g, t, -0x1.3d54eep-4F);
+  g = fma(g, t, -0x1.caf3f8p-2F);
+  g = fma(g, t, 0x1.1713bcp-1F);
+  g = fma(g, t, 0x1.aba18ap0F);
+  g = fma(g, t, -0x1.a45290p+1F);
+  g = fma(g, t, 0x1.be4514p0F);
+  g = fma(g, t, 1.0F);
   const float below = 0.5F * (tail * g / fma(2, a, 1));
   constexpr float kPeak = 0x1.988454p-2F;  // 1 / sqrt(2 pi)
   return {x > 0 ? 1 - below : below, tail * kPeak};

@@ -39,6 +39,19 @@ TEST_P(PoolOf, publishes_what_tasks_wrote_over_many_runs) {
   }
 }
 
+TEST_P(PoolOf, returns_only_after_the_last_task) {
+  Pool pool(GetParam());
+  for (int run = 0; run < 10; ++run) {
+    std::vector<int> ended(5, 0);
+    pool.run(5, [&](std::int64_t i, int) {
+      // Long enough that every worker gets a task, uneven so that another one than the caller ends last.
+      std::this_thread::sleep_for(std::chrono::microseconds(300 + 200 * i));
+      ended[static_cast<std::size_t>(i)] = 1;
+    });
+    EXPECT_EQ(ended, std::vector<int>(5, 1));
+  }
+}
+
 TEST_P(PoolOf, wakes_workers_that_fell_asleep) {
   Pool pool(GetParam());
   for (int run = 0; run < 5; ++run) {
@@ -85,8 +98,8 @@ TEST(Pool, keeps_scratch_that_is_large_enough) {
 }
 
 TEST(Pool, uses_no_processor_time_while_idle) {
-  Pool pool(3);
-  pool.run(3, [](std::int64_t, int) {});
+  Pool pool(2);  // more threads than cores would not even spin briefly
+  pool.run(2, [](std::int64_t, int) {});
   std::this_thread::sleep_for(std::chrono::milliseconds(5));  // let the brief spin end
   const std::clock_t before = std::clock();
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
