@@ -6,6 +6,8 @@
 
 #include <expar/error.h>
 
+#include "src/util/processor.h"
+
 namespace expar {
 namespace {
 
@@ -45,6 +47,7 @@ void AdamW::step(const Context& context, std::span<const Parameter> parameters, 
            " elements, in its place were " + std::to_string(moments_[i].m.view().elements()) + " in the step before");
   }
 
+  const FloatMode mode;
   ++step_;
   const auto correction = [&](float beta) {
     return static_cast<float>(1.0 - std::pow(static_cast<double>(beta), static_cast<double>(step_)));

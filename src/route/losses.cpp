@@ -7,6 +7,7 @@
 #include <expar/router.h>
 
 #include "src/route/check.h"
+#include "src/util/processor.h"
 
 namespace expar {
 namespace {
@@ -78,6 +79,7 @@ Array shard_sums(const Routing& routing, std::span<const std::int64_t> shards) {
 
 RouterLosses router_losses(const Context& context, const RouterOptions& options, const Routing& routing,
                            std::span<const std::int64_t> counts, std::span<const std::int64_t> shards) {
+  const FloatMode mode;
   // A rank whose arguments are wrong says so in a column of its own, which costs the others nothing.
   std::optional<Error> failure;
   const std::int64_t experts = std::max<std::int64_t>(options.experts, 1);

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "src/route/check.h"
+#include "src/util/processor.h"
 #include "src/util/ranges.h"
 
 namespace expar {
@@ -148,12 +149,14 @@ void route(const Context& context, const RouterOptions& options, ConstTensor log
   call.top = routing.top.as<float>();
   context.kernels().softmax_topk(call, context.pool());
 
-  const float* top = routing.top.as<float>();
-  float* weights = routing.weights.as<float>();
-  for (std::int64_t t = 0; t < tokens; ++t, top += options.topk, weights += options.topk) {
-    const float sum = options.renormalise ? sum_of(top, options.topk) : 1.0F;
-    for (std::int64_t k = 0; k < options.topk; ++k) weights[k] = top[k] / sum;
-  }
+  for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
+    const float* top = routing.top.as<float>() + begin * options.topk;
+    float* weights = routing.weights.as<float>() + begin * options.topk;
+    for (std::int64_t t = begin; t < end; ++t, top += options.topk, weights += options.topk) {
+      const float sum = options.renormalise ? sum_of(top, options.topk) : 1.0F;
+      for (std::int64_t k = 0; k < options.topk; ++k) weights[k] = top[k] / sum;
+    }
+  });
 }
 
 void route_backward(const Context& context, const RouterOptions& options, const Routing& routing,
@@ -167,6 +170,7 @@ void route_backward(const Context& context, const RouterOptions& options, const 
            std::to_string(options.experts) + " experts");
   }
 
+  const FloatMode mode;
   const Backward backward(options, losses);
   const float* from = dweights.as<float>();
   float* to = dlogits.as<float>();

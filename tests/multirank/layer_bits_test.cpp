@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <cfenv>
 #include <cstdlib>
 
 #include <expar/registry.h>
@@ -72,6 +73,19 @@ TEST_P(LayerBits, hold_for_every_backend_and_instruction_set) {
       }
     }
   }
+}
+
+TEST_P(LayerBits, do_not_depend_on_the_rounding_mode_of_the_caller) {
+  const LayerCase layer_case(GetParam());
+  const LayerResult usual = run_on(layer_case, {.ranks = 2}, {.threads = 2, .backend = fastest_backend()});
+  LayerResult upward(layer_case);
+  expect_success(run_communicators({.ranks = 2}, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 2, .backend = fastest_backend()});
+    std::fesetround(FE_UPWARD);
+    run_layer(layer_case, context, upward);
+    std::fesetround(FE_TONEAREST);
+  }));
+  EXPECT_EQ(upward.difference(usual), "");
 }
 
 TEST_P(LayerBits, differ_where_a_token_differs_in_its_last_bit) {
