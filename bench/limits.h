@@ -1,30 +1,15 @@
-// What the machine can do at most: plain loops that compute or read and nothing else.
+// What the machine can do at most, on all threads of a rank: loops that compute or read and nothing else.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <vector>
 
 #include <expar/expar.h>
 
+#include "bench/loops.h"
+
 namespace expar::bench {
-
-/// The fastest loops that this processor runs.
-struct Loops {
-  /// Reads all bytes once; the value keeps the compiler from leaving it out.
-  std::uint64_t (*read)(const std::byte* data, std::size_t bytes);
-  /// Multiplies and adds in registers; returns how many operations (two each) that were.
-  double (*flops_f32)(std::int64_t rounds, float* sink);
-  double (*flops_bf16)(std::int64_t rounds, float* sink);
-};
-Loops fastest_loops();
-
-// One of each file limits_*.cpp; null entries take the next slower file's.
-Loops portable_loops();
-Loops avx2_loops();
-Loops avx512_loops();
-Loops avx512_bf16_loops();
 
 /// Memory of this rank that is read at full speed by all its threads, again and again.
 class ReadProbe {

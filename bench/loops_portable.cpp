@@ -1,7 +1,7 @@
 // The loops for any processor: what the compiler makes of them.
 #include <cstring>
 
-#include "bench/limits.h"
+#include "bench/loops.h"
 
 namespace expar::bench {
 namespace {

@@ -1,5 +1,5 @@
 // Where no processor is known more closely.
-#include "bench/limits.h"
+#include "bench/loops.h"
 
 namespace expar::bench {
 

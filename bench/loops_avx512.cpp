@@ -1,7 +1,7 @@
 // The loops for x86 with AVX-512.
 #include <immintrin.h>
 
-#include "bench/limits.h"
+#include "bench/loops.h"
 
 namespace expar::bench {
 namespace {

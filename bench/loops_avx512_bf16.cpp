@@ -1,7 +1,7 @@
 // The loop for x86 with bf16 dot products.
 #include <immintrin.h>
 
-#include "bench/limits.h"
+#include "bench/loops.h"
 
 namespace expar::bench {
 namespace {

@@ -1,5 +1,5 @@
 // Which loops an x86 processor runs.
-#include "bench/limits.h"
+#include "bench/loops.h"
 
 namespace expar::bench {
 
