@@ -55,14 +55,16 @@ class MoeLayer {
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
   /// weights normal with deviation 1 / sqrt(inputs), biases 0. Also refreshes the low-precision copies.
   void initialise(std::uint64_t seed, std::string_view prefix);
-  /// Refreshes the low-precision copies after the masters were written by hand.
+  /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
+  /// weights once, for speed; it reads the plain ones again, with the same bits, from the next expert_parameters() or
+  /// backward() on, because an optimizer's step may follow. Whoever steps or writes without these calls refreshes again.
   void refresh();
 
   /// The experts' parameters of this rank; gradients are complete after backward.
   std::vector<Parameter> expert_parameters(std::string_view prefix);
   /// router.weight; its gradient is to be summed over shards and ranks by the caller, see router_shard_gradients.
   Parameter router_parameter(std::string_view prefix);
-  /// [S, E, H] f32, the router's gradient of each of this rank's shards, after backward.
+  /// [S, E, H] f32, the router's gradient of each of this rank's shards, after backward and until the next one.
   ConstTensor router_shard_gradients() const;
 
   /// out = moe(x) + residual, for inference: nothing is kept.
@@ -73,15 +75,15 @@ class MoeLayer {
 
   /// The same for training.
   ///   shards : this rank's micro-shards of the global batch, [S + 1] from 0 to T (see router_losses)
-  ///   record : keeps what backward needs; x must stay unchanged until then
+  ///   record : keeps what backward needs; x must stay unchanged until then, so out must not be x
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
                std::span<const std::int64_t> shards, MoeRecord& record);
 
   /// dx = gradient of x (through router and experts, without the residual), given dout; adds nothing, overwrites all
   /// gradients. The losses of the router count with their coefficients; dout belongs to a loss that is a mean over the
   /// global batch.
-  ///   dout, dx : [T, H] of dtype
-  /// Collective.
+  ///   dout, dx : [T, H] of dtype; in bf16 the router's part of dx is rounded before it is added to the experts'
+  /// Collective. Throws Error: bad_argument (shapes; a record without a forward pass), mismatch, timeout, peer_lost.
   void backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx);
 
   /// Since the last call; resets them.

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "src/util/processor.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -40,6 +41,7 @@ void copy_into(std::byte* to, std::span<const std::byte> from) {
 
 /// out += rows, one row after the other.
 void add_rows(std::span<const std::byte> rows, std::int64_t row_count, std::int64_t n, float* out) {
+  const FloatMode mode;
   const auto* row = reinterpret_cast<const float*>(rows.data());
   for (std::int64_t r = 0; r < row_count; ++r, row += n) {
     for (std::int64_t i = 0; i < n; ++i) out[i] += row[i];
