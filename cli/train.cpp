@@ -164,9 +164,6 @@ nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicat
 
 Verb train_verb() {
   auto flags = std::make_shared<TrainFlags>();
-  flags->options.model.moe.router = {.experts = 16, .topk = 2, .balance = 0.01F, .z = 0.001F};
-  flags->options.model.moe.hidden = 128;
-  flags->options.model.moe.inner = 256;
   Verb verb;
   verb.name = "train";
   verb.help = "Train an expert-parallel MoE on the bytes of a text.";

@@ -15,7 +15,8 @@ namespace expar {
 struct TextModelOptions {
   std::int64_t context = 12;  // C, bytes before the target
   std::int64_t layers = 2;
-  MoeLayerOptions moe;  // of every layer: H, F, E, K, and the dtype of activations and weights
+  /// Of every layer: H, F, E, K, and the dtype of activations and weights.
+  MoeLayerOptions moe{.hidden = 128, .inner = 256, .router = {.experts = 16, .topk = 2, .balance = 0.01F, .z = 0.001F}};
 };
 
 /// Throws Error: bad_argument (an extent below 1, K > E, a dtype that layers do not have), naming the value.

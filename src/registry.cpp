@@ -79,7 +79,8 @@ Kernels find_kernels(std::string_view wanted, std::string_view isa) {
       if (wanted_isa.empty() || table->isa == wanted_isa) return filled(*table, reference_kernels());
     }
     throw Error(ErrorCode::unsupported, "backend \"" + std::string(wanted) + "\" has no instruction set \"" +
-                                            std::string(wanted_isa) + "\" here; it has " + list(available_isas(wanted)));
+                                            std::string(wanted_isa) + "\" here; it has " +
+                                            list(available_isas(wanted)));
   }
   throw Error(ErrorCode::unsupported, "there is no backend \"" + std::string(wanted) + "\" in this build; there are " +
                                           list(available_backends()));

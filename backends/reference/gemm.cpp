@@ -17,8 +17,8 @@ void for_rows(const Groups& groups, Pool& pool, Body body) {
   }
 }
 
-float weight(const GroupWeights& w, std::int64_t g, std::int64_t n, std::int64_t k,
-             std::int64_t row, std::int64_t column) {
+float weight(const GroupWeights& w, std::int64_t g, std::int64_t n, std::int64_t k, std::int64_t row,
+             std::int64_t column) {
   return load(w.data, w.dtype, (g * n + row) * k + column);
 }
 

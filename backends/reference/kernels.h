@@ -34,7 +34,6 @@ void reduce(const Reduce& p, Pool& pool);
 void softmax_topk(const SoftmaxTopK& p, Pool& pool);
 void adamw(const AdamWStep& p, Pool& pool);
 std::int64_t packed_bytes(DType dtype, std::int64_t n, std::int64_t k);
-void pack(DType dtype, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed,
-          Pool& pool);
+void pack(DType dtype, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed, Pool& pool);
 
 }  // namespace expar::reference

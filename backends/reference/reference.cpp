@@ -12,8 +12,7 @@ std::int64_t packed_bytes(DType dtype, std::int64_t n, std::int64_t k) {
   return n * k * static_cast<std::int64_t>(size_of(dtype));
 }
 
-void pack(DType dtype, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed,
-          Pool&) {
+void pack(DType dtype, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed, Pool&) {
   const std::int64_t bytes = groups * packed_bytes(dtype, n, k);
   if (bytes > 0) std::memcpy(packed, w, static_cast<std::size_t>(bytes));
 }

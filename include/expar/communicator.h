@@ -99,7 +99,8 @@ struct CommunicatorOptions {
 };
 
 /// A set of ranks. A cheap handle: copies are the same communicator. One thread at a time uses it.
-/// After `timeout` or `peer_lost`, and after abort(), every later call throws the same error and destructors do not wait.
+/// After `timeout` or `peer_lost`, and after abort(), every later call throws the same error and destructors do not
+/// wait.
 class Communicator {
  public:
   Communicator() = default;

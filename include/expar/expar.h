@@ -1,16 +1,16 @@
 // The whole of expar. A first reading: this page, layer.h, dispatch.h, plan.h, then src/dispatch/.
 #pragma once
 
-#include <expar/error.h>         // Error: code, rank, peer, operation
-#include <expar/tensor.h>        // Tensor, ConstTensor: views; Array, Buffer: memory
-#include <expar/registry.h>      // run_threads, join, launch; what is available
+#include <expar/collectives.h>   // barrier, broadcast, all_gather, all_reduce, reduce_scatter, all_to_all_v
 #include <expar/communicator.h>  // Communicator: ranks that work together
 #include <expar/context.h>       // Context: ranks, kernels, threads; passed to every call
-#include <expar/collectives.h>   // barrier, broadcast, all_gather, all_reduce, reduce_scatter, all_to_all_v
-#include <expar/router.h>        // route: K experts per token
-#include <expar/plan.h>          // make_plan: who sends which row where
 #include <expar/dispatch.h>      // dispatch and combine
+#include <expar/error.h>         // Error: code, rank, peer, operation
 #include <expar/experts.h>       // the experts' networks
 #include <expar/layer.h>         // MoeLayer: all of the above in one object
 #include <expar/optimizer.h>     // AdamW
+#include <expar/plan.h>          // make_plan: who sends which row where
 #include <expar/random.h>        // numbers keyed by what they are for
+#include <expar/registry.h>      // run_threads, join, launch; what is available
+#include <expar/router.h>        // route: K experts per token
+#include <expar/tensor.h>        // Tensor, ConstTensor: views; Array, Buffer: memory

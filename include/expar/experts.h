@@ -42,8 +42,8 @@ struct ExpertsRecord {
 /// y[i] = expert(row i) for the R rows of the inbox. Not collective.
 /// Throws Error: bad_argument (hidden or dtype of the inbox disagree with the shape).
 /// Cost: each weight is read once per block of rows; the rows are gathered by list, not copied.
-void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
-                     const Inbox& inbox, Outbox& y, ExpertsRecord& record);
+void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights, const Inbox& inbox,
+                     Outbox& y, ExpertsRecord& record);
 
 /// What backward works in. Reuse one object.
 struct ExpertsScratch {

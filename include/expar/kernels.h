@@ -2,7 +2,8 @@
 //
 // Shapes use the letters of the design: R rows, G groups (local experts), N outputs, K inner length.
 // Every kernel keeps two promises, which the tests of every backend check:
-//   - an element's value depends on its own inputs alone, never on the number of rows beside it, on tiles or on threads;
+//   - an element's value depends on its own inputs alone, never on the number of rows beside it, on tiles or on
+//   threads;
 //   - sums run over the inner dimension in index order, in f32, as one chain per element.
 // Kernels trust their arguments; the public door has checked them. They do not allocate once warm.
 #pragma once
@@ -104,7 +105,7 @@ struct Gather {
   Rows rows;
   std::int64_t count = 0;
   bool scaled = false;
-  void* out = nullptr;  // [count, width], dtype of rows
+  void* out = nullptr;          // [count, width], dtype of rows
   const void* other = nullptr;  // [count, width], dtype of rows; or null
   float* dot = nullptr;         // [count]; with `other`
 };
@@ -157,7 +158,8 @@ struct Kernels {
   void (*reduce)(const Reduce&, Pool&) = nullptr;
   void (*softmax_topk)(const SoftmaxTopK&, Pool&) = nullptr;
   void (*adamw)(const AdamWStep&, Pool&) = nullptr;
-  /// Bytes of one group's packed [N, K] weights, and the packing of G groups; for inference, where weights never change.
+  /// Bytes of one group's packed [N, K] weights, and the packing of G groups; for inference, where weights never
+  /// change.
   std::int64_t (*packed_bytes)(DType, std::int64_t n, std::int64_t k) = nullptr;
   void (*pack)(DType, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed, Pool&) = nullptr;
 };

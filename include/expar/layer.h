@@ -57,7 +57,8 @@ class MoeLayer {
   void initialise(std::uint64_t seed, std::string_view prefix);
   /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
   /// weights once, for speed; it reads the plain ones again, with the same bits, from the next expert_parameters() or
-  /// backward() on, because an optimizer's step may follow. Whoever steps or writes without these calls refreshes again.
+  /// backward() on, because an optimizer's step may follow. Whoever steps or writes without these calls refreshes
+  /// again.
   void refresh();
 
   /// The experts' parameters of this rank; gradients are complete after backward.

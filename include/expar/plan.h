@@ -92,7 +92,8 @@ class PendingPlan {
 };
 
 /// Counts this rank's rows, exchanges the counts, and works out every offset.
-///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per rank.
+///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per
+///   rank.
 /// Collective: K, E and the alignment are the same on all ranks.
 /// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
 /// Cost: one exchange of P x (E + P) integers.

@@ -15,8 +15,7 @@ template <class R, class... Args>
 class FunctionRef<R(Args...)> {
  public:
   template <class F>
-    requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>)
-  FunctionRef(F&& f)  // NOLINT: implicit by design
+  requires(!std::is_same_v<std::remove_cvref_t<F>, FunctionRef>) FunctionRef(F&& f)  // NOLINT: implicit by design
       : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, Args... args) -> R {
           return (*static_cast<std::remove_reference_t<F>*>(object))(static_cast<Args>(args)...);
         }) {}
@@ -38,8 +37,8 @@ class Pool {
 
   int threads() const;
 
-  /// Calls task(index, worker) once for every index in [0, tasks), in no particular order; returns when all have returned.
-  /// The first exception of a task is rethrown here, after all tasks have ended.
+  /// Calls task(index, worker) once for every index in [0, tasks), in no particular order; returns when all have
+  /// returned. The first exception of a task is rethrown here, after all tasks have ended.
   void run(std::int64_t tasks, FunctionRef<void(std::int64_t index, int worker)> task);
 
   /// At least `bytes` of 64-byte aligned memory that only `worker` uses; contents do not survive the task.

@@ -24,7 +24,8 @@ Kernels find_kernels(std::string_view backend, std::string_view isa = {});
 
 struct RunOptions {
   std::chrono::nanoseconds timeout{0};  // see CommunicatorOptions
-  /// Off: peers do not address each other's memory and rows travel as messages. For tests, and for machines that forbid it.
+  /// Off: peers do not address each other's memory and rows travel as messages. For tests, and for machines that forbid
+  /// it.
   bool mapping = true;
 };
 

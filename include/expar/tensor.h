@@ -58,10 +58,10 @@ template <class T>
 inline constexpr bool kIsElement = false;
 template <class T>
 inline constexpr DType kDTypeOf = DType::f32;
-#define EXPAR_ELEMENT(type, dtype)             \
-  template <>                                  \
+#define EXPAR_ELEMENT(type, dtype)               \
+  template <>                                    \
   inline constexpr bool kIsElement<type> = true; \
-  template <>                                  \
+  template <>                                    \
   inline constexpr DType kDTypeOf<type> = DType::dtype;
 EXPAR_ELEMENT(float, f32)
 EXPAR_ELEMENT(bf16, bf16)
@@ -106,8 +106,7 @@ class ConstTensor {
   ConstTensor(const void* data, DType dtype, Shape shape, Device device = {})
       : data_(data), dtype_(dtype), device_(device), shape_(shape) {}
   template <class T>
-    requires kIsElement<T>
-  ConstTensor(const T* data, Shape shape) : ConstTensor(data, kDTypeOf<T>, shape) {}
+  requires kIsElement<T> ConstTensor(const T* data, Shape shape) : ConstTensor(data, kDTypeOf<T>, shape) {}
 
   const void* data() const { return data_; }
   const std::byte* bytes() const { return static_cast<const std::byte*>(data_); }
@@ -144,8 +143,7 @@ class Tensor : public ConstTensor {
   Tensor() = default;
   Tensor(void* data, DType dtype, Shape shape, Device device = {}) : ConstTensor(data, dtype, shape, device) {}
   template <class T>
-    requires kIsElement<T>
-  Tensor(T* data, Shape shape) : ConstTensor(data, kDTypeOf<T>, shape) {}
+  requires kIsElement<T> Tensor(T* data, Shape shape) : ConstTensor(data, kDTypeOf<T>, shape) {}
 
   void* data() const { return const_cast<void*>(data_); }
   std::byte* bytes() const { return static_cast<std::byte*>(data()); }

@@ -47,10 +47,10 @@ struct Message {
 
 /// Names what a wait is for, so that an error can say it.
 struct Waiting {
-  int peer = -1;                 // the rank waited for; -1 when it is not one
-  std::string_view operation;    // "dispatch"
-  std::string_view what;         // "its rows", "to start": completes "rank 3 is late: ..."
-  Clock::duration limit{};       // counted from the start of the wait
+  int peer = -1;               // the rank waited for; -1 when it is not one
+  std::string_view operation;  // "dispatch"
+  std::string_view what;       // "its rows", "to start": completes "rank 3 is late: ..."
+  Clock::duration limit{};     // counted from the start of the wait
 };
 
 /// The lines of a rank's board. The communicator decides what each line means.
@@ -97,7 +97,8 @@ class Transport {
   virtual Segment grow(std::size_t bytes) = 0;
   /// True if this rank can address the segments of `peer` (always true for itself).
   virtual bool mapped(int peer) const = 0;
-  /// The segment `id` of a mapped peer. Cheap after the first call. Throws Error: internal (no such segment), as wait().
+  /// The segment `id` of a mapped peer. Cheap after the first call. Throws Error: internal (no such segment), as
+  /// wait().
   virtual std::span<std::byte> map(int peer, std::uint32_t id) = 0;
 
   // ---- messages

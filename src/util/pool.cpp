@@ -71,8 +71,7 @@ struct Pool::State {
   bool spin = false;
 
   alignas(64) std::atomic<std::uint64_t> claim{0};
-  alignas(64) std::atomic<std::uint32_t> signal{
-      0};  // what idle workers sleep on: changes with every run
+  alignas(64) std::atomic<std::uint32_t> signal{0};  // what idle workers sleep on: changes with every run
   std::atomic<const Task*> task{nullptr};
   std::atomic<std::uint32_t> tasks{0};
   std::atomic<std::int64_t> first{0};  // index of the run's first task
@@ -100,11 +99,8 @@ struct Pool::State {
       const std::uint32_t total = tasks.load(std::memory_order_relaxed);
       const std::int64_t begin = first.load(std::memory_order_relaxed);
       // Acquire on failure as well: the word may belong to a newer run.
-      if (!claim.compare_exchange_weak(word, word - 1, std::memory_order_acq_rel,
-                                       std::memory_order_acquire))
-        continue;
-      call(*run, begin + static_cast<std::int64_t>(total - static_cast<std::uint32_t>(word)),
-           worker);
+      if (!claim.compare_exchange_weak(word, word - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      call(*run, begin + static_cast<std::int64_t>(total - static_cast<std::uint32_t>(word)), worker);
       if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == total) done.notify_one();
       word = claim.load(std::memory_order_acquire);
     }
@@ -146,8 +142,7 @@ struct Pool::State {
 
 Pool::Pool(int threads) {
   if (threads < 1) {
-    throw Error(ErrorCode::bad_argument,
-                "a pool needs at least 1 thread, not " + std::to_string(threads));
+    throw Error(ErrorCode::bad_argument, "a pool needs at least 1 thread, not " + std::to_string(threads));
   }
   state_ = std::make_unique<State>(threads);
   try {
@@ -159,8 +154,7 @@ Pool::Pool(int threads) {
     state_->stop.store(true, std::memory_order_relaxed);
     state_->wake();
     throw Error(ErrorCode::no_memory, "the system started " + std::to_string(started) + " of " +
-                                          std::to_string(threads - 1) +
-                                          " worker threads and refused the next");
+                                          std::to_string(threads - 1) + " worker threads and refused the next");
   }
 }
 
@@ -193,8 +187,7 @@ std::byte* Pool::scratch(int worker, std::size_t bytes) {
     const std::size_t wanted = std::max<std::size_t>(bytes + bytes / 2, 4096);
     void* memory = ::operator new(wanted, kCacheLine, std::nothrow);
     if (memory == nullptr) {
-      throw Error(ErrorCode::no_memory,
-                  "no memory for " + std::to_string(wanted) + " bytes of a worker's scratch");
+      throw Error(ErrorCode::no_memory, "no memory for " + std::to_string(wanted) + " bytes of a worker's scratch");
     }
     own.memory.reset(static_cast<std::byte*>(memory));
     own.bytes = wanted;

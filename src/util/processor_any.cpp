@@ -5,9 +5,7 @@
 
 namespace expar {
 
-FloatMode::FloatMode() : saved_(static_cast<std::uint64_t>(std::fegetround())) {
-  std::fesetround(FE_TONEAREST);
-}
+FloatMode::FloatMode() : saved_(static_cast<std::uint64_t>(std::fegetround())) { std::fesetround(FE_TONEAREST); }
 
 FloatMode::~FloatMode() { std::fesetround(static_cast<int>(saved_)); }
 

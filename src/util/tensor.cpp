@@ -19,17 +19,15 @@ struct DTypeRow {
   std::size_t size;
 };
 constexpr DTypeRow kDTypes[] = {
-    {DType::f32, "f32", 4},     {DType::bf16, "bf16", 2},         {DType::f16, "f16", 2},
-    {DType::int8, "int8", 1},   {DType::fp8_e4m3, "fp8_e4m3", 1}, {DType::int32, "int32", 4},
-    {DType::int64, "int64", 8},
+    {DType::f32, "f32", 4},           {DType::bf16, "bf16", 2},   {DType::f16, "f16", 2},     {DType::int8, "int8", 1},
+    {DType::fp8_e4m3, "fp8_e4m3", 1}, {DType::int32, "int32", 4}, {DType::int64, "int64", 8},
 };
 
 const DTypeRow& row_of(DType dtype) {
   for (const DTypeRow& row : kDTypes) {
     if (row.dtype == dtype) return row;
   }
-  throw Error(ErrorCode::bad_argument,
-              "dtype " + std::to_string(static_cast<int>(dtype)) + " does not exist");
+  throw Error(ErrorCode::bad_argument, "dtype " + std::to_string(static_cast<int>(dtype)) + " does not exist");
 }
 
 // Rounds the magnitude `a` (the bits of a finite f32 without its sign) to a format with fewer bits,
@@ -60,8 +58,7 @@ float widen_magnitude(std::uint32_t code, int mantissa_bits, int bias) {
 }
 
 float with_sign(float magnitude, bool negative) {
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) |
-                              (negative ? 0x80000000u : 0u));
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | (negative ? 0x80000000u : 0u));
 }
 
 constexpr std::uint32_t kF32Infinity = 0x7f800000u;
@@ -71,9 +68,8 @@ void check_rows(const ConstTensor& t, std::int64_t first, std::int64_t count) {
     throw Error(ErrorCode::bad_argument, "a scalar has no rows to take");
   }
   if (first < 0 || count < 0 || first > t.size(0) || count > t.size(0) - first) {
-    throw Error(ErrorCode::bad_argument, std::to_string(count) + " rows from row " +
-                                             std::to_string(first) + " do not lie inside shape " +
-                                             t.shape().str());
+    throw Error(ErrorCode::bad_argument, std::to_string(count) + " rows from row " + std::to_string(first) +
+                                             " do not lie inside shape " + t.shape().str());
   }
 }
 
@@ -108,8 +104,7 @@ DType parse_dtype(std::string_view name) {
     if (row.name == name) return row.dtype;
     names += (names.empty() ? "" : ", ") + std::string(row.name);
   }
-  throw Error(ErrorCode::bad_argument,
-              "no dtype is called '" + std::string(name) + "'; the names are " + names);
+  throw Error(ErrorCode::bad_argument, "no dtype is called '" + std::string(name) + "'; the names are " + names);
 }
 
 f16::f16(float value) {
@@ -127,9 +122,8 @@ f16::f16(float value) {
 
 f16::operator float() const {
   const std::uint32_t code = bits & 0x7fffu;
-  const float magnitude = code >= 0x7c00u
-                              ? std::bit_cast<float>(kF32Infinity | ((code & 0x3ffu) << 13))
-                              : widen_magnitude(code, 10, 15);
+  const float magnitude =
+      code >= 0x7c00u ? std::bit_cast<float>(kF32Infinity | ((code & 0x3ffu) << 13)) : widen_magnitude(code, 10, 15);
   return with_sign(magnitude, (bits & 0x8000u) != 0);
 }
 
@@ -148,33 +142,29 @@ fp8_e4m3::fp8_e4m3(float value) {
 
 fp8_e4m3::operator float() const {
   const std::uint32_t code = bits & 0x7fu;
-  const float magnitude =
-      code == 0x7fu ? std::bit_cast<float>(0x7fc00000u) : widen_magnitude(code, 3, 7);
+  const float magnitude = code == 0x7fu ? std::bit_cast<float>(0x7fc00000u) : widen_magnitude(code, 3, 7);
   return with_sign(magnitude, (bits & 0x80u) != 0);
 }
 
 Shape::Shape(std::initializer_list<std::int64_t> extents) {
   if (extents.size() > static_cast<std::size_t>(kMaxRank)) {
-    throw Error(ErrorCode::bad_argument, "a shape has at most " + std::to_string(kMaxRank) +
-                                             " extents, not " + std::to_string(extents.size()));
+    throw Error(ErrorCode::bad_argument,
+                "a shape has at most " + std::to_string(kMaxRank) + " extents, not " + std::to_string(extents.size()));
   }
   std::int64_t total = 1;
   bool too_large = false;
   for (const std::int64_t extent : extents) {
     if (extent < 0) {
       throw Error(ErrorCode::bad_argument, "extent " + std::to_string(rank_) + " of a shape is " +
-                                               std::to_string(extent) +
-                                               "; it must not be negative");
+                                               std::to_string(extent) + "; it must not be negative");
     }
     // Zero elsewhere does not excuse an absurd extent: the product of the others must stay
     // addressable too.
-    too_large = too_large || __builtin_mul_overflow(total, extent > 0 ? extent : 1, &total) ||
-                total > kMaxElements;
+    too_large = too_large || __builtin_mul_overflow(total, extent > 0 ? extent : 1, &total) || total > kMaxElements;
     extents_[static_cast<std::size_t>(rank_++)] = extent;
   }
   if (too_large) {
-    throw Error(ErrorCode::bad_argument,
-                "shape " + str() + " has more elements than memory can hold");
+    throw Error(ErrorCode::bad_argument, "shape " + str() + " has more elements than memory can hold");
   }
 }
 
@@ -195,9 +185,8 @@ std::string Shape::str() const {
 
 void ConstTensor::require(DType wanted) const {
   if (wanted == dtype_) return;
-  throw Error(ErrorCode::bad_argument, "a tensor of dtype " + std::string(name(dtype_)) +
-                                           " and shape " + shape_.str() + " was read as " +
-                                           std::string(name(wanted)));
+  throw Error(ErrorCode::bad_argument, "a tensor of dtype " + std::string(name(dtype_)) + " and shape " + shape_.str() +
+                                           " was read as " + std::string(name(wanted)));
 }
 
 ConstTensor ConstTensor::rows(std::int64_t first, std::int64_t count) const {
@@ -215,8 +204,8 @@ Array::Array(DType dtype, Shape shape) {
   // One byte at least, so that an array of no elements still is an array.
   void* memory = ::operator new(bytes > 0 ? bytes : 1, kAlignment, std::nothrow);
   if (memory == nullptr) {
-    throw Error(ErrorCode::no_memory, "no memory for " + std::to_string(bytes) + " bytes (" +
-                                          std::string(name(dtype)) + " " + shape.str() + ")");
+    throw Error(ErrorCode::no_memory, "no memory for " + std::to_string(bytes) + " bytes (" + std::string(name(dtype)) +
+                                          " " + shape.str() + ")");
   }
   memory_.reset(static_cast<std::byte*>(memory));
   std::memset(memory, 0, bytes);

@@ -33,9 +33,8 @@ void write_pid(const std::string& path, pid_t pid) {
 }
 
 void report(int code, int peer) {
-  const expar::Error error(
-      static_cast<expar::ErrorCode>(code), "as told",
-      {.rank = expar::job_from_environment().rank, .peer = peer, .operation = "dispatch"});
+  const expar::Error error(static_cast<expar::ErrorCode>(code), "as told",
+                           {.rank = expar::job_from_environment().rank, .peer = peer, .operation = "dispatch"});
   expar::report_error(error);
   std::exit(expar::exit_code(error.code()));
 }
@@ -60,8 +59,7 @@ void act(int rank, const std::vector<std::string>& order) {
     signal(number, SIG_DFL);  // sanitizers turn some signals into an exit
     raise(number);
   }
-  if (action == "sleep")
-    std::this_thread::sleep_for(std::chrono::duration<double>(std::stod(value)));
+  if (action == "sleep") std::this_thread::sleep_for(std::chrono::duration<double>(std::stod(value)));
   if (action == "deaf") signal(SIGTERM, SIG_IGN);
   char byte = 0;
   if (action == "stdin" && read(STDIN_FILENO, &byte, 1) != 0) std::exit(9);

@@ -25,9 +25,7 @@ std::vector<std::string> rank_program(std::vector<std::string> orders) {
   return orders;
 }
 
-LaunchResult run(int ranks, std::vector<std::string> orders) {
-  return launch(ranks, rank_program(std::move(orders)));
-}
+LaunchResult run(int ranks, std::vector<std::string> orders) { return launch(ranks, rank_program(std::move(orders))); }
 
 std::string code(ErrorCode value) { return std::to_string(static_cast<int>(value)); }
 
@@ -102,8 +100,7 @@ TEST_F(Launch, hands_over_the_error_of_a_rank) {
 
 TEST_F(Launch, names_a_killed_rank_and_what_the_others_were_doing) {
   const std::string lost = "report:" + code(ErrorCode::peer_lost) + ":2";
-  const LaunchResult result =
-      run(4, {"2:kill:9", "*:sleep:0.2", "0:" + lost, "1:" + lost, "3:" + lost});
+  const LaunchResult result = run(4, {"2:kill:9", "*:sleep:0.2", "0:" + lost, "1:" + lost, "3:" + lost});
   EXPECT_EQ(result.error.code(), ErrorCode::peer_lost);
   EXPECT_EQ(result.error.peer(), 2);
   EXPECT_EQ(result.error.operation(), "dispatch");
@@ -111,15 +108,14 @@ TEST_F(Launch, names_a_killed_rank_and_what_the_others_were_doing) {
 }
 
 TEST_F(Launch, prefers_a_first_cause_to_a_loss_that_was_reported_before) {
-  const LaunchResult result = run(2, {"0:report:" + code(ErrorCode::peer_lost) + ":1",
-                                      "1:sleep:0.2", "1:report:" + code(ErrorCode::no_memory)});
+  const LaunchResult result = run(
+      2, {"0:report:" + code(ErrorCode::peer_lost) + ":1", "1:sleep:0.2", "1:report:" + code(ErrorCode::no_memory)});
   EXPECT_EQ(result.error.code(), ErrorCode::no_memory);
   EXPECT_EQ(result.error.rank(), 1);
 }
 
 TEST_F(Launch, prefers_a_killed_rank_to_the_timeout_of_another) {
-  const LaunchResult result =
-      run(2, {"0:sleep:0.1", "0:report:" + code(ErrorCode::timeout) + ":1", "1:kill:11"});
+  const LaunchResult result = run(2, {"0:sleep:0.1", "0:report:" + code(ErrorCode::timeout) + ":1", "1:kill:11"});
   EXPECT_EQ(result.error.message(), "rank 1 was killed by signal 11 (SIGSEGV)");
 }
 

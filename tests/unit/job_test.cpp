@@ -134,8 +134,7 @@ TEST(Job, names_a_hydra_job_by_the_nearest_process_outside_it) {
 }
 
 Variables slurm() {
-  return {
-      {"SLURM_PROCID", "5"}, {"SLURM_NTASKS", "7"}, {"SLURM_JOB_ID", "42"}, {"SLURM_STEP_ID", "0"}};
+  return {{"SLURM_PROCID", "5"}, {"SLURM_NTASKS", "7"}, {"SLURM_JOB_ID", "42"}, {"SLURM_STEP_ID", "0"}};
 }
 
 TEST(Job, reads_the_variables_of_a_slurm_step) {
@@ -197,8 +196,7 @@ TEST(Job, refuses_variables_that_contradict_each_other) {
 }
 
 TEST(Job, refuses_half_a_set_of_variables) {
-  EXPECT_EQ(refusal({{"EXPAR_JOB", "a"}, {"EXPAR_RANK", "0"}}),
-            "EXPAR_RANK is set but EXPAR_SIZE is not");
+  EXPECT_EQ(refusal({{"EXPAR_JOB", "a"}, {"EXPAR_RANK", "0"}}), "EXPAR_RANK is set but EXPAR_SIZE is not");
   EXPECT_EQ(refusal({{"EXPAR_RANK", "0"}, {"EXPAR_SIZE", "1"}}),
             "EXPAR_RANK or EXPAR_SIZE is set but EXPAR_JOB, the name of the job, is not");
   EXPECT_EQ(refusal({{"PMI_SIZE", "2"}}), "PMI_SIZE is set but PMI_RANK is not");

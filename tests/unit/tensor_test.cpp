@@ -40,8 +40,8 @@ Bits nearest(double value, int codes) {
 }
 
 TEST(DType, has_a_name_that_parses_back) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::int8, DType::fp8_e4m3,
-                            DType::int32, DType::int64}) {
+  for (const DType dtype :
+       {DType::f32, DType::bf16, DType::f16, DType::int8, DType::fp8_e4m3, DType::int32, DType::int64}) {
     EXPECT_EQ(parse_dtype(name(dtype)), dtype);
   }
   EXPECT_EQ(size_of(DType::bf16), 2u);
@@ -54,9 +54,7 @@ TEST(DType, refuses_an_unknown_name_and_lists_the_known) {
     FAIL() << "accepted";
   } catch (const Error& e) {
     EXPECT_EQ(e.code(), ErrorCode::bad_argument);
-    EXPECT_STREQ(
-        e.what(),
-        "no dtype is called 'float'; the names are f32, bf16, f16, int8, fp8_e4m3, int32, int64");
+    EXPECT_STREQ(e.what(), "no dtype is called 'float'; the names are f32, bf16, f16, int8, fp8_e4m3, int32, int64");
   }
 }
 
@@ -140,10 +138,7 @@ TEST(Shape, counts_its_elements_and_prints_itself) {
 TEST(Shape, refuses_what_no_memory_can_hold) {
   EXPECT_EQ(code_of([] { Shape{2, -1}; }), ErrorCode::bad_argument);
   EXPECT_EQ(code_of([] { Shape{1, 2, 3, 4, 5}; }), ErrorCode::bad_argument);
-  EXPECT_EQ(code_of([] {
-              Shape{std::int64_t{1} << 40, std::int64_t{1} << 40};
-            }),
-            ErrorCode::bad_argument);
+  EXPECT_EQ(code_of([] { Shape{std::int64_t{1} << 40, std::int64_t{1} << 40}; }), ErrorCode::bad_argument);
   EXPECT_EQ(code_of([] { Shape{0, std::int64_t{1} << 62}; }), ErrorCode::bad_argument);
 }
 
@@ -161,8 +156,7 @@ TEST(Tensor, refuses_rows_that_it_does_not_have) {
   const Tensor t(data, {4, 3});
   EXPECT_EQ(code_of([&] { t.rows(3, 2); }), ErrorCode::bad_argument);
   EXPECT_EQ(code_of([&] { t.rows(-1, 1); }), ErrorCode::bad_argument);
-  EXPECT_EQ(code_of([&] { t.rows(1, std::numeric_limits<std::int64_t>::max()); }),
-            ErrorCode::bad_argument);
+  EXPECT_EQ(code_of([&] { t.rows(1, std::numeric_limits<std::int64_t>::max()); }), ErrorCode::bad_argument);
   EXPECT_EQ(code_of([&] { Tensor(data, Shape{}).rows(0, 0); }), ErrorCode::bad_argument);
 }
 
@@ -207,8 +201,7 @@ TEST(Buffer, has_room_for_nothing) {
 }
 
 TEST(Error, says_which_rank_did_what) {
-  const Error e(ErrorCode::timeout, "rank 1 did not arrive",
-                {.rank = 3, .peer = 1, .operation = "dispatch"});
+  const Error e(ErrorCode::timeout, "rank 1 did not arrive", {.rank = 3, .peer = 1, .operation = "dispatch"});
   EXPECT_STREQ(e.what(), "rank 3: dispatch: rank 1 did not arrive");
   EXPECT_EQ(e.message(), "rank 1 did not arrive");
   EXPECT_TRUE(e.fatal());
