@@ -62,7 +62,7 @@ FetchProbe::FetchProbe(const Context& context, const Plan& plan, const Outbox& y
 
 void FetchProbe::read() {
   for (const SlotRow& slot : plan_.slots()) {
-    if (slot.rank < 0 || slot.rank == context_.rank()) continue;
+    if (slot.rank < 0) continue;
     used_ += use_memory(peers_.of(slot.rank) + at(slot.row) * row_bytes_, row_bytes_);
   }
 }

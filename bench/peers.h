@@ -42,7 +42,8 @@ class CopyProbe {
   std::uint64_t used_ = 0;
 };
 
-/// Reads, where they lie, the rows that a combine of `plan` takes from other ranks, each once and nothing else.
+/// Reads, where they lie, the rows that a combine of `plan` sums, this rank's own among them, each once and nothing
+/// else.
 class FetchProbe {
  public:
   /// Collective. `y` stays alive and in its place.

@@ -184,6 +184,7 @@ class Operation {
   std::vector<Words> words_;
   int missing_ = 0;  // entries of lines_ not yet seen
   bool completed_ = false;
+  int unwinding_ = 0;  // exceptions in flight when this operation began
 };
 
 }  // namespace expar

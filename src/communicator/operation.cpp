@@ -2,7 +2,8 @@
 #include <expar/communicator.h>
 
 #include <algorithm>
-#include <bit>
+#include <exception>
+#include <new>
 
 #include "src/communicator/state.h"
 
@@ -49,7 +50,7 @@ std::string Signature::str() const {
 }
 
 Operation::Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout)
-    : communicator_(communicator), signature_(signature), timeout_(timeout) {
+    : communicator_(communicator), signature_(signature), timeout_(timeout), unwinding_(std::uncaught_exceptions()) {
   auto& state = *communicator_.state_;
   if (const auto failure = state.transport->failure()) {
     completed_ = true;
@@ -82,7 +83,8 @@ Operation::~Operation() {
   if (completed_) return;
   auto& state = *communicator_.state_;
   if (work_ != nullptr) std::erase(state.in_flight, work_);
-  if (state.transport->failure()) return;
+  // While an exception unwinds, it is the cause, and whoever catches it at the rank's end tells the others.
+  if (state.transport->failure() || std::uncaught_exceptions() > unwinding_) return;
   state.transport->abort(Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
                                {.rank = communicator_.rank(), .operation = std::string(signature_.operation())}));
 }

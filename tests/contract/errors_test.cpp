@@ -119,6 +119,19 @@ TEST_P(EveryWay, makes_a_foreign_exception_of_one_rank_the_cause_on_all) {
   EXPECT_EQ(error.message(), "out of luck");
 }
 
+TEST_P(EveryWay, does_not_hide_an_exception_behind_the_operation_it_left_open) {
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    std::vector<std::int32_t> ids(8, 0);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
+    const Array x(DType::f32, Shape{4, 16});
+    auto pending = start_dispatch(context, x, {}, plan);
+    if (context.rank() == 0) throw std::runtime_error("no such expert");
+    pending.finish();
+    barrier(context);
+  });
+  EXPECT_EQ(expect_same_error(ends).message(), "no such expert");
+}
+
 TEST_P(EveryWay, ends_the_job_when_an_operation_is_dropped_half_way) {
   if (GetParam().ranks == 1) return;
   const auto ends = run_all(GetParam(), [](const Context& context) {
