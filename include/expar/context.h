@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <memory>
+#include <memory_resource>
 #include <string>
 
 #include <expar/communicator.h>
@@ -41,6 +42,9 @@ class Context {
   const Kernels& kernels() const { return *kernels_; }
   Pool& pool() const { return *pool_; }
   Stream stream() const { return stream_; }
+  /// Host memory for what calls need for a while: given back, it serves the next call. Safe from any thread; what
+  /// outlives the context keeps it.
+  const std::shared_ptr<std::pmr::memory_resource>& memory() const { return memory_; }
   /// What this rank has learnt of how to store rows; for the library's own use.
   StoreChoice& stores() const { return *stores_; }
   std::chrono::nanoseconds timeout() const { return timeout_; }
@@ -49,6 +53,7 @@ class Context {
   Communicator communicator_;
   std::shared_ptr<const Kernels> kernels_;
   std::shared_ptr<Pool> pool_;
+  std::shared_ptr<std::pmr::memory_resource> memory_;
   std::shared_ptr<StoreChoice> stores_;
   Stream stream_;
   std::chrono::nanoseconds timeout_{0};

@@ -56,7 +56,7 @@ struct PendingCombine::State final : InFlight {
   }
   void read() {
     const std::size_t row_bytes = at(out.size(1)) * size_of(out.dtype());
-    results.emplace(context.communicator(), operation, plan, y, row_bytes);
+    results.emplace(context, operation, plan, y, row_bytes);
   }
 
   Context context;
@@ -132,7 +132,7 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   });
   operation.meet();
   const std::size_t row_bytes = at(width) * sizeof(float);
-  Results results(context.communicator(), operation, plan, values, row_bytes);
+  Results results(context, operation, plan, values, row_bytes);
   const void* const* slots = results.finish(context.communicator(), operation, plan);
   std::byte* to = out.bytes();
   for (std::int64_t i = 0; i < plan.tokens() * plan.topk(); ++i, to += row_bytes) {

@@ -38,7 +38,7 @@ struct Inbox::Data {
   Block block;  // rows [U, H], then the tags they came with
   Block packed_block;
   ConstTensor x, rows, packed;
-  std::shared_ptr<const std::vector<RowRef>> refs;
+  std::shared_ptr<Lists> lists;
 };
 
 Inbox::Inbox() = default;
@@ -48,13 +48,13 @@ Inbox::Inbox(Inbox&&) noexcept = default;
 Inbox& Inbox::operator=(Inbox&&) noexcept = default;
 const Plan& Inbox::plan() const { return data_->plan; }
 ConstTensor Inbox::rows() const { return data_->rows; }
-std::span<const RowRef> Inbox::refs() const { return *data_->refs; }
+std::span<const RowRef> Inbox::refs() const { return data_->lists->refs(); }
 ConstTensor Inbox::packed() const { return data_->packed; }
 Rows Inbox::gathered() const {
   return {.base = {data_->x.data(), data_->rows.data()},
           .dtype = data_->rows.dtype(),
           .width = data_->rows.size(1),
-          .refs = data_->refs->data()};
+          .refs = refs().data()};
 }
 
 /// A dispatch that has been started: what this rank owes the others, and where their rows arrive.
@@ -163,6 +163,18 @@ struct PendingDispatch::State final : InFlight {
     transfers.finish(communicator, operation, "its rows");
   }
 
+  /// Adds the rows of the other ranks to the lists.
+  void list_rows() {
+    const auto* tags = reinterpret_cast<const SlotTag*>(inbox->block.data() + tags_offset());
+    for (int peer = 0; peer < communicator.size(); ++peer) {
+      const std::int64_t row = plan.sources()[at(peer)];
+      if (peer == communicator.rank() || inbox->lists->add(plan, peer, tags + row * plan.topk())) continue;
+      communicator.fail(Error(ErrorCode::internal,
+                              "rank " + std::to_string(peer) + " sent other experts than its plan says",
+                              {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
+    }
+  }
+
   /// One packed [R, H]: each expert's rows together, rows of padding zero.
   void pack() {
     inbox->packed_block = communicator.arena().allocate(at(plan.received()) * row_bytes);
@@ -173,7 +185,7 @@ struct PendingDispatch::State final : InFlight {
       Rows from{.base = {x.data(), inbox->rows.data()},
                 .dtype = x.dtype(),
                 .width = width,
-                .refs = inbox->refs->data() + first};
+                .refs = inbox->lists->refs().data() + first};
       context.kernels().gather({.rows = from, .count = rows, .out = to + at(first) * row_bytes}, context.pool());
       std::memset(to + at(first + rows) * row_bytes, 0, at(plan.offsets()[e + 1] - first - rows) * row_bytes);
     }
@@ -211,16 +223,12 @@ Inbox PendingDispatch::finish() {
   const std::unique_ptr<State> state = std::move(state_);
   state->operation.meet();
   if (!state->sent) state->send();
+  const Inbox* like = state->options.lists_of;
+  state->inbox->lists =
+      like != nullptr ? like->data_->lists : std::make_shared<Lists>(state->context, state->plan, state->weights);
   state->await_rows();
   state->operation.complete();
-  Inbox::Data& inbox = *state->inbox;
-  if (const Inbox* like = state->options.lists_of) {
-    inbox.refs = like->data_->refs;
-  } else {
-    const auto* tags = reinterpret_cast<const SlotTag*>(inbox.block.data() + state->tags_offset());
-    inbox.refs = std::make_shared<const std::vector<RowRef>>(
-        build_lists(state->communicator, state->plan, state->weights, tags));
-  }
+  if (like == nullptr) state->list_rows();
   if (state->options.layout == Layout::expert_major) state->pack();
   return Inbox(std::move(state->inbox));
 }

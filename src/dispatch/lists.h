@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -19,9 +20,19 @@ struct SlotTag {
 void write_tags(const Plan& plan, int destination, std::span<const std::int32_t> tokens, const float* weights,
                 SlotTag* tags);
 
-/// The list [R] from this rank's own ids and `tags` [U, K] of the others. Walks rows in order, so that no position
-/// written by a peer is ever followed; ends the job where tags disagree with the plan's counts.
-std::vector<RowRef> build_lists(const Communicator& communicator, const Plan& plan, const float* weights,
-                                const SlotTag* tags);
+/// The list [R] that an inbox's experts gather by.
+class Lists {
+ public:
+  /// Begins with the rows that stay on this rank.
+  Lists(const Context& context, const Plan& plan, const float* weights);
+  /// The rows of another rank, from the `tags` [n, K] that came beside them. Walks them in order, so that no position
+  /// written by a peer is ever followed. False if they are not what its counts said.
+  bool add(const Plan& plan, int source, const SlotTag* tags);
+  std::span<const RowRef> refs() const { return std::span(refs_).first(refs_.size() - 1); }
+
+ private:
+  std::shared_ptr<std::pmr::memory_resource> memory_;
+  std::pmr::vector<RowRef> refs_;  // [R + 1], the last for slots that are elsewhere
+};
 
 }  // namespace expar

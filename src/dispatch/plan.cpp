@@ -12,21 +12,24 @@
 namespace expar {
 
 struct Plan::Data {
+  explicit Data(std::shared_ptr<std::pmr::memory_resource> m) : memory(std::move(m)) {}
+
+  std::shared_ptr<std::pmr::memory_resource> memory;
   int rank = 0, ranks = 1;
   std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1;
   std::uint64_t id = 0;
-  std::vector<std::int32_t> ids;           // [T, K]
-  std::vector<std::int32_t> send_tokens;   // destination by destination
-  std::vector<std::int64_t> send_begin;    // [P + 1] into send_tokens
-  std::vector<std::int64_t> send_row;      // [P]
-  std::vector<std::int32_t> counts;        // [P, E]
-  std::vector<std::int64_t> totals;        // [E]
-  std::vector<std::int64_t> offsets;       // [L + 1]
-  std::vector<std::int64_t> rows;          // [L]
-  std::vector<std::int64_t> sources;       // [P + 1]
-  std::vector<std::int64_t> slot_start;    // [E]
-  std::vector<std::int64_t> source_start;  // [P, L]
-  std::vector<SlotRow> slots;              // [T, K]
+  std::pmr::vector<std::int32_t> ids{memory.get()};          // [T, K]
+  std::pmr::vector<std::int32_t> send_tokens{memory.get()};  // destination by destination
+  std::vector<std::int64_t> send_begin;                      // [P + 1] into send_tokens
+  std::vector<std::int64_t> send_row;                        // [P]
+  std::pmr::vector<std::int32_t> counts{memory.get()};       // [P, E]
+  std::vector<std::int64_t> totals;                          // [E]
+  std::vector<std::int64_t> offsets;                         // [L + 1]
+  std::vector<std::int64_t> rows;                            // [L]
+  std::vector<std::int64_t> sources;                         // [P + 1]
+  std::vector<std::int32_t> slot_start;                      // [1 + E], from expert -1
+  std::vector<std::int64_t> source_start;                    // [P, L]
+  std::pmr::vector<SlotRow> slots{memory.get()};             // [T, K]
 };
 
 namespace {
@@ -44,20 +47,21 @@ void validate(ConstTensor ids, const PlanOptions& options) {
   }
   if (ids.elements() > std::numeric_limits<std::int32_t>::max())
     refuse("ids " + ids.shape().str() + " are more slots than 2^31 - 1");
-  const auto* id = ids.as<std::int32_t>();
-  const auto experts = options.experts;
-  std::int64_t wrong = 0;
-  for (std::int64_t i = 0; i < ids.elements(); ++i) wrong += id[i] < -1 || id[i] >= experts;
-  if (wrong == 0) return;
+  const std::span<const std::int32_t> all(ids.as<std::int32_t>(), at(ids.elements()));
+  bool wrong = false;
+  for (const std::int32_t id : all) wrong |= (id < -1) | (id >= options.experts);
+  if (!wrong) return;
   for (std::int64_t i = 0;; ++i) {
-    if (id[i] >= -1 && id[i] < experts) continue;
-    const std::string where = "ids[" + std::to_string(i / ids.size(1)) + "," + std::to_string(i % ids.size(1)) +
-                              "] = " + std::to_string(id[i]);
-    refuse(where + (id[i] < -1 ? " is below -1" : " is not below num_experts " + std::to_string(experts)));
+    const std::int32_t id = all[at(i)];
+    if (id >= -1 && id < options.experts) continue;
+    const std::string where =
+        "ids[" + std::to_string(i / ids.size(1)) + "," + std::to_string(i % ids.size(1)) + "] = " + std::to_string(id);
+    refuse(where + (id < -1 ? " is below -1" : " is not below num_experts " + std::to_string(options.experts)));
   }
 }
 
-/// Fills what this rank knows alone: its rows per expert and the tokens that each other rank needs.
+/// Fills what this rank knows alone: its rows per expert, the place of each slot among its expert's, and the tokens
+/// that each other rank needs.
 void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan, std::int32_t* expert_counts,
            std::int32_t* unique_counts) {
   plan.tokens = ids.size(0);
@@ -66,35 +70,37 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan, std::i
   plan.alignment = options.alignment;
   plan.ids.assign(ids.as<std::int32_t>(), ids.as<std::int32_t>() + ids.elements());
 
-  const int ranks = plan.ranks;
-  // A slot that is not routed counts for expert E, which this rank itself owns: no branch to mispredict.
-  const auto unrouted = static_cast<std::int32_t>(plan.experts);
-  std::vector<std::int32_t> owner(at(plan.experts) + 1, plan.rank);
-  for (std::int64_t e = 0; e < plan.experts; ++e) owner[at(e)] = owner_of(e, ranks, plan.experts);
-  std::vector<std::int32_t> rows(at(plan.experts) + 1, 0);
-  std::vector<std::int32_t> last(at(ranks), -1);  // the token last seen to need a rank
-  std::vector<std::int32_t> destination(plan.ids.size() + 1), token_of(plan.ids.size() + 1);  // in token order
+  // Slot -1 is an expert too, the one before the first, on a rank before the first: no branch to mispredict.
+  std::vector<SlotRow> next(at(plan.experts) + 1);
+  for (std::int64_t e = 0; e < plan.experts; ++e) next[at(e + 1)].rank = owner_of(e, plan.ranks, plan.experts);
+  std::vector<std::int32_t> last(at(plan.ranks) + 1, -1);  // the token last seen to need a rank
+  // What is sent, in token order; one more is written than there is.
+  std::pmr::vector<std::int32_t> destination(plan.ids.size() + 1, plan.memory.get());
+  std::pmr::vector<std::int32_t> token_of(plan.ids.size() + 1, plan.memory.get());
+  plan.slots.resize(plan.ids.size());
   std::size_t sends = 0;
-  const std::int32_t* id = plan.ids.data();
+  std::size_t i = 0;
   for (std::int32_t t = 0; t < plan.tokens; ++t) {
-    for (std::int64_t k = 0; k < plan.topk; ++k, ++id) {
-      const std::int32_t expert = *id < 0 ? unrouted : *id;
-      const std::int32_t rank = owner[at(expert)];
-      ++rows[at(expert)];
-      destination[sends] = rank;
+    last[0] = last[at(plan.rank + 1)] = t;  // neither is sent to
+    for (std::int64_t k = 0; k < plan.topk; ++k, ++i) {
+      SlotRow& slot = next[at(plan.ids[i] + 1)];
+      std::int32_t& seen = last[at(slot.rank + 1)];
+      destination[sends] = slot.rank;
       token_of[sends] = t;
-      sends += static_cast<std::size_t>(rank != plan.rank) & static_cast<std::size_t>(last[at(rank)] != t);
-      last[at(rank)] = t;
+      sends += seen != t;
+      seen = t;
+      plan.slots[i] = slot;
+      ++slot.row;
     }
   }
-  std::copy_n(rows.begin(), plan.experts, expert_counts);
-  std::fill_n(unique_counts, ranks, 0);
-  for (std::size_t i = 0; i < sends; ++i) ++unique_counts[destination[i]];
-  plan.send_begin.assign(at(ranks) + 1, 0);
-  for (int d = 0; d < ranks; ++d) plan.send_begin[at(d + 1)] = plan.send_begin[at(d)] + unique_counts[d];
-  std::vector<std::int64_t> next(plan.send_begin.begin(), plan.send_begin.end() - 1);
+  for (std::int64_t e = 0; e < plan.experts; ++e) expert_counts[e] = next[at(e + 1)].row;
+  std::fill_n(unique_counts, plan.ranks, 0);
+  for (i = 0; i < sends; ++i) ++unique_counts[destination[i]];
+  plan.send_begin.assign(at(plan.ranks) + 1, 0);
+  for (int d = 0; d < plan.ranks; ++d) plan.send_begin[at(d + 1)] = plan.send_begin[at(d)] + unique_counts[d];
+  std::vector<std::int64_t> end(plan.send_begin.begin(), plan.send_begin.end() - 1);
   plan.send_tokens.resize(sends);
-  for (std::size_t i = 0; i < sends; ++i) plan.send_tokens[at(next[at(destination[i])]++)] = token_of[i];
+  for (i = 0; i < sends; ++i) plan.send_tokens[at(end[at(destination[i])]++)] = token_of[i];
 }
 
 /// Reads what rank `source` says of its rows; a rank can send no more rows to a rank than it has slots there.
@@ -141,9 +147,11 @@ void derive_offsets(Plan::Data& plan, const std::vector<std::int32_t>& unique) {
     if (s == plan.rank) before = plan.totals;
     for (std::int64_t e = 0; e < experts; ++e) plan.totals[at(e)] += counts[e];
   }
-  plan.slot_start.resize(at(experts));
+  plan.slot_start.assign(at(experts) + 1, 0);
   for (int owner = 0; owner < plan.ranks; ++owner) {
-    lay_out(plan, owner, [&](std::int64_t e, std::int64_t row) { plan.slot_start[at(e)] = row + before[at(e)]; });
+    lay_out(plan, owner, [&](std::int64_t e, std::int64_t row) {
+      plan.slot_start[at(e + 1)] = static_cast<std::int32_t>(row + before[at(e)]);
+    });
   }
 
   const ExpertRange local = experts_of(plan.rank, plan.ranks, experts);
@@ -171,18 +179,10 @@ void derive_offsets(Plan::Data& plan, const std::vector<std::int32_t>& unique) {
   }
 }
 
+/// From the place among this rank's rows of an expert to the place among all its rows.
 void place_slots(Plan::Data& plan) {
-  std::vector<SlotRow> next(at(plan.experts));
-  for (std::int64_t e = 0; e < plan.experts; ++e) {
-    next[at(e)] = {owner_of(e, plan.ranks, plan.experts), static_cast<std::int32_t>(plan.slot_start[at(e)])};
-  }
-  plan.slots.resize(plan.ids.size());
-  for (std::size_t i = 0; i < plan.ids.size(); ++i) {
-    if (plan.ids[i] < 0) continue;
-    SlotRow& slot = next[at(plan.ids[i])];
-    plan.slots[i] = slot;
-    ++slot.row;
-  }
+  const auto* start = plan.slot_start.data() + 1;
+  for (std::size_t i = 0; i < plan.slots.size(); ++i) plan.slots[i].row += start[plan.ids[i]];
 }
 
 }  // namespace
@@ -199,6 +199,7 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
 struct PendingPlan::State final : InFlight {
   State(const Context& context, ConstTensor ids, const PlanOptions& options)
       : communicator(context.communicator()),
+        plan(std::make_shared<Plan::Data>(context.memory())),
         operation(communicator,
                   Signature("plan")
                       .with("topk", ids.shape().rank() == 2 ? ids.size(1) : 0)
@@ -216,7 +217,7 @@ struct PendingPlan::State final : InFlight {
   }
 
   Communicator communicator;
-  std::shared_ptr<Plan::Data> plan = std::make_shared<Plan::Data>();
+  std::shared_ptr<Plan::Data> plan;
   Block block;
   std::optional<Reading> reading;
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
@@ -280,7 +281,7 @@ std::span<const std::int32_t> Plan::sends(int rank) const {
 std::int64_t Plan::send_row(int rank) const { return data_->send_row[at(rank)]; }
 std::span<const std::int32_t> Plan::ids() const { return data_->ids; }
 std::span<const SlotRow> Plan::slots() const { return data_->slots; }
-std::int64_t Plan::slot_start(std::int64_t expert) const { return data_->slot_start[at(expert)]; }
+std::int64_t Plan::slot_start(std::int64_t expert) const { return data_->slot_start[at(expert + 1)]; }
 std::int64_t Plan::source_start(int source, std::int64_t e) const {
   return data_->source_start[at(source) * data_->rows.size() + at(e)];
 }

@@ -22,10 +22,10 @@ std::size_t count(const Plan& plan, int source, const ExpertRange& range) {
 
 }  // namespace
 
-Results::Results(const Communicator& communicator, const Operation& operation, const Plan& plan, const Outbox& own,
+Results::Results(const Context& context, const Operation& operation, const Plan& plan, const Outbox& own,
                  std::size_t row_bytes)
-    : own_(own), row_bytes_(row_bytes), arrived_(at(plan.experts()), nullptr) {
-  exchange(communicator, operation, plan);
+    : own_(own), row_bytes_(row_bytes), slots_(context.memory().get()), arrived_(at(plan.experts()), nullptr) {
+  exchange(context.communicator(), operation, plan);
 }
 
 /// Sends each source that is not mapped its rows, expert by expert: an order that both ends know from the plan.

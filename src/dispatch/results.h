@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory_resource>
 #include <vector>
 
 #include <expar/dispatch.h>
@@ -14,7 +15,7 @@ namespace expar {
 class Results {
  public:
   /// Once all have agreed. Rows are `row_bytes` long. Posts the transfers with ranks that are not mapped.
-  Results(const Communicator& communicator, const Operation& operation, const Plan& plan, const Outbox& own,
+  Results(const Context& context, const Operation& operation, const Plan& plan, const Outbox& own,
           std::size_t row_bytes);
 
   /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
@@ -25,7 +26,7 @@ class Results {
 
   const Outbox& own_;
   std::size_t row_bytes_;
-  std::vector<const void*> slots_;
+  std::pmr::vector<const void*> slots_;
   std::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
   std::vector<std::byte> staging_, received_;
   Transfers transfers_;
