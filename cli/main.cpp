@@ -9,7 +9,7 @@
 
 #include "cli/options.h"
 #include "cli/output.h"
-#include "cli/run.h"
+#include "cli/ranks.h"
 #include "cli/verbs.h"
 
 namespace expar::cli {

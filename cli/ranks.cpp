@@ -1,5 +1,5 @@
 // The three ways to run a verb on ranks, and how the error of one rank becomes that of all.
-#include "cli/run.h"
+#include "cli/ranks.h"
 
 #include <unistd.h>
 
