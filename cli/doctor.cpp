@@ -173,7 +173,7 @@ Verb doctor() {
   verb.add_options = [probe](CLI::App& app) { app.add_flag("--probe", *probe)->group(""); };
   verb.run_alone = [probe](const Common& common) -> nlohmann::json {
     if (!*probe) return examine(common);
-    time_barriers(join(common.run_options()), common);
+    time_barriers(init(common.run_options()), common);
     return nullptr;
   };
   return verb;

@@ -144,7 +144,9 @@ Communicator join(const Job& job, const RunOptions& options) {
   if (job.local_size != job.size) {
     throw Error(ErrorCode::unsupported,
                 "transport shm connects ranks of one host; " + std::to_string(job.size) + " ranks of job '" + job.id +
-                    "' run on several (" + std::to_string(job.local_size) + " of them here)",
+                    "' run on several (" + std::to_string(job.local_size) +
+                    " of them here): start them all on this one, as 'expar launch -n " + std::to_string(job.size) +
+                    " -- PROGRAM' does",
                 {job.rank, -1, "join"});
   }
   const shm::Membership self{.job = job.id, .rank = job.rank, .size = job.size, .mapping = options.mapping};

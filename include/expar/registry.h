@@ -44,14 +44,19 @@ struct Job {
   int local_size = 1;
 };
 
-/// Reads the variables of `expar launch`, torchrun, Open MPI, MPICH and Slurm. Without any of them: rank 0 of 1.
-/// Throws Error: bad_argument (variables that contradict each other, naming them).
+/// Reads the variables of `expar launch`, torchrun (and of those who set RANK, WORLD_SIZE and MASTER_PORT themselves),
+/// Open MPI, MPICH and Slurm. Without any of them: rank 0 of 1.
+/// Throws Error: bad_argument (variables that are missing or contradict each other, naming them and what to type).
 Job job_from_environment();
 
 /// Joins the processes of `job` on this host (transport "shm").
 /// Collective over the job's processes. Throws Error: timeout (naming a rank that never came), io, unsupported.
 Communicator join(const Job& job, const RunOptions& options = {});
-inline Communicator join(const RunOptions& options = {}) { return join(job_from_environment(), options); }
+
+/// The one line by which a program joins the ranks that a launcher has started with it: `expar launch`, torchrun,
+/// mpirun of Open MPI or MPICH, srun. Without a launcher: one rank alone. Programs under it need nothing else.
+/// Collective over the job's processes. Throws Error: as job_from_environment() and join().
+inline Communicator init(const RunOptions& options = {}) { return join(job_from_environment(), options); }
 
 /// Starts `ranks` processes of `command` on this host in rank order, waits for them, and leaves none behind.
 /// Returns the error of the root cause if any failed (a rank that was killed: peer_lost naming it), else nothing.

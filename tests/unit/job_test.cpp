@@ -50,12 +50,14 @@ Job job_with(const Variables& variables) {
   return job_from_environment();
 }
 
+/// What is said about the variables, without what to type instead.
 std::string refusal(const Variables& variables) {
   try {
     job_with(variables);
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), ErrorCode::bad_argument);
-    return error.message();
+    EXPECT_NE(error.message().find(" type '"), std::string::npos) << error.message();
+    return error.message().substr(0, error.message().find("; to start N ranks"));
   }
   return "accepted";
 }
@@ -108,8 +110,12 @@ TEST(Job, tells_runs_of_torchrun_apart_by_port_and_restart) {
   EXPECT_EQ(job_with(other).id, job_with(other).id);
 }
 
-TEST(Job, takes_rank_and_world_size_only_from_torchrun) {
-  EXPECT_EQ(job_with({{"RANK", "1"}, {"WORLD_SIZE", "2"}}).launcher, "none");
+TEST(Job, is_named_by_the_port_where_nobody_but_torchruns_variables_do) {
+  const Job job = job_with({{"RANK", "1"}, {"WORLD_SIZE", "2"}, {"MASTER_PORT", "29500"}});
+  EXPECT_EQ(job.rank, 1);
+  EXPECT_EQ(job.size, 2);
+  EXPECT_EQ(job.local_size, 2);
+  EXPECT_NE(job_with({{"RANK", "1"}, {"WORLD_SIZE", "2"}, {"MASTER_PORT", "29501"}}).id, job.id);
 }
 
 TEST(Job, reads_the_variables_of_open_mpi) {
@@ -170,8 +176,49 @@ TEST(Job, prefers_the_innermost_launcher) {
   Variables both = torchrun();
   both.merge(slurm());
   EXPECT_EQ(job_with(both).launcher, "torchrun");
-  both.merge(Variables{{"EXPAR_JOB", "a"}, {"EXPAR_RANK", "0"}, {"EXPAR_SIZE", "1"}});
-  EXPECT_EQ(job_with(both).launcher, "expar");
+  both.merge(Variables{{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "2"}, {"PMIX_NAMESPACE", "7"}});
+  EXPECT_EQ(job_with(both).launcher, "torchrun") << "one torchrun on each of two nodes";
+  const Job job =
+      job_with({{"PMI_RANK", "0"}, {"PMI_SIZE", "1"}, {"EXPAR_JOB", "a"}, {"EXPAR_RANK", "2"}, {"EXPAR_SIZE", "4"}});
+  EXPECT_EQ(job.launcher, "expar") << "started by the only rank of mpiexec";
+}
+
+TEST(Job, accepts_two_launchers_that_say_the_same) {
+  EXPECT_EQ(job_with({{"RANK", "1"},
+                      {"WORLD_SIZE", "2"},
+                      {"MASTER_PORT", "29500"},
+                      {"OMPI_COMM_WORLD_RANK", "1"},
+                      {"OMPI_COMM_WORLD_SIZE", "2"},
+                      {"PMIX_NAMESPACE", "7"}})
+                .rank,
+            1);
+}
+
+TEST(Job, refuses_two_launchers_that_contradict_each_other) {
+  EXPECT_EQ(refusal({{"RANK", "1"},
+                     {"WORLD_SIZE", "4"},
+                     {"MASTER_PORT", "29500"},
+                     {"OMPI_COMM_WORLD_RANK", "0"},
+                     {"OMPI_COMM_WORLD_SIZE", "2"},
+                     {"PMIX_NAMESPACE", "7"}}),
+            "two launchers contradict each other: torchrun says that this is rank 1 of 4, openmpi says that this is "
+            "rank 0 of 2; use one of them: type 'torchrun --nproc-per-node N --no-python PROGRAM' or 'mpirun -n N env "
+            "-u RANK -u WORLD_SIZE PROGRAM'");
+  EXPECT_NE(
+      refusal({{"EXPAR_JOB", "a"}, {"EXPAR_RANK", "0"}, {"EXPAR_SIZE", "2"}, {"PMI_RANK", "1"}, {"PMI_SIZE", "2"}})
+          .find("expar says that this is rank 0 of 2, mpich says that this is rank 1 of 2"),
+      std::string::npos);
+}
+
+TEST(Job, says_what_to_type_instead) {
+  try {
+    job_with({{"RANK", "1"}});
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.message(),
+              "RANK is set but WORLD_SIZE is not; to start N ranks type 'torchrun --nproc-per-node N --no-python "
+              "PROGRAM', to run one alone 'env -u RANK PROGRAM'");
+  }
 }
 
 TEST(Job, refuses_values_that_are_no_numbers) {
@@ -200,6 +247,11 @@ TEST(Job, refuses_half_a_set_of_variables) {
   EXPECT_EQ(refusal({{"EXPAR_RANK", "0"}, {"EXPAR_SIZE", "1"}}),
             "EXPAR_RANK or EXPAR_SIZE is set but EXPAR_JOB, the name of the job, is not");
   EXPECT_EQ(refusal({{"PMI_SIZE", "2"}}), "PMI_SIZE is set but PMI_RANK is not");
+  EXPECT_EQ(refusal({{"WORLD_SIZE", "2"}}), "WORLD_SIZE is set but RANK is not");
+  EXPECT_EQ(refusal({{"RANK", "1"}, {"WORLD_SIZE", "2"}}),
+            "RANK and WORLD_SIZE are set but neither TORCHELASTIC_RUN_ID nor MASTER_PORT, which name the job");
+  EXPECT_EQ(refusal({{"OMPI_COMM_WORLD_RANK", "0"}, {"OMPI_COMM_WORLD_SIZE", "2"}}),
+            "OMPI_COMM_WORLD_RANK or OMPI_COMM_WORLD_SIZE is set but PMIX_NAMESPACE, the name of the job, is not");
   Variables torch = torchrun();
   torch.erase("RANK");
   EXPECT_EQ(refusal(torch), "TORCHELASTIC_RUN_ID is set but RANK is not");
