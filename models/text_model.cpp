@@ -279,13 +279,7 @@ void TextModel::count_loads() {
 
 PhaseTimes TextModel::take_times() {
   PhaseTimes sum;
-  for (Block& block : blocks_) {
-    const PhaseTimes times = block.moe.take_times();
-    sum.route += times.route;
-    sum.dispatch += times.dispatch;
-    sum.experts += times.experts;
-    sum.combine += times.combine;
-  }
+  for (Block& block : blocks_) sum += block.moe.take_times();
   sum.backward = std::exchange(backward_ms_, 0.0);
   return sum;
 }

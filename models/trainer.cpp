@@ -18,7 +18,9 @@ constexpr std::int64_t kEvaluationTokens = 4096;  // of one batch; any number gi
 constexpr float kWarmUp = 0.05F;                  // part of the steps
 constexpr float kLastRate = 0.02F;                // of the peak
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double milliseconds_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
 
 // The doubles of all ranks, in rank order.
 std::vector<double> gather_doubles(const Context& context, std::span<const double> mine, std::int64_t total) {
@@ -121,29 +123,40 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
   TrainReport report;
   Batch batch;
   Loads loads;
+  PhaseTimes phase_ms;
   double optimizer_ms = 0;
   batch.positions.resize(static_cast<std::size_t>(options.batch));
   const auto start = Clock::now();
   for (std::int64_t step = 0; step < options.steps; ++step) {
+    Progress progress;
+    progress.step = step + 1;
+    progress.lr = options.lr * schedule(step, options.steps);
+    const auto step_start = Clock::now();
     for (std::int64_t t = 0; t < options.batch; ++t) {
       batch.positions[static_cast<std::size_t>(t)] = text.training_target(sampler.target(step * options.batch + t));
     }
     fill_batch(text, batch);
-    const float loss = train_step(context, model, batch, sharding, step + 1);
+    progress.loss = train_step(context, model, batch, sharding, step + 1);
     const auto before = Clock::now();
-    optimizer.step(context, parameters, options.lr * schedule(step, options.steps));
+    optimizer.step(context, parameters, progress.lr);
     model.gather(context);
-    optimizer_ms += 1e3 * seconds_since(before);
+    progress.optimizer_ms = milliseconds_since(before);
+    progress.step_ms = milliseconds_since(step_start);
+    progress.phase_ms = model.take_times();
+    progress.loads = model.loads();
 
-    report.losses.push_back(loss);
+    phase_ms += progress.phase_ms;
+    optimizer_ms += progress.optimizer_ms;
+    report.losses.push_back(progress.loss);
     report.dropped += model.dropped();
     if (step >= last_tenth) loads.add(model.loads());
-    report.tokens_per_s = static_cast<double>((step + 1) * options.batch) / seconds_since(start);
-    watch({step + 1, loss, report.tokens_per_s});
+    report.tokens_per_s = 1e3 * static_cast<double>((step + 1) * options.batch) / milliseconds_since(start);
+    progress.tokens_per_s = report.tokens_per_s;
+    watch(progress);
   }
 
   report.load_max_over_mean = loads.max_over_mean(options.model.moe.router.experts);
-  report_times(context, model.take_times(), optimizer_ms, options.steps, report);
+  report_times(context, phase_ms, optimizer_ms, options.steps, report);
   report.heldout_bytes = std::min(kMaxHeldOut, text.heldout_targets());
   report.heldout_bits_per_byte = heldout_bits(context, model, text, options.shards, report.heldout_bytes);
   return report;

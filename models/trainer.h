@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "models/text.h"
@@ -34,11 +35,16 @@ struct TrainReport {
 
 inline constexpr std::int64_t kMaxHeldOut = 1 << 18;
 
-/// After each step: what to show to somebody who waits.
+/// After each step: what to show to somebody who waits. Spans are valid during the call.
 struct Progress {
   std::int64_t step = 0;  // from 1
-  float loss = 0;
-  double tokens_per_s = 0;
+  float loss = 0;         // of this step's batch before the step, nats
+  float lr = 0;
+  double tokens_per_s = 0;              // of all steps so far
+  std::span<const std::int64_t> loads;  // [layers, E] slots of this step's batch, over all ranks
+  PhaseTimes phase_ms;                  // of this step on this rank
+  double optimizer_ms = 0;              // likewise
+  double step_ms = 0;                   // likewise, with all that belongs to no phase
 };
 
 /// Losses and bits per byte are the same bytes for every number of ranks and threads and every transport; times are

@@ -26,6 +26,15 @@ struct MoeLayerOptions {
 /// Milliseconds that this rank spent, added up over calls.
 struct PhaseTimes {
   double route = 0, dispatch = 0, experts = 0, combine = 0, backward = 0;
+
+  PhaseTimes& operator+=(const PhaseTimes& other) {
+    route += other.route;
+    dispatch += other.dispatch;
+    experts += other.experts;
+    combine += other.combine;
+    backward += other.backward;
+    return *this;
+  }
 };
 
 /// What forward leaves for backward: routing, plan, inbox, results. Reuse one per layer and call in flight.
