@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 
+#include "cli/dashboard.h"
 #include "cli/verbs.h"
 #include "models/trainer.h"
 
@@ -18,6 +19,8 @@ struct TrainFlags {
   std::string text;
   std::string dtype = "bf16";
   std::string router = "softmax";
+  std::string log_dir;
+  const CLI::Option* log_dir_given = nullptr;
   bool dense = false;
   TrainOptions options;
 };
@@ -47,6 +50,9 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--router", flags.router, "how experts are chosen: softmax")
       ->check(one_of({"softmax"}))
       ->capture_default_str();
+  flags.log_dir_given = app.add_option("--log-dir", flags.log_dir,
+                                       "write losses, loads and times for TensorBoard into this directory (the dense "
+                                       "twin's into its folder dense)");
 }
 
 // Before any rank starts, so that a mistake is told at once. A pipe can be read only once, so not here.
@@ -55,6 +61,18 @@ void check_text(const TrainFlags& flags) {
   const auto type = std::filesystem::status(flags.text, ignored).type();
   if (type == std::filesystem::file_type::fifo || type == std::filesystem::file_type::character) return;
   Text(read_file(flags.text, Text::kHeldOut + 1), flags.options.model.context, flags.text);
+}
+
+std::string dense_log_dir(const TrainFlags& flags) {
+  return flags.log_dir.empty() ? std::string() : (std::filesystem::path(flags.log_dir) / "dense").string();
+}
+
+// Before any rank starts, likewise.
+void prepare_log_directories(const TrainFlags& flags) {
+  if (flags.log_dir_given->count() == 0) return;
+  if (flags.log_dir.empty()) throw Error(ErrorCode::bad_argument, "--log-dir = '' is not the name of a directory");
+  io::prepare_log_directory(flags.log_dir);
+  if (flags.dense) io::prepare_log_directory(dense_log_dir(flags));
 }
 
 /// A line that is written over again and again, for somebody who waits at a terminal.
@@ -83,9 +101,18 @@ class ProgressLine {
   Clock::time_point next_{};
 };
 
-TrainReport train_one(const Context& context, const Text& text, const TrainOptions& options, const char* name) {
+/// log_dir : where rank 0 writes for TensorBoard; empty: nowhere
+TrainReport train_one(const Context& context, const Text& text, const TrainOptions& options, const char* name,
+                      const std::string& log_dir) {
+  std::optional<Dashboard> dashboard;
+  if (context.rank() == 0 && !log_dir.empty()) dashboard.emplace(log_dir, options);
   ProgressLine line(name, options.steps, context.rank() == 0);
-  return train(context, text, options, [&](const Progress& progress) { line.show(progress); });
+  const TrainReport report = train(context, text, options, [&](const Progress& progress) {
+    line.show(progress);
+    if (dashboard) dashboard->show(progress);
+  });
+  if (dashboard) dashboard->show_heldout(report);
+  return report;
 }
 
 using Phase = double PhaseTimes::*;
@@ -148,12 +175,12 @@ nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicat
   const Context context(communicator, common.context_options());
   const TrainOptions& options = flags.options;
   const Text text(read_text(context, flags.text), options.model.context, flags.text);
-  const TrainReport moe = train_one(context, text, options, "MoE");
+  const TrainReport moe = train_one(context, text, options, "MoE", flags.log_dir);
   std::optional<TrainReport> dense;
   if (flags.dense) {
     TrainOptions twin = options;
     twin.model = dense_twin(options.model);
-    dense = train_one(context, text, twin, "dense");
+    dense = train_one(context, text, twin, "dense", dense_log_dir(flags));
   }
   if (communicator.rank() != 0) return nullptr;
   print(options, moe, dense);
@@ -172,6 +199,7 @@ Verb train_verb() {
     flags->options.model.moe.dtype = parse_dtype(flags->dtype);
     validate(flags->options);
     check_text(*flags);
+    prepare_log_directories(*flags);
   };
   verb.run = [flags](const Communicator& communicator, const Common& common) {
     return run_train(*flags, communicator, common);

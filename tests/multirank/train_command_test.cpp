@@ -109,6 +109,8 @@ TEST_F(TrainCommand, shows_people_a_table) {
 TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
   const std::string text = " --text " + path("text");
   std::ofstream(path("short")) << "In the beginning";
+  std::filesystem::create_directory(path("dense_is_a_file"));
+  std::ofstream(path("dense_is_a_file/dense")) << "text";
   const struct {
     std::string arguments;
     int status;
@@ -135,6 +137,11 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --router sigmoid", 2, "--router = 'sigmoid' is not one of softmax"},
       {text + " --save here", 2, "unknown flag --save"},
       {text + " --dense=maybe", 2, "--dense"},
+      {text + " --log-dir ''", 2, "--log-dir = '' is not the name of a directory"},
+      {text + " --log-dir " + path("short"), 7, "cannot make the directory " + path("short") + ": Not a directory"},
+      {text + " --log-dir " + path("short") + "/below", 7, "Not a directory"},
+      {text + " --dense --log-dir " + path("dense_is_a_file"), 7, "/dense: Not a directory"},
+      {text + " --steps 0 --log-dir " + path("unused"), 2, "--steps = '0'"},
   };
   for (const auto& mistake : mistakes) {
     for (const std::string ranks : {"", " --ranks 2"}) {
@@ -145,6 +152,16 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       EXPECT_EQ(finished.out, "") << mistake.arguments;
     }
   }
+  EXPECT_FALSE(std::filesystem::exists(path("unused"))) << "nothing is made for a command that is wrong";
+}
+
+TEST_F(TrainCommand, trains_the_same_with_and_without_a_log) {
+  const nlohmann::json plain = train(std::string(kSmall) + " --ranks 2");
+  const nlohmann::json logged = train(std::string(kSmall) + " --ranks 2 --log-dir " + path("log/of/this/run"));
+  EXPECT_EQ(logged["losses"].dump(), plain["losses"].dump());
+  EXPECT_EQ(logged["heldout_bits_per_byte"].dump(), plain["heldout_bits_per_byte"].dump());
+  const std::filesystem::directory_iterator files(path("log/of/this/run"));
+  EXPECT_EQ(std::distance(begin(files), end(files)), 1) << "one rank writes";
 }
 
 }  // namespace
