@@ -34,7 +34,7 @@ std::string in_quotes(std::string_view text) {
 nlohmann::json parse_json(std::string_view text, const std::string& what) {
   // The parser takes a zero byte for the end.
   if (const std::size_t zero = text.find('\0'); zero != std::string_view::npos) {
-    throw Error(ErrorCode::io, what + " is not valid JSON at byte " + std::to_string(zero));
+    throw Error(ErrorCode::io, what + " is not valid JSON at byte " + std::to_string(zero + 1));
   }
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const auto check = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& parsed) {

@@ -1,0 +1,72 @@
+// The MoE block of one layer in a checkpoint: what its tensors are called, and loading those of one rank's experts.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <expar/plan.h>
+#include <expar/tensor.h>
+
+#include "io/model_config.h"
+#include "io/safetensors.h"
+
+namespace expar::io {
+
+/// Names as transformers writes them: each expert on its own, or fused by its version 5 as it holds them in memory.
+///   router   [E, H]
+///   gate, up [F, H], down [H, F] of expert e
+///   fused_up [E, 2F, H], gate above up; fused_down [E, H, F]
+struct MoeNames {
+  std::string block;        // "model.layers.3.mlp."
+  bool is_mixtral = false;  // w1, w3, w2 for gate_proj, up_proj, down_proj
+
+  std::string router() const { return block + "gate.weight"; }
+  std::string gate(std::int64_t expert) const { return name(expert, is_mixtral ? "w1" : "gate_proj"); }
+  std::string up(std::int64_t expert) const { return name(expert, is_mixtral ? "w3" : "up_proj"); }
+  std::string down(std::int64_t expert) const { return name(expert, is_mixtral ? "w2" : "down_proj"); }
+  std::string fused_up() const { return block + "experts.gate_up_proj"; }
+  std::string fused_down() const { return block + "experts.down_proj"; }
+
+ private:
+  std::string name(std::int64_t expert, const char* matrix) const {
+    return block + "experts." + std::to_string(expert) + "." + matrix + ".weight";
+  }
+};
+/// As checkpoints of the family have them on disk.
+MoeNames moe_names(std::string_view family, std::int64_t layer);
+
+/// The tensors of a block, found and checked. Valid as long as the checkpoint.
+class MoeBlock {
+ public:
+  /// Looks at names, shapes and dtypes of all experts, so that every rank throws the same; reads no weight.
+  /// Throws Error: bad_argument (no such layer, or a dense one), unsupported (see layer_options; a dtype other than
+  /// F32, BF16, F16; a tensor in the block that would be left out), io (a tensor that is missing, by name and file, or
+  /// whose shape is not the wanted one).
+  MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std::int64_t layer);
+
+  /// bf16 where all weights of the experts are, else f32, which holds every other dtype exactly.
+  DType dtype() const { return dtype_; }
+
+  /// Reads the weights of `experts` and the router, and no other byte of the file, in whatever floating dtype the
+  /// targets have (for MoeLayer: the values of router_parameter and expert_parameters; then refresh()).
+  ///   router : [E, H]
+  ///   up     : [L, 2F, H], gate above up;  down : [L, H, F]
+  /// Throws Error: bad_argument (a target's shape; experts out of range), io.
+  void load(ExpertRange experts, Tensor router, Tensor up, Tensor down) const;
+
+ private:
+  struct Expert {
+    const StoredTensor *gate, *up, *down;
+  };
+
+  ModelConfig config_;
+  DType dtype_ = DType::f32;
+  const StoredTensor* router_ = nullptr;
+  const StoredTensor* fused_up_ = nullptr;  // null: experts_ instead
+  const StoredTensor* fused_down_ = nullptr;
+  std::vector<Expert> experts_;
+};
+
+}  // namespace expar::io
