@@ -51,6 +51,8 @@ struct Waiting {
   std::string_view operation;  // "dispatch"
   std::string_view what;       // "its rows", "to start": completes "rank 3 is late: ..."
   Clock::duration limit{};     // counted from the start of the wait
+  /// Tells of a rank whether it is waited for like `peer`, so that a timeout can name all that are late; or null.
+  const FunctionRef<bool(int rank)>* awaited = nullptr;
 };
 
 /// The lines of a rank's board. The communicator decides what each line means.

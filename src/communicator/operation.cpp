@@ -130,8 +130,13 @@ bool Operation::agreed() {
 }
 
 void Operation::meet() {
+  const auto unseen = [&](int peer) { return !seen(peer); };
+  const FunctionRef<bool(int)> awaited(unseen);
   for (int peer = 0; missing_ > 0 && peer < communicator_.size(); ++peer) {
-    if (!seen(peer)) communicator_.wait([&] { return seen(peer); }, waiting(peer, "to start"));
+    if (seen(peer)) continue;
+    Waiting wait = waiting(peer, "to start");
+    wait.awaited = &awaited;
+    communicator_.wait([&] { return seen(peer); }, wait);
   }
   check_agreement();
 }

@@ -84,6 +84,29 @@ TEST_P(EveryWay, names_the_rank_that_is_late) {
   EXPECT_EQ(error.operation(), "barrier");
 }
 
+TEST_P(EveryWay, names_all_ranks_that_are_late) {
+  const int ranks = GetParam().ranks;
+  if (ranks < 3) return;
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    barrier(context);
+    if (context.rank() == 0) barrier(context.with_timeout(std::chrono::milliseconds(200)));
+    // The others do not look for rank 0 before it has given up.
+    const auto until = Clock::now() + std::chrono::seconds(20);
+    while (!context.communicator().transport().failure() && Clock::now() < until) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    barrier(context);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
+  EXPECT_EQ(error.peer(), 1);
+  const std::string names = ranks == 3   ? "ranks 1 and 2"
+                            : ranks == 4 ? "ranks 1, 2 and 3"
+                            : ranks == 7 ? "ranks 1, 2, 3, 4 and 2 more"
+                                         : "ranks 1, 2, 3, 4 and 3 more";
+  EXPECT_EQ(error.message(), names + " are late: rank 0 has waited 0.2 s for them to start barrier");
+}
+
 TEST_P(EveryWay, stays_dead_after_a_timeout) {
   if (GetParam().ranks == 1) return;
   run_all(GetParam(), [](const Context& context) {

@@ -50,7 +50,7 @@ TEST(ShmJoin, names_the_ranks_that_never_came) {
   EXPECT_EQ(error.code(), ErrorCode::timeout);
   EXPECT_EQ(error.peer(), 3);
   EXPECT_EQ(error.operation(), "join");
-  EXPECT_EQ(error.message(), "rank 3, rank 4 are late: rank 0 has waited 0.3 s for all 5 ranks of job '" + job +
+  EXPECT_EQ(error.message(), "ranks 3 and 4 are late: rank 0 has waited 0.3 s for all 5 ranks of job '" + job +
                                  "' to start on this host");
 }
 

@@ -2,6 +2,7 @@
 #include "transports/shared/local_transport.h"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <exception>
@@ -62,7 +63,7 @@ class LocalTransport::Sleep {
 };
 
 LocalTransport::LocalTransport(int rank, const JobMemory& job, int cores)
-    : Transport(rank, job.size()), job_(job), messages_(job, rank), spins_(job.size() <= cores) {}
+    : Transport(rank, job.size()), job_(job), messages_(job, rank), spins_(job.size() <= cores), owner_(getpid()) {}
 
 void LocalTransport::publish(int index, const Line& line, std::string_view text) {
   flush_streamed_stores();
@@ -79,13 +80,18 @@ std::string LocalTransport::text(int peer, int index) const { return read_text(j
 
 std::optional<Error> LocalTransport::failure() const { return cause(job_); }
 
-Error LocalTransport::abort(const Error& cause) { return set_cause(job_, rank(), cause); }
+Error LocalTransport::abort(const Error& cause) {
+  // The destructor of an unfinished operation comes here too, in a forked child with a copy of it: the rank goes on.
+  if (getpid() != owner_) return cause;
+  return set_cause(job_, rank(), cause);
+}
 
 void LocalTransport::check() const {
   if (auto error = failure()) throw *error;
 }
 
 void LocalTransport::leave() {
+  if (getpid() != owner_) return;
   self().presence.store(std::uncaught_exceptions() > 0 ? Presence::left_in_exception : Presence::left);
   ring_bells(job_, rank());
 }
@@ -184,7 +190,7 @@ std::optional<Error> LocalTransport::find_lost(const Waiting& waiting, Deadline 
       return gone(rank(), waiting.peer, presence == Presence::left_in_exception, waiting);
     }
   }
-  if (Clock::now() >= deadline) return late(rank(), waiting);
+  if (Clock::now() >= deadline) return late(rank(), size(), waiting);
   return std::nullopt;
 }
 

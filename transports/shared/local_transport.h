@@ -3,6 +3,8 @@
 // Leaves to them: where that memory comes from, how a dead rank is noticed, and the arena.
 #pragma once
 
+#include <sys/types.h>
+
 #include <bitset>
 #include <optional>
 #include <string>
@@ -37,7 +39,8 @@ class LocalTransport : public Transport {
   /// A rank that died, if one has. Called every millisecond or so of waiting.
   virtual std::optional<Dead> find_dead() = 0;
 
-  /// Says that this rank leaves, so that nobody takes it for dead; first thing in a destructor.
+  /// Says that this rank leaves, so that nobody takes it for dead; first thing in a destructor. Not if the destructor
+  /// is that of a copy, in a process that the rank has forked.
   void leave();
   /// Throws the job's cause if there is one.
   void check() const;
@@ -55,6 +58,7 @@ class LocalTransport : public Transport {
   JobMemory job_;
   Messages messages_;
   bool spins_;
+  pid_t owner_;
   std::bitset<kBoardLines> has_text_;  // lines whose text must be cleared when the next has none
 };
 

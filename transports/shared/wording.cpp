@@ -2,6 +2,7 @@
 #include "transports/shared/wording.h"
 
 #include <cstdio>
+#include <vector>
 
 namespace expar::local {
 namespace {
@@ -11,7 +12,7 @@ std::string rank_name(int rank) { return "rank " + std::to_string(rank); }
 // What follows "waited for": "it to start dispatch", "its rows (dispatch)"; `whose` is "it" or a rank's name.
 std::string awaited(const Waiting& waiting, std::string_view whose) {
   const std::string operation(waiting.operation);
-  if (waiting.what.empty()) return operation.empty() ? "it" : operation;
+  if (waiting.what.empty()) return operation.empty() ? std::string(whose) : operation;
   std::string words(waiting.what);
   if (words.starts_with("to ")) {
     words.insert(0, std::string(whose) + " ");
@@ -31,9 +32,27 @@ std::string seconds(Clock::duration time) {
   return text.data();
 }
 
-Error late(int rank, const Waiting& waiting) {
+std::string rank_names(std::span<const int> ranks) {
+  constexpr std::size_t kMost = 4;
+  const std::size_t named = ranks.size() > kMost + 1 ? kMost : ranks.size();
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (std::size_t i = 0; i < named; ++i) {
+    if (i > 0) text += i + 1 == ranks.size() ? " and " : ", ";
+    text += std::to_string(ranks[i]);
+  }
+  return named == ranks.size() ? text : text + " and " + std::to_string(ranks.size() - named) + " more";
+}
+
+Error late(int rank, int size, const Waiting& waiting) {
   std::string message;
-  if (waiting.peer >= 0) {
+  std::vector<int> others;
+  for (int other = 0; waiting.awaited != nullptr && other < size; ++other) {
+    if (other != rank && (*waiting.awaited)(other)) others.push_back(other);
+  }
+  if (others.size() > 1) {
+    message = rank_names(others) + " are late: " + rank_name(rank) + " has waited " + seconds(waiting.limit) + " for " +
+              awaited(waiting, "them");
+  } else if (waiting.peer >= 0) {
     message = rank_name(waiting.peer) + " is late: " + rank_name(rank) + " has waited " + seconds(waiting.limit) +
               " for " + awaited(waiting, "it");
   } else {

@@ -1,6 +1,7 @@
 // The sentences that transports fail with: which rank, what was waited for, how long, what to look at.
 #pragma once
 
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -11,8 +12,11 @@ namespace expar::local {
 /// "0.5 s"
 std::string seconds(Clock::duration time);
 
-/// Rank `rank` has waited longer than its limit.
-Error late(int rank, const Waiting& waiting);
+/// "rank 3", "ranks 3 and 4", "ranks 1, 2, 3, 4 and 12 more"
+std::string rank_names(std::span<const int> ranks);
+
+/// Rank `rank` of `size` has waited longer than its limit.
+Error late(int rank, int size, const Waiting& waiting);
 /// `peer` died; `trace` says what is known of it ("pid 1234").
 Error died(int rank, int peer, std::string_view trace, const Waiting& waiting);
 /// `peer`, which is waited for, ended its part: by an exception, or without one.

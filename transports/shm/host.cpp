@@ -16,7 +16,8 @@ namespace {
 
 struct Visitor {
   Fd socket;
-  pid_t pid = 0;
+  pid_t pid = 0;        // as this process sees it
+  PidNamespace pids{};  // of the visitor
 };
 
 class Host {
@@ -46,6 +47,7 @@ class Host {
   void admit(const Hello& hello, Visitor& visitor);
   void check_presence();
   Meeting hand_out();
+  pid_t pid_for(int guest, int peer) const;
   void send(int rank, const Reply& reply, int file = -1);
   void await_ready(int rank);
   void wait_for(int socket, short events);
@@ -63,6 +65,7 @@ class Host {
   std::vector<Visitor> visitors_;  // connected, rank unknown
   std::vector<Visitor> ranks_;     // admitted
   local::CoreSet cores_;
+  PidNamespace pids_ = PidNamespace::own();
   int admitted_ = 1;
 };
 
@@ -136,6 +139,7 @@ void Host::admit(const Hello& hello, Visitor& visitor) {
   }
   for (std::size_t i = 0; i < cores_.size(); ++i) cores_[i] |= hello.cores[i];
   seat = std::move(visitor);
+  seat.pids = hello.pids;
   ++admitted_;
 }
 
@@ -165,18 +169,23 @@ Meeting Host::hand_out() {
       }
       Fd end_a(ends[0]);
       const Fd end_b(ends[1]);
-      const pid_t pid_a = a == 0 ? getpid() : ranks_[static_cast<std::size_t>(a)].pid;
-      send(b, {.kind = Reply::Kind::peer, .peer = a, .pid = pid_a}, end_b.get());
+      send(b, {.kind = Reply::Kind::peer, .peer = a, .pid = pid_for(b, a)}, end_b.get());
       if (a == 0) {
         meeting.mesh[static_cast<std::size_t>(b)] = std::move(end_a);
       } else {
-        send(a, {.kind = Reply::Kind::peer, .peer = b, .pid = ranks_[static_cast<std::size_t>(b)].pid}, end_a.get());
+        send(a, {.kind = Reply::Kind::peer, .peer = b, .pid = pid_for(a, b)}, end_a.get());
       }
     }
   }
   for (int rank = 1; rank < self_.size; ++rank) await_ready(rank);
   for (int rank = 1; rank < self_.size; ++rank) send(rank, {.kind = Reply::Kind::go});
   return meeting;
+}
+
+/// The kernel told rank 0 the numbers; to a guest in another namespace they would name strangers.
+pid_t Host::pid_for(int guest, int peer) const {
+  if (!pids_.known() || ranks_[static_cast<std::size_t>(guest)].pids != pids_) return 0;
+  return peer == 0 ? getpid() : ranks_[static_cast<std::size_t>(peer)].pid;
 }
 
 void Host::send(int rank, const Reply& reply, int file) {
@@ -219,18 +228,15 @@ void Host::wait_for(int socket, short events) {
 }
 
 Error Host::late() const {
-  std::string missing;
-  int first = -1;
+  std::vector<int> missing;
   for (int rank = 1; rank < self_.size; ++rank) {
-    if (ranks_[static_cast<std::size_t>(rank)].socket) continue;
-    missing += first < 0 ? name_of(rank) : ", " + name_of(rank);
-    if (first < 0) first = rank;
+    if (!ranks_[static_cast<std::size_t>(rank)].socket) missing.push_back(rank);
   }
   return joining(ErrorCode::timeout,
-                 missing + (self_.size - admitted_ == 1 ? " is" : " are") + " late: rank 0 has waited " +
+                 local::rank_names(missing) + (missing.size() == 1 ? " is" : " are") + " late: rank 0 has waited " +
                      local::seconds(timeout_) + " for all " + std::to_string(self_.size) + " ranks of " +
                      name_of(self_.job) + " to start on this host",
-                 0, first);
+                 0, missing.front());
 }
 
 void Host::refuse(const Error& error) {

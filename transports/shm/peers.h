@@ -15,8 +15,8 @@
 namespace expar::shm {
 
 /// Two witnesses per peer, because each has a blind spot: its socket hangs up when it dies (but not while a child that
-/// it forked holds a copy), and its pidfd becomes readable (but does not exist on old kernels or across pid
-/// namespaces).
+/// it forked holds a copy), and its pidfd becomes readable (but does not exist on old kernels, nor where the peers'
+/// process numbers mean nothing).
 class Peers {
  public:
   Peers() = default;

@@ -17,10 +17,21 @@
 
 namespace expar::shm {
 
+/// Which processes a process number can mean: a number that was read in one namespace names a stranger in another.
+struct PidNamespace {
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+
+  /// That of this process; all zero where /proc does not tell.
+  static PidNamespace own();
+  bool known() const { return inode != 0; }
+  bool operator==(const PidNamespace&) const = default;
+};
+
 /// A guest to rank 0, first.
 struct Hello {
   static constexpr std::uint64_t kMagic = 0x7261707865;  // "expar"
-  static constexpr std::uint32_t kVersion = 1;
+  static constexpr std::uint32_t kVersion = 2;
   std::uint64_t magic = kMagic;
   std::uint32_t version = kVersion;
   std::int32_t rank = 0;
@@ -28,6 +39,7 @@ struct Hello {
   std::uint32_t mapping = 0;
   std::uint64_t layout = 0;  // of the shared memory: differs where builds do
   local::CoreSet cores{};
+  PidNamespace pids{};
 };
 
 /// A guest to rank 0, when it has all it needs.
@@ -40,7 +52,7 @@ struct Reply {
   enum class Kind : std::uint32_t { memory, peer, go, refusal };
   Kind kind = Kind::memory;
   std::int32_t peer = -1;        // peer: whose socket comes along; refusal: Error::peer
-  std::int32_t pid = 0;          // peer
+  std::int32_t pid = 0;          // peer; 0 where it would mean nothing to the guest
   std::uint32_t cores = 0;       // memory
   std::uint32_t code = 0;        // refusal
   std::int32_t rank = -1;        // refusal: Error::rank

@@ -18,7 +18,7 @@ namespace expar::shm {
 struct Meeting {
   Fd memory;                // of the whole job, sealed; its size is known from the others of these numbers
   std::vector<Fd> mesh;     // by rank: a socket to each other rank
-  std::vector<pid_t> pids;  // by rank; 0 where the kernel does not tell
+  std::vector<pid_t> pids;  // by rank; 0 where it is not known, or is a number of another pid namespace
   int cores = 1;            // that the ranks share
 };
 
