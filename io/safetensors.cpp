@@ -235,7 +235,8 @@ void Checkpoint::read_shards(const std::string& index) {
     if (!file.is_string()) fail("the file of tensor " + in_quotes(tensor) + " is not a string");
     const auto& name = file.get_ref<const std::string&>();
     // Links are followed, as the Hugging Face cache needs; a path in the index is not.
-    if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos) {
+    if (name.empty() || name == "." || name == ".." ||
+        name.find_first_of(std::string_view("/\0", 2)) != std::string::npos) {
       fail("the file " + in_quotes(name) + " of tensor " + in_quotes(tensor) + " is not a file of this directory");
     }
     names.insert(name);
