@@ -34,9 +34,10 @@ std::string agree_on_isa(const Communicator& communicator, const ContextOptions&
     if (options.threads < 0) {
       throw Error(ErrorCode::bad_argument, "threads is " + std::to_string(options.threads) + ", below 0");
     }
-    const char* forced = std::getenv("EXPAR_ISA");
-    mine = forced != nullptr ? std::vector<std::string>{find_kernels(backend, forced).isa} : available_isas(backend);
-    if (mine.empty()) find_kernels(backend);  // says what there is
+    // EXPAR_ISA takes the better ones away: as if this processor did not have them.
+    const std::string best = find_kernels(backend).isa;
+    mine = available_isas(backend);
+    mine.erase(mine.begin(), std::find(mine.begin(), mine.end(), best));
     Operation::Words words{};
     for (std::size_t i = 0; i < std::min(mine.size(), words.size()); ++i) words[i] = key(mine[i]);
     return words;

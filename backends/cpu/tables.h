@@ -8,6 +8,9 @@ namespace expar::cpu {
 namespace avx512_bf16 {
 extern const Kernels kTable;
 }
+namespace avx512 {
+extern const Kernels kTable;
+}
 namespace avx2 {
 extern const Kernels kTable;
 }

@@ -93,26 +93,24 @@ void tile_of_rows(int rows, const Left& left, const Right& right, float* sums, s
   }
 }
 
-/// A tile of `rows` (1 to 6) by `vectors` (1 to 4).
+template <class Step, int kMost, class Left>
+void tile_of_vectors(int rows, int vectors, const Left& left, const Right& right, float* sums, std::int64_t stride,
+                     bool resume) {
+  if constexpr (kMost > 1) {
+    if (vectors < kMost) return tile_of_vectors<Step, kMost - 1>(rows, vectors, left, right, sums, stride, resume);
+  }
+  tile_of_rows<Step, kMost>(rows, left, right, sums, stride, resume);
+}
+
+/// A tile of `rows` (1 to 6) by `vectors` (1 to 4), as many at once as the registers hold.
 template <class Step, class Left>
 void tile_of(int rows, int vectors, const Left& left, Right right, float* sums, std::int64_t stride, bool resume) {
-  if constexpr (kVectorsAtOnce == 4) {
-    switch (vectors) {
-      case 1:
-        return tile_of_rows<Step, 1>(rows, left, right, sums, stride, resume);
-      case 2:
-        return tile_of_rows<Step, 2>(rows, left, right, sums, stride, resume);
-      case 3:
-        return tile_of_rows<Step, 3>(rows, left, right, sums, stride, resume);
-      default:
-        return tile_of_rows<Step, 4>(rows, left, right, sums, stride, resume);
-    }
-  } else {
-    for (int v = 0; v < vectors; ++v) {
-      tile_of_rows<Step, 1>(rows, left, right, sums + v * kLanes, stride, resume);
-      right.words += kLanes;
-      right.ahead = nullptr;
-    }
+  constexpr int kMost = Step::kVectorsAtOnce;
+  for (int v = 0; v < vectors; v += kMost) {
+    const int some = vectors - v < kMost ? vectors - v : kMost;
+    tile_of_vectors<Step, kMost>(rows, some, left, right, sums + v * kLanes, stride, resume);
+    right.words += kMost * kLanes;
+    right.ahead = nullptr;
   }
 }
 

@@ -11,8 +11,6 @@ namespace {
 struct Vector {
   __m256 low, high;
 };
-// Six rows of sums take twelve of the sixteen registers.
-constexpr int kVectorsAtOnce = 1;
 
 inline Vector zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Vector load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
@@ -25,6 +23,8 @@ inline __m256i load_words(const void* from) { return _mm256_loadu_si256(static_c
 
 struct F32 {
   static constexpr std::int64_t kPerWord = 1;
+  // Six rows of sums take twelve of the sixteen registers.
+  static constexpr int kVectorsAtOnce = 1;
   using Left = __m256;
   using Right = Vector;
   static Left left(Word w) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(w))); }
@@ -38,6 +38,7 @@ struct F32 {
 
 struct Bf16 {
   static constexpr std::int64_t kPerWord = 2;
+  static constexpr int kVectorsAtOnce = 1;
   struct Left {
     __m256 odd, even;
   };

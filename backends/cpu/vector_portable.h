@@ -9,7 +9,6 @@ namespace {
 struct Vector {
   float lane[16];
 };
-constexpr int kVectorsAtOnce = 1;
 
 inline Vector zero() { return {}; }
 inline Vector load(const float* from) {
@@ -23,6 +22,7 @@ inline void store(float* to, const Vector& v) {
 
 struct F32 {
   static constexpr std::int64_t kPerWord = 1;
+  static constexpr int kVectorsAtOnce = 1;
   using Left = float;
   using Right = Vector;
   static Left left(Word w) { return __builtin_bit_cast(float, w); }
@@ -40,6 +40,7 @@ struct F32 {
 
 struct Bf16 {
   static constexpr std::int64_t kPerWord = 2;
+  static constexpr int kVectorsAtOnce = 1;
   struct Left {
     float odd, even;
   };

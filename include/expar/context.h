@@ -29,7 +29,7 @@ struct ContextOptions {
 /// Passed to every call. A cheap handle: copies share the communicator and the pool.
 class Context {
  public:
-  /// Collective: ranks agree on the lowest common instruction set, so that their bits agree.
+  /// Collective: ranks agree on the best instruction set that all of them have, EXPAR_ISA being the best of its rank.
   /// Throws Error: unsupported (no such backend here), bad_argument (threads < 0), as every collective.
   explicit Context(Communicator communicator, const ContextOptions& options = {});
 

@@ -148,7 +148,7 @@ struct AdamWStep {
 /// A backend. A null entry falls back to `reference`; see registry.h for how a table is chosen.
 struct Kernels {
   const char* name = "";  // "reference", "cpu"
-  const char* isa = "";   // "portable", "avx2", "avx512_bf16", ...: ranks agree on one before they start
+  const char* isa = "";   // "portable", "avx2", "avx512", "avx512_bf16": ranks agree on one before they start
   void (*gemm_nt)(const GemmNT&, Pool&) = nullptr;
   void (*gemm_nn)(const GemmNN&, Pool&) = nullptr;
   void (*gemm_tn)(const GemmTN&, Pool&) = nullptr;

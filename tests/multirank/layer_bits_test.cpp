@@ -75,6 +75,29 @@ TEST_P(LayerBits, hold_for_every_backend_and_instruction_set) {
   }
 }
 
+TEST_P(LayerBits, hold_where_ranks_have_different_instruction_sets) {
+  const std::string backend = fastest_backend();
+  const std::vector<std::string> isas = available_isas(backend);
+  if (isas.size() < 2) GTEST_SKIP() << "this processor runs one instruction set";
+  const int ranks = static_cast<int>(isas.size());
+  const LayerCase layer_case(GetParam());
+  const LayerResult alone = run_on(layer_case, {.ranks = 1}, {.threads = 1, .backend = backend});
+  // Rank 0 has them all, the last has the last alone: that is the one which all of them have.
+  LayerResult mixed(layer_case);
+  expect_success(run_communicators({.kind = Kind::shm, .ranks = ranks}, [&](const Communicator& communicator) {
+    const Isa best(isas[static_cast<std::size_t>(communicator.rank())]);
+    const Context context(communicator, {.threads = 1, .backend = backend});
+    EXPECT_EQ(context.kernels().isa, isas.back());
+    run_layer(layer_case, context, mixed);
+  }));
+  EXPECT_EQ(mixed.difference(alone), "");
+  // Without that rank, the last but one.
+  expect_success(run_communicators({.kind = Kind::shm, .ranks = ranks - 1}, [&](const Communicator& communicator) {
+    const Isa best(isas[static_cast<std::size_t>(communicator.rank())]);
+    EXPECT_EQ(Context(communicator, {.backend = backend}).kernels().isa, isas[isas.size() - 2]);
+  }));
+}
+
 TEST_P(LayerBits, do_not_depend_on_the_rounding_mode_of_the_caller) {
   const LayerCase layer_case(GetParam());
   const LayerResult usual = run_on(layer_case, {.ranks = 2}, {.threads = 2, .backend = fastest_backend()});
