@@ -1,7 +1,9 @@
 // The layer against a double-precision loop: output, losses and every gradient, on any number of ranks.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include <expar/registry.h>
@@ -15,6 +17,8 @@ namespace {
 
 using oracle::Real;
 using oracle::Vector;
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 Vector part(const std::vector<float>& all, std::int64_t index, std::int64_t parts) {
   const auto count = static_cast<std::ptrdiff_t>(all.size()) / parts;
@@ -89,6 +93,45 @@ Expected::Expected(const LayerCase& c) {
     append(up, g.up), append(down, g.down), append(up_bias, g.up_bias), append(down_bias, g.down_bias);
   }
   sections = {out, out, dx, router, up, down, up_bias, down_bias, {balance, z}};
+}
+
+/// The layer for one token, in twenty lines that anyone can check by eye: softmax, top-k, renormalisation, SwiGLU.
+std::vector<double> by_eye(const LayerCase& c, const float* x, const float* residual) {
+  const std::int64_t H = c.spec.hidden, F = c.spec.inner, E = c.spec.experts;
+  const auto dot = [](const auto* a, const float* b, std::int64_t n) {
+    return std::inner_product(a, a + n, b, 0.0, std::plus<>(), [](double p, double q) { return p * q; });
+  };
+  std::vector<double> score(at(E)), h(at(F)), out(residual, residual + H);
+  std::vector<std::int64_t> order(at(E));
+  std::iota(order.begin(), order.end(), 0);
+  for (const auto e : order) score[at(e)] = std::exp(dot(x, c.router.data() + e * H, H));
+  std::sort(order.begin(), order.end(), [&](auto a, auto b) { return score[at(a)] > score[at(b)]; });
+  order.resize(at(c.spec.topk));
+  double total = 0;
+  for (const auto e : order) total += score[at(e)];
+  for (const auto e : order) {
+    const float* gate = c.up.data() + e * 2 * F * H;
+    const float* up = gate + F * H;
+    const float* down = c.down.data() + e * H * F;
+    for (std::int64_t f = 0; f < F; ++f) {
+      const double g = dot(x, gate + f * H, H);
+      h[at(f)] = g / (1 + std::exp(-g)) * dot(x, up + f * H, H);
+    }
+    for (std::int64_t i = 0; i < H; ++i) out[at(i)] += score[at(e)] / total * dot(h.data(), down + i * F, F);
+  }
+  return out;
+}
+
+TEST(Oracle, says_what_twenty_lines_say) {
+  const LayerCase c({.experts = 5, .topk = 3});
+  const Expected expected(c);
+  for (std::int64_t t = 0; t < c.tokens(); ++t) {
+    const std::int64_t row = t * c.spec.hidden;
+    const std::vector<double> out = by_eye(c, c.x.data() + row, c.residual.data() + row);
+    for (std::int64_t i = 0; i < c.spec.hidden; ++i) {
+      EXPECT_NEAR(expected.sections[0][at(row + i)].value, out[at(i)], 1e-12) << "token " << t;
+    }
+  }
 }
 
 double size_of_all(const Vector& v, double Real::*member) {
