@@ -2,6 +2,7 @@
 // held-out text.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -10,7 +11,7 @@
 
 #include "cli/dashboard.h"
 #include "cli/verbs.h"
-#include "models/trainer.h"
+#include "models/checkpoint.h"
 
 namespace expar::cli {
 namespace {
@@ -23,6 +24,7 @@ struct TrainFlags {
   const CLI::Option* log_dir_given = nullptr;
   bool dense = false;
   TrainOptions options;
+  const CLI::App* app = nullptr;  // knows which flags were given
 };
 
 void add_flags(CLI::App& app, TrainFlags& flags) {
@@ -40,7 +42,9 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   count("--context", model.context, "bytes before the one to predict", Text::kMaxContext);
   count("--batch", train.batch, "tokens of a step, over all ranks");
   count("--shards", train.shards, "parts of a batch: results depend on them and not on the ranks");
-  count("--steps", train.steps, "steps");
+  count("--steps", train.steps, "the step to stop at");
+  count("--decay-steps", train.decay_steps,
+        "steps over which the learning rate rises and falls, wherever --steps stops");
   app.add_option("--lr", train.lr, "learning rate at its peak")->check(number_above(0))->capture_default_str();
   app.add_option("--seed", train.seed, "seed of everything random")->check(whole_number(0))->capture_default_str();
   app.add_flag("--dense", flags.dense, "train the dense twin too: as many parameters work on each token");
@@ -53,6 +57,46 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   flags.log_dir_given = app.add_option("--log-dir", flags.log_dir,
                                        "write losses, loads and times for TensorBoard into this directory (the dense "
                                        "twin's into its folder dense)");
+  app.add_option("--save", train.save, "directory for a checkpoint of the last step");
+  app.add_option("--save-every", train.save_every, "write it after every so many steps too")
+      ->check(whole_number(1, INT32_MAX));
+  app.add_option("--resume", train.resume, "directory of the checkpoint to go on from; other flags default to its own");
+  flags.app = &app;
+}
+
+/// The options of the checkpoint, with the flags that were given on top. What the model is, none can change.
+TrainOptions resumed(const TrainFlags& flags) {
+  const SavedTraining saved = read_checkpoint(flags.options.resume);
+  const auto refuse = [](const std::string& message) { throw Error(ErrorCode::bad_argument, message); };
+  if (flags.dense) refuse("--dense contradicts --resume: the dense twin is not saved");
+  if (flags.options.steps <= saved.step) {
+    refuse("--steps = '" + std::to_string(flags.options.steps) + "' is not above the checkpoint's step " +
+           std::to_string(saved.step) + ": nothing is left to train");
+  }
+  const auto contradicts = [&](const std::string& flag, const std::string& given, const std::string& there) {
+    refuse(flag + " = '" + given + "' contradicts the checkpoint, which has " + there);
+  };
+  const CLI::Option* dtype = flags.app->get_option("--dtype");
+  const std::string saved_dtype(name(saved.options.model.moe.dtype));
+  if (dtype->count() > 0 && flags.dtype != saved_dtype) contradicts("--dtype", flags.dtype, saved_dtype);
+
+  TrainOptions options = saved.options;
+  const auto given = [&](const char* name, auto& value, bool fixed) {
+    std::string flag = "--" + std::string(name);
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    const CLI::Option* option = flags.app->get_option_no_throw(flag);
+    if (option == nullptr || option->count() == 0) return;
+    const auto wanted = option->as<std::decay_t<decltype(value)>>();
+    if (fixed && wanted != value) contradicts(flag, std::to_string(wanted), std::to_string(value));
+    value = wanted;
+  };
+  visit_extents(options, [&](const char* name, auto& value) { given(name, value, true); });
+  visit_settings(options, [&](const char* name, auto& value) { given(name, value, false); });
+  options.steps = flags.options.steps;
+  options.save = flags.options.save;
+  options.save_every = flags.options.save_every;
+  options.resume = flags.options.resume;
+  return options;
 }
 
 // Before any rank starts, so that a mistake is told at once. A pipe can be read only once, so not here.
@@ -180,6 +224,7 @@ nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicat
   if (flags.dense) {
     TrainOptions twin = options;
     twin.model = dense_twin(options.model);
+    twin.save.clear();
     dense = train_one(context, text, twin, "dense", dense_log_dir(flags));
   }
   if (communicator.rank() != 0) return nullptr;
@@ -196,9 +241,15 @@ Verb train_verb() {
   verb.help = "Train an expert-parallel MoE on the bytes of a text.";
   verb.add_options = [flags](CLI::App& app) { add_flags(app, *flags); };
   verb.check = [flags](const Common&) {
-    flags->options.model.moe.dtype = parse_dtype(flags->dtype);
-    validate(flags->options);
+    TrainOptions& options = flags->options;
+    options.model.moe.dtype = parse_dtype(flags->dtype);
+    if (!options.resume.empty()) options = resumed(*flags);
+    validate(options);
+    if (options.save.empty() && options.save_every > 0) {
+      throw Error(ErrorCode::bad_argument, "--save-every needs --save DIRECTORY");
+    }
     check_text(*flags);
+    if (!options.save.empty()) check_checkpoint_directory(options.save, options.model);
     prepare_log_directories(*flags);
   };
   verb.run = [flags](const Communicator& communicator, const Common& common) {

@@ -11,11 +11,13 @@
 #include <expar/collectives.h>
 #include <expar/optimizer.h>
 
+#include "models/checkpoint.h"
+
 namespace expar {
 namespace {
 
 constexpr std::int64_t kEvaluationTokens = 4096;  // of one batch; any number gives nearly the same sum
-constexpr float kWarmUp = 0.05F;                  // part of the steps
+constexpr float kWarmUp = 0.05F;                  // part of the steps of the schedule
 constexpr float kLastRate = 0.02F;                // of the peak
 
 double milliseconds_since(Clock::time_point start) {
@@ -99,14 +101,16 @@ void validate(const TrainOptions& options) {
     reject("shards", options.shards, "exceeds the batch of " + std::to_string(options.batch) + " tokens");
   }
   if (options.steps < 1) reject("steps", options.steps, "is not at least 1");
+  if (options.decay_steps < 1) reject("decay_steps", options.decay_steps, "is not at least 1");
+  if (options.save_every < 0) reject("save_every", options.save_every, "is below 0");
   if (!std::isfinite(options.lr) || options.lr <= 0) reject("lr", options.lr, "is not a finite number above 0");
 }
 
-float schedule(std::int64_t step, std::int64_t steps) {
-  const auto warm = std::max(1.0F, kWarmUp * static_cast<float>(steps));
-  const auto now = static_cast<float>(step);
-  if (now + 1.0F < warm) return (now + 1.0F) / warm;
-  const float part = (now + 1.0F - warm) / std::max(1.0F, static_cast<float>(steps) - warm);
+float schedule(std::int64_t step, std::int64_t decay_steps) {
+  const auto warm = std::max(1.0F, kWarmUp * static_cast<float>(decay_steps));
+  const auto now = static_cast<float>(std::min(step, decay_steps - 1)) + 1.0F;
+  if (now < warm) return now / warm;
+  const float part = (now - warm) / std::max(1.0F, static_cast<float>(decay_steps) - warm);
   return kLastRate + (1.0F - kLastRate) * 0.5F * (1.0F + std::cos(std::numbers::pi_v<float> * part));
 }
 
@@ -114,8 +118,10 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
                   FunctionRef<void(const Progress&)> watch) {
   validate(options);
   TextModel model(context, options.model, options.seed);
-  const auto parameters = model.parameters();
   AdamW optimizer;
+  if (!options.resume.empty()) load_checkpoint(context, options.resume, model, optimizer);
+  const std::int64_t first_step = optimizer.steps();
+  const auto parameters = model.parameters();
   const Sampler sampler(text.training_targets(), options.seed);
   const Sharding sharding = shard_batch(options.batch, options.shards, context.rank(), context.size());
   const std::int64_t last_tenth = options.steps - std::max<std::int64_t>(1, options.steps / 10);
@@ -127,10 +133,10 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
   double optimizer_ms = 0;
   batch.positions.resize(static_cast<std::size_t>(options.batch));
   const auto start = Clock::now();
-  for (std::int64_t step = 0; step < options.steps; ++step) {
+  for (std::int64_t step = first_step; step < options.steps; ++step) {
     Progress progress;
     progress.step = step + 1;
-    progress.lr = options.lr * schedule(step, options.steps);
+    progress.lr = options.lr * schedule(step, options.decay_steps);
     const auto step_start = Clock::now();
     for (std::int64_t t = 0; t < options.batch; ++t) {
       batch.positions[static_cast<std::size_t>(t)] = text.training_target(sampler.target(step * options.batch + t));
@@ -150,13 +156,18 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
     report.losses.push_back(progress.loss);
     report.dropped += model.dropped();
     if (step >= last_tenth) loads.add(model.loads());
-    report.tokens_per_s = 1e3 * static_cast<double>((step + 1) * options.batch) / milliseconds_since(start);
+    report.tokens_per_s =
+        1e3 * static_cast<double>((step + 1 - first_step) * options.batch) / milliseconds_since(start);
     progress.tokens_per_s = report.tokens_per_s;
     watch(progress);
+
+    const bool last = step + 1 == options.steps;
+    const bool due = options.save_every > 0 && (step + 1) % options.save_every == 0;
+    if (!options.save.empty() && (last || due)) save_checkpoint(context, options.save, model, optimizer, options);
   }
 
   report.load_max_over_mean = loads.max_over_mean(options.model.moe.router.experts);
-  report_times(context, phase_ms, optimizer_ms, options.steps, report);
+  report_times(context, phase_ms, optimizer_ms, options.steps - first_step, report);
   report.heldout_bytes = std::min(kMaxHeldOut, text.heldout_targets());
   report.heldout_bits_per_byte = heldout_bits(context, model, text, options.shards, report.heldout_bytes);
   return report;

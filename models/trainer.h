@@ -14,16 +14,44 @@ struct TrainOptions {
   TextModelOptions model;
   std::int64_t batch = 1024;  // tokens of a step, over all ranks
   std::int64_t shards = 8;    // micro-shards of the batch: losses are the same for every number of ranks, not of shards
-  std::int64_t steps = 900;
-  float lr = 8e-3F;  // at its peak: after a linear warm-up, before a cosine decay
+  std::int64_t steps = 900;   // the step to stop at
+  std::int64_t decay_steps = 900;  // over which the learning rate rises and falls, wherever the training stops
+  float lr = 8e-3F;                // at its peak: after a linear warm-up, before a cosine decay
   std::uint64_t seed = 1;
+
+  /// Directories of checkpoints, see checkpoint.h; empty: none.
+  std::string resume;           // where to go on from
+  std::string save;             // written at the end
+  std::int64_t save_every = 0;  // and after every so many steps; 0: not
 };
 
 /// Throws Error: bad_argument (naming the option and its value).
 void validate(const TrainOptions& options);
 
+/// Calls visit(name, value) for each extent of the model.
+template <class Options, class Visit>
+void visit_extents(Options& options, Visit visit) {
+  visit("context", options.model.context);
+  visit("layers", options.model.layers);
+  visit("hidden", options.model.moe.hidden);
+  visit("inner", options.model.moe.inner);
+  visit("experts", options.model.moe.router.experts);
+  visit("topk", options.model.moe.router.topk);
+}
+/// Calls visit(name, value) for each number that says how the model is trained, except when to stop.
+template <class Options, class Visit>
+void visit_settings(Options& options, Visit visit) {
+  visit("balance", options.model.moe.router.balance);
+  visit("z", options.model.moe.router.z);
+  visit("batch", options.batch);
+  visit("shards", options.shards);
+  visit("decay_steps", options.decay_steps);
+  visit("lr", options.lr);
+  visit("seed", options.seed);
+}
+
 struct TrainReport {
-  std::vector<float> losses;  // [steps] mean cross-entropy of each step's batch before the step, nats
+  std::vector<float> losses;  // [steps of this run] mean cross-entropy of each step's batch before the step, nats
   double heldout_bits_per_byte = 0;
   std::int64_t heldout_bytes = 0;  // over how many: all, or kMaxHeldOut of them at even distances
   double tokens_per_s = 0;         // of training alone
@@ -53,8 +81,8 @@ struct Progress {
 TrainReport train(const Context& context, const Text& text, const TrainOptions& options,
                   FunctionRef<void(const Progress&)> watch);
 
-/// The learning rate of step `step` (from 0) relative to its peak.
-float schedule(std::int64_t step, std::int64_t steps);
+/// The learning rate of step `step` (from 0) relative to its peak; after `decay_steps` it stays where it is.
+float schedule(std::int64_t step, std::int64_t decay_steps);
 
 /// Mean cross-entropy in bits over the held-out bytes, summed in an order that depends on neither ranks nor threads.
 ///   targets : how many bytes, at even distances; at most all of them

@@ -27,10 +27,10 @@ void check(const Parameter& p) {
 
 }  // namespace
 
-void AdamW::step(const Context& context, std::span<const Parameter> parameters, float lr) {
-  if (!std::isfinite(lr) || lr < 0) refuse("the learning rate is " + std::to_string(lr));
+/// Makes the moments at the first call; afterwards the parameters must be those of that call.
+void AdamW::keep_moments(std::span<const Parameter> parameters) {
   for (const Parameter& p : parameters) check(p);
-  if (step_ == 0) {
+  if (moments_.empty()) {
     std::vector<Moments> moments;
     for (const Parameter& p : parameters) {
       moments.push_back({Array(DType::f32, {p.value.elements()}), Array(DType::f32, {p.value.elements()})});
@@ -46,6 +46,18 @@ void AdamW::step(const Context& context, std::span<const Parameter> parameters, 
     refuse(parameters[i].name + " has " + std::to_string(parameters[i].value.elements()) +
            " elements, in its place were " + std::to_string(moments_[i].m.view().elements()) + " in the step before");
   }
+}
+
+std::vector<AdamWMoments> AdamW::moments(std::span<const Parameter> parameters) {
+  keep_moments(parameters);
+  std::vector<AdamWMoments> all;
+  for (const Moments& moments : moments_) all.push_back({moments.m, moments.v});
+  return all;
+}
+
+void AdamW::step(const Context& context, std::span<const Parameter> parameters, float lr) {
+  if (!std::isfinite(lr) || lr < 0) refuse("the learning rate is " + std::to_string(lr));
+  keep_moments(parameters);
 
   const FloatMode mode;
   ++step_;

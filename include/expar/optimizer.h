@@ -27,6 +27,11 @@ struct AdamWOptions {
   float decay = 0.0F;
 };
 
+/// What AdamW remembers of a parameter: running means of its gradient and of its square, [elements] f32 each.
+struct AdamWMoments {
+  Tensor m, v;
+};
+
 /// Decoupled weight decay (Loshchilov & Hutter 2019), elementwise, so the same bits however parameters are sharded.
 class AdamW {
  public:
@@ -37,10 +42,18 @@ class AdamW {
   /// Throws Error: bad_argument (the parameters changed). Cost: reads p, m, v, g and writes p, m, v once.
   void step(const Context& context, std::span<const Parameter> parameters, float lr);
 
+  /// How many steps were taken, and the moments of `parameters`, zero before the first: what to save. To go on from
+  /// there, fill the moments and say how many steps they have seen.
+  std::int64_t steps() const { return step_; }
+  std::vector<AdamWMoments> moments(std::span<const Parameter> parameters);
+  void go_on_from(std::int64_t steps) { step_ = steps; }
+
  private:
   struct Moments {
     Array m, v;
   };
+  void keep_moments(std::span<const Parameter> parameters);
+
   AdamWOptions options_;
   std::vector<Moments> moments_;
   std::int64_t step_ = 0;

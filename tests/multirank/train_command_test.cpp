@@ -1,57 +1,10 @@
 // expar train as people and programs run it: equal losses for any number of ranks, and a sentence for every mistake.
-#include <sys/wait.h>
+#include "tests/multirank/train_command.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <sstream>
-#include <string>
-#include <vector>
 
-#include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
-
+namespace expar {
 namespace {
-
-std::string contents(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-struct Finished {
-  int status = -1;
-  std::string out, err;
-};
-
-class TrainCommand : public testing::Test {
- protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "train_XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
-  std::string path(const std::string& file) const { return directory_ + "/" + file; }
-
-  Finished expar(const std::string& arguments) const {
-    const std::string command = EXPAR " " + arguments + " >" + path("out") + " 2>" + path("err") + " </dev/null";
-    const int status = std::system(command.c_str());
-    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, contents(path("out")), contents(path("err"))};
-  }
-
-  nlohmann::json train(const std::string& arguments) const {
-    const Finished finished = expar("train --text " + path("text") + " --json " + path("json") + " " + arguments);
-    EXPECT_EQ(finished.status, 0) << arguments << "\n" << finished.err;
-    EXPECT_EQ(finished.err, "") << "a progress line is for terminals";
-    return nlohmann::json::parse(contents(path("json")), nullptr, false);
-  }
-
-  std::string directory_;
-};
 
 constexpr const char* kSmall =
     " --hidden 16 --inner 16 --experts 5 --context 4 --batch 40 --steps 50 --lr 0.01 --seed 3";
@@ -135,7 +88,10 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --seed -1", 2, "--seed = '-1'"},
       {text + " --dtype f64", 2, "--dtype = 'f64' is not one of f32, bf16"},
       {text + " --router sigmoid", 2, "--router = 'sigmoid' is not one of softmax"},
-      {text + " --save here", 2, "unknown flag --save"},
+      {text + " --sace here", 2, "unknown flag --sace"},
+      {text + " --save-every 3", 2, "--save-every needs --save"},
+      {text + " --save " + path("text") + "/here", 7, "cannot make this directory"},
+      {text + " --resume " + path("missing"), 7, "No such file or directory"},
       {text + " --dense=maybe", 2, "--dense"},
       {text + " --log-dir ''", 2, "--log-dir = '' is not the name of a directory"},
       {text + " --log-dir " + path("short"), 7, "cannot make the directory " + path("short") + ": Not a directory"},
@@ -165,3 +121,4 @@ TEST_F(TrainCommand, trains_the_same_with_and_without_a_log) {
 }
 
 }  // namespace
+}  // namespace expar

@@ -25,6 +25,7 @@ TrainOptions small(DType dtype) {
   options.model.moe.dtype = dtype;
   options.batch = 45;  // shards of 5 and 6 tokens
   options.steps = kSteps;
+  options.decay_steps = kSteps;
   options.lr = 1e-2F;
   return options;
 }

@@ -1,0 +1,370 @@
+// Checkpoints: which tensor lies where, and the order in which files replace each other.
+#include "models/checkpoint.h"
+
+#include <algorithm>
+#include <charconv>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <expar/collectives.h>
+
+#include "io/safetensors.h"
+
+namespace expar {
+namespace {
+
+constexpr std::int64_t kBytes = 256;
+constexpr const char* kModelFile = "model.safetensors";
+constexpr const char* kConfigFile = "config.json";
+constexpr std::string_view kOptimizerFile = "optimizer-";  // and the step
+constexpr std::string_view kExtension = ".safetensors";
+
+/// A tensor of a checkpoint, and where it lies in TextModel::parameters().
+struct SavedTensor {
+  std::string name;  // Qwen3-MoE's where it has one
+  Shape shape;
+  std::string parameter;
+  std::int64_t first = 0;  // element of the parameter on its owner
+  int owner = 0;
+  bool replicated = false;  // every rank has it; the owner writes it
+  bool low = false;         // works in bf16: the f32 values go with the optimizer's state
+};
+
+/// All tensors of the model, the same on every rank.
+std::vector<SavedTensor> saved_tensors(const TextModelOptions& model, int ranks) {
+  const MoeLayerOptions& moe = model.moe;
+  const bool low = moe.dtype == DType::bf16;
+  std::vector<SavedTensor> all;
+  for (std::int64_t place = 0; place < model.context; ++place) {
+    const int owner = owner_of(place, ranks, model.context);
+    const std::int64_t local = place - experts_of(owner, ranks, model.context).first;
+    all.push_back({.name = "model.embed_places." + std::to_string(place) + ".weight",
+                   .shape = {kBytes, moe.hidden},
+                   .parameter = "embedding",
+                   .first = local * kBytes * moe.hidden,
+                   .owner = owner,
+                   .low = low});
+  }
+  for (std::int64_t layer = 0; layer < model.layers; ++layer) {
+    const std::string block = "model.layers." + std::to_string(layer) + ".";
+    const std::string parameters = "layers." + std::to_string(layer) + ".";
+    all.push_back({.name = block + "post_attention_layernorm.weight",
+                   .shape = {moe.hidden},
+                   .parameter = "norms",
+                   .first = layer * moe.hidden,
+                   .replicated = true});
+    all.push_back({.name = block + "mlp.gate.weight",
+                   .shape = {moe.router.experts, moe.hidden},
+                   .parameter = parameters + "router.weight",
+                   .replicated = true});
+    for (std::int64_t e = 0; e < moe.router.experts; ++e) {
+      const int owner = owner_of(e, ranks, moe.router.experts);
+      const std::int64_t local = e - experts_of(owner, ranks, moe.router.experts).first;
+      const std::int64_t each = moe.inner * moe.hidden;
+      const auto matrix = [&](const char* name, Shape shape, const char* parameter, std::int64_t first) {
+        all.push_back({.name = block + "mlp.experts." + std::to_string(e) + "." + name + ".weight",
+                       .shape = shape,
+                       .parameter = parameters + parameter,
+                       .first = first,
+                       .owner = owner,
+                       .low = low});
+      };
+      matrix("gate_proj", {moe.inner, moe.hidden}, "experts.up", 2 * local * each);
+      matrix("up_proj", {moe.inner, moe.hidden}, "experts.up", (2 * local + 1) * each);
+      matrix("down_proj", {moe.hidden, moe.inner}, "experts.down", local * each);
+    }
+  }
+  all.push_back({.name = "model.norm.weight",
+                 .shape = {moe.hidden},
+                 .parameter = "norms",
+                 .first = model.layers * moe.hidden,
+                 .replicated = true});
+  all.push_back(
+      {.name = "lm_head.weight", .shape = {kBytes, moe.hidden}, .parameter = "head", .replicated = true, .low = low});
+  return all;
+}
+
+// Names of what the optimizer's file has of a tensor: as PyTorch's AdamW calls them, and the f32 values.
+std::string value_name(const SavedTensor& t) { return t.name + ".master"; }
+std::string m_name(const SavedTensor& t) { return t.name + ".exp_avg"; }
+std::string v_name(const SavedTensor& t) { return t.name + ".exp_avg_sq"; }
+
+/// What this rank trains, by name.
+class State {
+ public:
+  State(TextModel& model, AdamW& optimizer) {
+    const std::vector<Parameter> parameters = model.parameters();
+    const std::vector<AdamWMoments> moments = optimizer.moments(parameters);
+    for (std::size_t i = 0; i < parameters.size(); ++i) parts_[parameters[i].name] = {parameters[i], moments[i]};
+  }
+  Tensor value(const SavedTensor& t) const { return piece(t, part(t).parameter.value); }
+  Tensor low(const SavedTensor& t) const { return piece(t, part(t).parameter.low); }
+  Tensor m(const SavedTensor& t) const { return piece(t, part(t).moments.m); }
+  Tensor v(const SavedTensor& t) const { return piece(t, part(t).moments.v); }
+
+ private:
+  struct Part {
+    Parameter parameter;
+    AdamWMoments moments;
+  };
+  const Part& part(const SavedTensor& t) const { return parts_.at(t.parameter); }
+  static Tensor piece(const SavedTensor& t, const Tensor& all) {
+    return {all.bytes() + static_cast<std::size_t>(t.first) * size_of(all.dtype()), all.dtype(), t.shape};
+  }
+
+  std::map<std::string, Part> parts_;
+};
+
+// ---- what the metadata says
+
+template <class Number>
+std::string text_of(Number value) {
+  char text[64];
+  const auto result = std::to_chars(std::begin(text), std::end(text), value);  // the shortest that reads back the same
+  return {text, result.ptr};
+}
+
+/// Calls visit(name, value) for each number that a training was set up with.
+template <class Options, class Visit>
+void visit_numbers(Options& options, Visit visit) {
+  visit_extents(options, visit);
+  visit_settings(options, visit);
+}
+
+std::string key_of(std::string_view name) { return "expar." + std::string(name); }
+
+io::Metadata describe(const TrainOptions& options, std::int64_t step, const std::string& optimizer) {
+  io::Metadata metadata{{"format", "pt"},
+                        {key_of("step"), text_of(step)},
+                        {key_of("optimizer"), optimizer},
+                        {key_of("dtype"), std::string(name(options.model.moe.dtype))}};
+  visit_numbers(options, [&](const char* name, const auto& value) { metadata[key_of(name)] = text_of(value); });
+  return metadata;
+}
+
+[[noreturn]] void refuse(const std::string& path, const std::string& what) {
+  throw Error(ErrorCode::io, path + ": " + what);
+}
+
+class Description {
+ public:
+  explicit Description(const io::SafetensorsFile& file) : file_(file) {}
+  const std::string& text(std::string_view name) const {
+    const auto found = file_.metadata().find(key_of(name));
+    if (found == file_.metadata().end()) {
+      refuse(file_.path(), "not a checkpoint of expar train: its metadata has no \"" + key_of(name) + "\"");
+    }
+    return found->second;
+  }
+  template <class Number>
+  void number(std::string_view name, Number& value) const {
+    const std::string& said = text(name);
+    const auto result = std::from_chars(said.data(), said.data() + said.size(), value);
+    if (result.ec == std::errc() && result.ptr == said.data() + said.size()) return;
+    refuse(file_.path(), "its metadata says " + key_of(name) + " = \"" + said + "\", which is no such number");
+  }
+
+ private:
+  const io::SafetensorsFile& file_;
+};
+
+std::string config_of(const TextModelOptions& model) {
+  const MoeLayerOptions& moe = model.moe;
+  const std::string dtype = moe.dtype == DType::bf16 ? "bfloat16" : "float32";
+  std::string text = "{\n  \"architectures\": [\"Qwen3MoeForCausalLM\"],\n  \"model_type\": \"qwen3_moe\",\n";
+  const auto line = [&](const char* key, const std::string& value) {
+    text += "  \"" + std::string(key) + "\": " + value + ",\n";
+  };
+  line("hidden_size", text_of(moe.hidden));
+  line("moe_intermediate_size", text_of(moe.inner));
+  line("num_experts", text_of(moe.router.experts));
+  line("num_experts_per_tok", text_of(moe.router.topk));
+  line("norm_topk_prob", moe.router.renormalise ? "true" : "false");
+  line("hidden_act", "\"silu\"");
+  line("num_hidden_layers", text_of(model.layers));
+  line("decoder_sparse_step", "1");
+  line("mlp_only_layers", "[]");
+  line("rms_norm_eps", "1e-05");
+  line("vocab_size", text_of(kBytes));
+  line("tie_word_embeddings", "false");
+  return text + "  \"torch_dtype\": \"" + dtype + "\"\n}\n";
+}
+
+// ---- saving
+
+/// Rank 0's files. What goes wrong is kept until all ranks can hear of it, for they are in the middle of sending.
+class Files {
+ public:
+  Files(const std::string& directory, const TrainOptions& options, std::int64_t step,
+        const std::vector<SavedTensor>& tensors)
+      : directory_(directory), optimizer_name_(std::string(kOptimizerFile) + text_of(step) + std::string(kExtension)) {
+    attempt([&] {
+      std::vector<io::TensorSpec> model, state;
+      for (const SavedTensor& t : tensors) {
+        model.push_back({t.name, t.low ? DType::bf16 : DType::f32, t.shape});
+        if (t.low) state.push_back({value_name(t), DType::f32, t.shape});
+        state.push_back({m_name(t), DType::f32, t.shape});
+        state.push_back({v_name(t), DType::f32, t.shape});
+      }
+      check_checkpoint_directory(directory, options.model);
+      io::write_text(path(kConfigFile), config_of(options.model));
+      optimizer_.emplace(path(optimizer_name_), state, io::Metadata{{"format", "pt"}});
+      model_.emplace(path(kModelFile), model, describe(options, step, optimizer_name_));
+    });
+  }
+
+  void write_model(const std::string& name, ConstTensor tensor) {
+    attempt([&] { model_->write(name, tensor); });
+  }
+  void write_state(const std::string& name, ConstTensor tensor) {
+    attempt([&] { optimizer_->write(name, tensor); });
+  }
+
+  /// The model comes last: it names its optimizer's file, which is there by then. What no model names is removed.
+  void commit() {
+    if (failure_) throw *failure_;
+    optimizer_->commit();
+    model_->commit();
+    std::error_code ignored;  // what stays lying there is removed by the next one
+    for (const auto& entry : std::filesystem::directory_iterator(directory_, ignored)) {
+      const std::string name = entry.path().filename();
+      if (name.starts_with(kOptimizerFile) && name != optimizer_name_) std::filesystem::remove(entry.path(), ignored);
+    }
+  }
+
+ private:
+  template <class Work>
+  void attempt(Work work) {
+    if (failure_) return;
+    try {
+      work();
+    } catch (const Error& error) {
+      failure_ = error;
+    } catch (const std::bad_alloc&) {
+      failure_ = Error(ErrorCode::no_memory, "no memory to save a checkpoint");
+    }
+  }
+  std::string path(std::string_view name) const { return std::filesystem::path(directory_) / name; }
+
+  std::string directory_, optimizer_name_;
+  std::optional<io::SafetensorsWriter> optimizer_, model_;
+  std::optional<Error> failure_;
+};
+
+}  // namespace
+
+SavedTraining read_checkpoint(const std::string& directory) {
+  const io::SafetensorsFile file(std::filesystem::path(directory) / kModelFile);
+  const Description description(file);
+  SavedTraining saved;
+  description.number("step", saved.step);
+  saved.optimizer = description.text("optimizer");
+  visit_numbers(saved.options, [&](const char* name, auto& value) { description.number(name, value); });
+  const std::string& dtype = description.text("dtype");
+  if (dtype != "f32" && dtype != "bf16") {
+    refuse(file.path(), "its metadata says expar.dtype = \"" + dtype + "\", which is neither f32 nor bf16");
+  }
+  saved.options.model.moe.dtype = parse_dtype(dtype);
+  saved.options.steps = saved.step + 1;
+  try {
+    validate(saved.options);
+  } catch (const Error& error) {
+    refuse(file.path(), "its metadata says what cannot be: " + error.message());
+  }
+  if (saved.optimizer.find('/') != std::string::npos) {
+    refuse(file.path(), "its optimizer file \"" + saved.optimizer + "\" is not a name in the same directory");
+  }
+  return saved;
+}
+
+void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model) {
+  if (model.moe.bias || model.moe.activation != Activation::swiglu) {
+    throw Error(ErrorCode::bad_argument, "a checkpoint holds SwiGLU experts without biases, as Qwen3-MoE's are");
+  }
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) refuse(directory, "cannot make this directory: " + error.message());
+  const std::filesystem::path file = std::filesystem::path(directory) / kModelFile;
+  if (!std::filesystem::exists(file, error)) return;
+  const TextModelOptions there = read_checkpoint(directory).options.model;
+  if (config_of(there) == config_of(model) && there.context == model.context) return;
+  throw Error(ErrorCode::bad_argument,
+              directory + " holds the checkpoint of a model with other extents; choose another directory");
+}
+
+void save_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer,
+                     const TrainOptions& options) {
+  const std::vector<SavedTensor> tensors = saved_tensors(model.options(), context.size());
+  const State state(model, optimizer);
+  std::optional<Files> files;
+  if (context.rank() == 0) files.emplace(directory, options, optimizer.steps(), tensors);
+
+  Buffer arrived;
+  // Rank 0's own tensors are written from where they lie, the others' from here.
+  const auto bring = [&](const SavedTensor& t, const Tensor& mine, DType dtype) {
+    if (t.owner == 0) return mine;
+    const Tensor all = context.rank() == t.owner ? mine : arrived.view(dtype, t.shape);
+    broadcast(context, all, t.owner);
+    return all;
+  };
+  for (const SavedTensor& t : tensors) {
+    const bool here = t.replicated || context.rank() == t.owner;
+    const auto save = [&](Tensor (State::*part)(const SavedTensor&) const, DType dtype, const std::string& name,
+                          void (Files::*write)(const std::string&, ConstTensor)) {
+      const Tensor tensor = bring(t, here ? (state.*part)(t) : Tensor(), dtype);
+      if (files) ((*files).*write)(name, tensor);
+    };
+    if (t.low) {
+      save(&State::low, DType::bf16, t.name, &Files::write_model);
+      save(&State::value, DType::f32, value_name(t), &Files::write_state);
+    } else {
+      save(&State::value, DType::f32, t.name, &Files::write_model);
+    }
+    save(&State::m, DType::f32, m_name(t), &Files::write_state);
+    save(&State::v, DType::f32, v_name(t), &Files::write_state);
+  }
+
+  Operation saving(context.communicator(), Signature("save_checkpoint"), context.timeout());
+  saving.ready([&]() -> Operation::Words {
+    if (files) files->commit();
+    return {};
+  });
+  saving.meet();
+  saving.complete();
+}
+
+void load_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer) {
+  Operation loading(context.communicator(), Signature("load_checkpoint"), context.timeout());
+  loading.ready([&]() -> Operation::Words {
+    const SavedTraining saved = read_checkpoint(directory);
+    const std::filesystem::path path(directory);
+    const io::SafetensorsFile values(path / kModelFile);
+    const io::SafetensorsFile others(path / saved.optimizer);
+    const State state(model, optimizer);
+    for (const SavedTensor& t : saved_tensors(model.options(), context.size())) {
+      if (!t.replicated && t.owner != context.rank()) continue;
+      const auto read = [&](const io::SafetensorsFile& file, const std::string& name, const Tensor& to) {
+        const io::StoredTensor& stored = file.at(name);
+        if (stored.dtype() != to.dtype() || stored.shape() != to.shape()) {
+          refuse(file.path(), name + " is " + stored.str() + ", should be " + std::string(expar::name(to.dtype())) +
+                                  " " + to.shape().str());
+        }
+        stored.read_rows(0, to);
+      };
+      read(t.low ? others : values, t.low ? value_name(t) : t.name, state.value(t));
+      read(others, m_name(t), state.m(t));
+      read(others, v_name(t), state.v(t));
+    }
+    optimizer.go_on_from(saved.step);
+    return {static_cast<std::uint64_t>(saved.step)};
+  });
+  loading.meet();
+  loading.complete();
+  model.refresh(context);
+}
+
+}  // namespace expar

@@ -1,0 +1,55 @@
+// A directory with a text in it, and `expar train` run there as people and programs run it.
+#pragma once
+
+#include <sys/wait.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+namespace expar {
+
+inline std::string contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+struct Finished {
+  int status = -1;
+  std::string out, err;
+};
+
+class TrainCommand : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = testing::TempDir() + "train_XXXXXX";
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    directory_ = pattern;
+    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
+  }
+  void TearDown() override { std::filesystem::remove_all(directory_); }
+
+  std::string path(const std::string& file) const { return directory_ + "/" + file; }
+
+  Finished expar(const std::string& arguments) const {
+    const std::string command = EXPAR " " + arguments + " >" + path("out") + " 2>" + path("err") + " </dev/null";
+    const int status = std::system(command.c_str());
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, contents(path("out")), contents(path("err"))};
+  }
+
+  nlohmann::json train(const std::string& arguments) const {
+    const Finished finished = expar("train --text " + path("text") + " --json " + path("json") + " " + arguments);
+    EXPECT_EQ(finished.status, 0) << arguments << "\n" << finished.err;
+    EXPECT_EQ(finished.err, "") << "a progress line is for terminals";
+    return nlohmann::json::parse(contents(path("json")), nullptr, false);
+  }
+
+  std::string directory_;
+};
+
+}  // namespace expar
