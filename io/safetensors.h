@@ -65,6 +65,7 @@ class SafetensorsFile {
  public:
   /// Reads the header only.
   /// Throws Error: io (cannot be read; breaks a rule of the format, in one sentence that says which and where).
+  /// Stricter than the reference implementation in two points: each key once, and no keys that the format has not.
   /// Cost: time and memory proportional to the header, which has at most 100 MB and is checked against the file first.
   explicit SafetensorsFile(const std::string& path);
 
