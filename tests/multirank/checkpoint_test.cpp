@@ -10,7 +10,7 @@
 #include <random>
 #include <thread>
 
-#include "tests/multirank/train_command.h"
+#include "tests/multirank/command.h"
 
 namespace expar {
 namespace {

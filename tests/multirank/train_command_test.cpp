@@ -1,5 +1,5 @@
 // expar train as people and programs run it: equal losses for any number of ranks, and a sentence for every mistake.
-#include "tests/multirank/train_command.h"
+#include "tests/multirank/command.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// A directory with a text in it, and `expar train` run there as people and programs run it.
+// The command line run as people and programs run it, in a directory of its own.
 #pragma once
 
 #include <sys/wait.h>
@@ -24,13 +24,12 @@ struct Finished {
   std::string out, err;
 };
 
-class TrainCommand : public testing::Test {
+class Command : public testing::Test {
  protected:
   void SetUp() override {
-    std::string pattern = testing::TempDir() + "train_XXXXXX";
+    std::string pattern = testing::TempDir() + "command_XXXXXX";
     ASSERT_NE(mkdtemp(pattern.data()), nullptr);
     directory_ = pattern;
-    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
   }
   void TearDown() override { std::filesystem::remove_all(directory_); }
 
@@ -42,14 +41,27 @@ class TrainCommand : public testing::Test {
     return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, contents(path("out")), contents(path("err"))};
   }
 
-  nlohmann::json train(const std::string& arguments) const {
-    const Finished finished = expar("train --text " + path("text") + " --json " + path("json") + " " + arguments);
+  /// What the command writes to --json, having succeeded in silence.
+  nlohmann::json result_of(const std::string& arguments) const {
+    const Finished finished = expar(arguments + " --json " + path("json"));
     EXPECT_EQ(finished.status, 0) << arguments << "\n" << finished.err;
     EXPECT_EQ(finished.err, "") << "a progress line is for terminals";
     return nlohmann::json::parse(contents(path("json")), nullptr, false);
   }
 
   std::string directory_;
+};
+
+/// With a text to train on.
+class TrainCommand : public Command {
+ protected:
+  void SetUp() override {
+    Command::SetUp();
+    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
+  }
+  nlohmann::json train(const std::string& arguments) const {
+    return result_of("train --text " + path("text") + " " + arguments);
+  }
 };
 
 }  // namespace expar
