@@ -68,12 +68,12 @@ struct PendingDispatch::State final : InFlight {
         weights(weights_.absent() || o.failure ? nullptr : weights_.as<float>()),
         width(x_.shape().rank() == 2 ? x_.size(1) : 0),
         row_bytes(at(width) * size_of(x_.dtype())),
-        tag_bytes(o.lists_of == nullptr ? at(p.topk()) * sizeof(SlotTag) : 0),
+        tag_bytes(o.lists_of == nullptr && p ? at(p.topk()) * sizeof(SlotTag) : 0),
         operation(communicator,
                   Signature("dispatch")
                       .with("hidden", width)
                       .with("dtype", static_cast<std::int64_t>(x_.dtype()))
-                      .with("plan", static_cast<std::int64_t>(p.id()))
+                      .with("plan", p ? static_cast<std::int64_t>(p.id()) : 0)
                       .with("lists", o.lists_of == nullptr),
                   c.timeout()) {}
 

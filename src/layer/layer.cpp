@@ -216,11 +216,13 @@ ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& 
 
 void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx) {
   Phase phase(times.backward);
-  if (!record.plan) refuse("the record holds no forward pass for training");
   parameters->expect_step();
   DispatchOptions dispatch_options;
   dispatch_options.lists_of = &record.inbox;
-  dispatch_options.failure = attempt([&] { check_backward(c, record, dout, dx); });
+  dispatch_options.failure = attempt([&] {
+    if (!record.plan) refuse("the record holds no forward pass for training");
+    check_backward(c, record, dout, dx);
+  });
   const Inbox gradients = dispatch(c, dout, {}, record.plan, dispatch_options);
 
   Outbox dx_rows;
