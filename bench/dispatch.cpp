@@ -27,6 +27,7 @@ Row make_row(const char* what, const Times& times, std::int64_t bytes, std::int6
 }
 
 Plan plan_of(const Context& context, const Workload& workload) {
+  const Phase phase(context.trace(), "plan");
   return make_plan(context, workload.ids(), {.experts = workload.options().experts});
 }
 
@@ -82,6 +83,7 @@ std::vector<Row> measure_dispatch(const Context& context, const Options& options
   Inbox inbox;
   const auto run = [&] {
     const Plan plan = plan_of(context, workload);
+    const Phase phase(context.trace(), "dispatch");
     inbox = dispatch(context, workload.x(), workload.weights(), plan, {.layout = options.layout});
   };
   run();
@@ -117,7 +119,10 @@ std::vector<Row> measure_combine(const Context& context, const Options& options)
     barrier(context);  // until then another rank may still be reading the last ones
     if (y.rows().byte_size() > 0) std::memcpy(y.rows().data(), answers.view().data(), y.rows().byte_size());
   };
-  const auto run = [&] { combine(context, plan, y, workload.weights(), out); };
+  const auto run = [&] {
+    const Phase phase(context.trace(), "combine");
+    combine(context, plan, y, workload.weights(), out);
+  };
   answer();
   run();
   std::int64_t wrong = count_wrong_sums(workload, out);

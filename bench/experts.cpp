@@ -117,7 +117,10 @@ std::vector<Row> measure_experts(const Context& context, const Options& options)
   const Weights weights(context, shape, plan.local().count);
   Outbox y = make_outbox(context, plan, options.hidden, options.dtype);
   ExpertsRecord record;
-  const auto run = [&] { experts_forward(context, shape, weights.get(), inbox, y, record); };
+  const auto run = [&] {
+    const Phase phase(context.trace(), "experts");
+    experts_forward(context, shape, weights.get(), inbox, y, record);
+  };
   run();
   std::int64_t wrong = count_wrong_rows(shape, weights, inbox, y);
 

@@ -59,6 +59,7 @@ class Bench {
       const Tensor total = parameters.back().gradient;
       all_reduce(context_, ConstTensor(shards.data(), DType::f32, Shape{shards.size(0), total.elements()}),
                  Tensor(total.data(), DType::f32, Shape{total.elements()}));
+      const Phase phase(context_.trace(), "optimizer");
       optimizer.step(context_, parameters, kLearningRate);
     });
     train_forward();  // with what the last step has made of the parameters

@@ -53,6 +53,7 @@ void Embedding::initialise(const Context& context, std::uint64_t seed) {
 void Embedding::gather(const Context& context) { all_gather(context, low_ ? low_.view() : part_.view(), table_); }
 
 void Embedding::forward(const Context& context, std::span<const std::uint8_t> contexts, Tensor x) {
+  const Phase phase(context.trace(), "embedding");
   const std::int64_t row_bytes = hidden_ * static_cast<std::int64_t>(size_of(dtype_));
   rows_.resize(contexts.size());
   const std::byte* place_rows = table_.view().bytes();
@@ -66,6 +67,7 @@ void Embedding::forward(const Context& context, std::span<const std::uint8_t> co
 }
 
 void Embedding::backward(const Context& context, std::span<const std::uint8_t> contexts, ConstTensor dx) {
+  const Phase phase(context.trace(), "embedding");
   const auto tokens = static_cast<std::int64_t>(contexts.size()) / places_;
   const Tensor batch = batch_dx_.view(dtype_, {tokens, hidden_});
   all_gather(context, dx, batch);

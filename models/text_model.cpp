@@ -2,7 +2,6 @@
 #include "models/text_model.h"
 
 #include <algorithm>
-#include <chrono>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -21,11 +20,9 @@ void require_positive(std::string_view name, std::int64_t value) {
   throw Error(ErrorCode::bad_argument, std::string(name) + " " + std::to_string(value) + " is not at least 1");
 }
 
-double milliseconds_since(Clock::time_point start) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
-
 std::string prefix(std::size_t layer) { return "layers." + std::to_string(layer); }
+/// As a trace shows it.
+std::string shown(std::size_t layer) { return "layer " + std::to_string(layer); }
 
 // The same elements as one row each of the leading extent, or as one row.
 Tensor flat(ConstTensor tensor) { return {const_cast<void*>(tensor.data()), tensor.dtype(), {tensor.elements()}}; }
@@ -119,9 +116,7 @@ Parameter TextModel::head_parameter() { return {.name = "head", .value = head_, 
 
 float TextModel::train(const Context& context, const Batch& batch, const Sharding& sharding) {
   forward(context, batch, sharding, Pass::training);
-  const auto start = Clock::now();
   backward(context, batch, sharding);
-  backward_ms_ += milliseconds_since(start);
   count_loads();
   return dgains_and_loss_.as<float>()[gains_and_loss() - 1];
 }
@@ -134,6 +129,7 @@ void TextModel::evaluate(const Context& context, const Batch& batch, const Shard
 }
 
 void TextModel::forward(const Context& context, const Batch& batch, const Sharding& sharding, Pass pass) {
+  const Phase whole(context.trace(), "forward");
   const std::int64_t tokens = sharding.local_tokens();
   for (Norm& norm : norms_) {
     norm.x = norm.x_memory.view(dtype(), {tokens, hidden()});
@@ -145,6 +141,8 @@ void TextModel::forward(const Context& context, const Batch& batch, const Shardi
                                      static_cast<std::size_t>(tokens * options_.context));
   embedding_.forward(context, contexts, norms_[0].x);
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    const std::string name = shown(layer);
+    const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
     const Norm& in = norms_[layer];
     const Tensor out = norms_[layer + 1].x;
@@ -155,6 +153,7 @@ void TextModel::forward(const Context& context, const Batch& batch, const Shardi
       block.moe.forward(context, in.y, out, in.x);
     }
   }
+  const Phase phase(context.trace(), "head");
   norm(context, blocks_.size());
   predict(context);
 }
@@ -201,10 +200,13 @@ double TextModel::nats_of(const Batch& batch, const Sharding& sharding, std::int
 }
 
 void TextModel::backward(const Context& context, const Batch& batch, const Sharding& sharding) {
+  const Phase whole(context.trace(), "backward", &backward_ms_);
   const Tensor dx = dx_.view(dtype(), norms_[0].x.shape());
   const Tensor dnormed = head_backward(context, batch, sharding);
   norm_backward(context, blocks_.size(), dnormed, {}, sharding, dx);
   for (std::size_t layer = blocks_.size(); layer-- > 0;) {
+    const std::string name = shown(layer);
+    const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
     block.moe.backward(context, block.record, dx, dnormed);
     all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router.gradient));
@@ -215,6 +217,7 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
 }
 
 Tensor TextModel::head_backward(const Context& context, const Batch& batch, const Sharding& sharding) {
+  const Phase phase(context.trace(), "head");
   const Norm& norm = norms_.back();
   const std::int64_t tokens = sharding.local_tokens(), shards = sharding.local_shards();
   const float scale = 1.0F / static_cast<float>(sharding.tokens);

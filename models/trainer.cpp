@@ -137,17 +137,17 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
     Progress progress;
     progress.step = step + 1;
     progress.lr = options.lr * schedule(step, options.decay_steps);
-    const auto step_start = Clock::now();
-    for (std::int64_t t = 0; t < options.batch; ++t) {
-      batch.positions[static_cast<std::size_t>(t)] = text.training_target(sampler.target(step * options.batch + t));
+    {
+      const Phase whole(context.trace(), "step", &progress.step_ms);
+      for (std::int64_t t = 0; t < options.batch; ++t) {
+        batch.positions[static_cast<std::size_t>(t)] = text.training_target(sampler.target(step * options.batch + t));
+      }
+      fill_batch(text, batch);
+      progress.loss = train_step(context, model, batch, sharding, step + 1);
+      const Phase phase(context.trace(), "optimizer", &progress.optimizer_ms);
+      optimizer.step(context, parameters, progress.lr);
+      model.gather(context);
     }
-    fill_batch(text, batch);
-    progress.loss = train_step(context, model, batch, sharding, step + 1);
-    const auto before = Clock::now();
-    optimizer.step(context, parameters, progress.lr);
-    model.gather(context);
-    progress.optimizer_ms = milliseconds_since(before);
-    progress.step_ms = milliseconds_since(step_start);
     progress.phase_ms = model.take_times();
     progress.loads = model.loads();
 
@@ -175,6 +175,7 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
 
 double heldout_bits(const Context& context, TextModel& model, const Text& text, std::int64_t shards,
                     std::int64_t targets) {
+  const Phase phase(context.trace(), "held-out");
   std::vector<double> nats;  // of each of this rank's shards, over all batches
   Batch batch;
   for (std::int64_t first = 0; first < targets; first += kEvaluationTokens) {

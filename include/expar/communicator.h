@@ -115,6 +115,11 @@ class Communicator {
   /// message and this rank. Not collective.
   void abort(std::string_view message) const;
 
+  /// From here on what this rank does and waits for becomes spans of `trace`; null ends it. Not collective.
+  void record(std::shared_ptr<Trace> trace) const;
+  /// Null where nothing is recorded.
+  Trace* trace() const;
+
   // ---- for authors of collectives
   Transport& transport() const;
   Arena& arena() const;

@@ -42,6 +42,8 @@ class Context {
   const Kernels& kernels() const { return *kernels_; }
   Pool& pool() const { return *pool_; }
   Stream stream() const { return stream_; }
+  /// What this rank's time is recorded in, see Communicator::record; null where it is not.
+  Trace* trace() const { return communicator_.trace(); }
   /// Host memory for what calls need for a while: given back, it serves the next call. Safe from any thread; what
   /// outlives the context keeps it.
   const std::shared_ptr<std::pmr::memory_resource>& memory() const { return memory_; }

@@ -14,3 +14,4 @@
 #include <expar/registry.h>      // run_threads, join, launch; what is available
 #include <expar/router.h>        // route: K experts per token
 #include <expar/tensor.h>        // Tensor, ConstTensor: views; Array, Buffer: memory
+#include <expar/trace.h>         // Trace: what each rank did, and when

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -16,6 +17,7 @@
 
 #include <expar/error.h>
 #include <expar/pool.h>
+#include <expar/trace.h>
 
 namespace expar {
 
@@ -84,7 +86,7 @@ class Transport {
   /// Spins where every rank has a core, yields from the first miss where ranks outnumber cores, then sleeps.
   /// Throws Error: the job's cause where one is set; peer_lost (a rank died, or `waiting.peer` has left) within 50 ms;
   /// timeout past `waiting.limit`. Both are set as the job's cause before they are thrown.
-  virtual void wait(FunctionRef<bool()> done, const Waiting& waiting) = 0;
+  void wait(FunctionRef<bool()> done, const Waiting& waiting);
 
   /// Ends the job: from now on wait() throws the job's cause on every rank. The first cause stays; the one that is
   /// in force is returned, so that every rank throws the same.
@@ -111,12 +113,31 @@ class Transport {
   /// Moves messages along; true once all messages of `ticket` have completed. A ticket is tested true once.
   virtual bool test(Ticket ticket) = 0;
 
+  // ---- tracing
+
+  /// From here on what this rank does and waits for becomes spans of `trace`; null ends it.
+  void record(std::shared_ptr<Trace> trace) { trace_ = std::move(trace); }
+  /// Null where nothing is recorded.
+  Trace* trace() const { return trace_.get(); }
+
  protected:
   Transport(int rank, int size) : rank_(rank), size_(size) {}
+
+  /// What wait() promises.
+  virtual void wait_until(FunctionRef<bool()> done, const Waiting& waiting) = 0;
 
  private:
   int rank_;
   int size_;
+  std::shared_ptr<Trace> trace_;
 };
+
+inline void Transport::wait(FunctionRef<bool()> done, const Waiting& waiting) {
+  if (trace_ == nullptr) return wait_until(done, waiting);
+  if (done()) return;
+  const Phase phase(trace(),
+                    {.kind = Span::Kind::wait, .name = waiting.operation, .what = waiting.what, .peer = waiting.peer});
+  wait_until(done, waiting);
+}
 
 }  // namespace expar

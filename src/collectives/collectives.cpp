@@ -85,6 +85,7 @@ void sum_all(const Context& context, ConstTensor rows, Tensor out) {
 }  // namespace
 
 void barrier(const Context& context) {
+  const Phase phase(context.trace(), operation_span("barrier"));
   Operation operation(context.communicator(), Signature("barrier"), context.timeout());
   operation.ready([] { return Operation::Words{}; });
   operation.meet();
@@ -92,6 +93,7 @@ void barrier(const Context& context) {
 }
 
 void broadcast(const Context& context, Tensor data, int root) {
+  const Phase phase(context.trace(), operation_span("broadcast"));
   const auto& communicator = context.communicator();
   Operation operation(communicator,
                       Signature("broadcast")
@@ -123,6 +125,7 @@ void broadcast(const Context& context, Tensor data, int root) {
 }
 
 void all_gather(const Context& context, ConstTensor in, Tensor out) {
+  const Phase phase(context.trace(), operation_span("all_gather"));
   const auto& communicator = context.communicator();
   const std::int64_t row = std::max(row_elements(in), row_elements(out));
   Operation operation(communicator,
@@ -173,6 +176,7 @@ Part part_of(std::int64_t elements, int rank, int ranks) {
 }
 
 void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
+  const Phase phase(context.trace(), operation_span("reduce_scatter"));
   const auto& communicator = context.communicator();
   const std::int64_t n = extents_after_first(rows);
   const Part own = part_of(n, context.rank(), context.size());
@@ -212,6 +216,7 @@ void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
 }
 
 void all_reduce(const Context& context, ConstTensor rows, Tensor out) {
+  const Phase phase(context.trace(), operation_span("all_reduce"));
   const std::int64_t n = extents_after_first(rows);
   if (n <= kFewElements || context.size() == 1 || rows.dtype() != DType::f32 || out.dtype() != DType::f32 ||
       out.elements() != n) {
@@ -225,6 +230,7 @@ void all_reduce(const Context& context, ConstTensor rows, Tensor out) {
 
 void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::int64_t> send_rows, Tensor out,
                   std::span<const std::int64_t> receive_rows) {
+  const Phase phase(context.trace(), operation_span("all_to_all_v"));
   const auto& communicator = context.communicator();
   const auto ranks = static_cast<std::size_t>(context.size());
   const auto self = static_cast<std::size_t>(context.rank());

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <utility>
 
 #include "src/communicator/state.h"
 
@@ -41,6 +42,9 @@ Arena& Communicator::arena() const { return state_->arena; }
 void Communicator::abort(std::string_view message) const {
   state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = rank()}));
 }
+
+void Communicator::record(std::shared_ptr<Trace> trace) const { state_->transport->record(std::move(trace)); }
+Trace* Communicator::trace() const { return state_->transport->trace(); }
 
 void Communicator::fail(const Error& cause) const { throw state_->transport->abort(cause); }
 

@@ -75,6 +75,7 @@ PendingCombine::~PendingCombine() = default;
 
 PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights,
                              Tensor out, const CombineOptions& options) {
+  const Phase phase(context.trace(), operation_span("start combine"));
   const std::int64_t width = y.rows().shape().rank() == 2 ? y.rows().size(1) : 0;
   const DType dtype = y.rows().dtype();
   const Signature signature = Signature("combine")
@@ -98,6 +99,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
 
 void PendingCombine::finish() {
   const std::unique_ptr<State> state = std::move(state_);
+  const Phase phase(state->context.trace(), operation_span("finish combine"));
   state->operation.meet();
   const Plan& plan = state->plan;
   const Tensor& out = state->out;
@@ -121,6 +123,7 @@ void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<
 }
 
 void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tensor out) {
+  const Phase phase(context.trace(), operation_span("fetch_slots"));
   const std::int64_t width = values.rows().shape().rank() == 2 ? values.rows().size(1) : 0;
   Operation operation(context.communicator(),
                       Signature("fetch_slots").with("width", width).with("plan", static_cast<std::int64_t>(plan.id())),

@@ -214,6 +214,7 @@ PendingDispatch::~PendingDispatch() = default;
 
 PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                                const DispatchOptions& options) {
+  const Phase phase(context.trace(), operation_span("start dispatch"));
   auto state = std::make_unique<PendingDispatch::State>(context, x, weights, plan, options);
   state->start(weights);
   return PendingDispatch(std::move(state));
@@ -221,6 +222,7 @@ PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTenso
 
 Inbox PendingDispatch::finish() {
   const std::unique_ptr<State> state = std::move(state_);
+  const Phase phase(state->communicator.trace(), operation_span("finish dispatch"));
   state->operation.meet();
   if (!state->sent) state->send();
   const Inbox* like = state->options.lists_of;

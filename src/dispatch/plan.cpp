@@ -228,6 +228,7 @@ PendingPlan::PendingPlan(PendingPlan&&) noexcept = default;
 PendingPlan::~PendingPlan() = default;
 
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
+  const Phase phase(context.trace(), operation_span("start plan"));
   auto state = std::make_unique<PendingPlan::State>(context, ids, options);
   state->operation.ready([&] {
     validate(ids, options);
@@ -246,6 +247,7 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
 
 Plan PendingPlan::finish() {
   const std::unique_ptr<State> state = std::move(state_);
+  const Phase phase(state->communicator.trace(), operation_span("finish plan"));
   Operation& operation = state->operation;
   operation.meet();
   if (!state->reading) state->read();

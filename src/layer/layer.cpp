@@ -14,19 +14,6 @@ namespace {
 
 [[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
 
-/// Adds the time until its end to one of the phases.
-class Phase {
- public:
-  explicit Phase(double& milliseconds) : milliseconds_(milliseconds) {}
-  ~Phase() { milliseconds_ += std::chrono::duration<double, std::milli>(Clock::now() - start_).count(); }
-  Phase(const Phase&) = delete;
-  Phase& operator=(const Phase&) = delete;
-
- private:
-  double& milliseconds_;
-  Clock::time_point start_ = Clock::now();
-};
-
 void check_shards(std::span<const std::int64_t> shards, std::int64_t tokens) {
   bool right = !shards.empty() && shards.front() == 0 && shards.back() == tokens;
   for (std::size_t s = 1; right && s < shards.size(); ++s) right = shards[s - 1] <= shards[s];
@@ -134,7 +121,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   PlanOptions plan_options;
   plan_options.experts = options.router.experts;
   {
-    Phase phase(times.route);
+    const Phase phase(c.trace(), "route", &times.route);
     plan_options.failure = attempt([&] {
       check_forward(c, x, out, residual);
       if (shards) check_training(x, out, *shards);
@@ -145,28 +132,28 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   }
   Plan plan;
   {
-    Phase phase(times.dispatch);
+    const Phase phase(c.trace(), "plan", &times.dispatch);
     plan = make_plan(c, record.routing.ids, plan_options);
   }
   if (shards) {
-    Phase phase(times.route);
+    const Phase phase(c.trace(), "route", &times.route);
     record.x = x;
     record.shards.assign(shards->begin(), shards->end());
     record.losses = router_losses(c, options.router, record.routing, plan.expert_totals(), *shards);
   }
   {
-    Phase phase(times.dispatch);
+    const Phase phase(c.trace(), "dispatch", &times.dispatch);
     record.inbox = dispatch(c, x, record.routing.weights, plan);
   }
   {
-    Phase phase(times.experts);
+    const Phase phase(c.trace(), "experts", &times.experts);
     alone(c, [&] {
       record.y = make_outbox(c, plan, options.hidden, options.dtype);
       experts_forward(c, shape, weights, record.inbox, record.y, record.experts);
     });
   }
   {
-    Phase phase(times.combine);
+    const Phase phase(c.trace(), "combine", &times.combine);
     combine(c, plan, record.y, record.routing.weights, out, {.residual = residual});
   }
   record.plan = std::move(plan);
@@ -215,7 +202,7 @@ ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& 
 }
 
 void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx) {
-  Phase phase(times.backward);
+  const Phase phase(c.trace(), "backward", &times.backward);
   parameters->expect_step();
   DispatchOptions dispatch_options;
   dispatch_options.lists_of = &record.inbox;
@@ -223,12 +210,16 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     if (!record.plan) refuse("the record holds no forward pass for training");
     check_backward(c, record, dout, dx);
   });
-  const Inbox gradients = dispatch(c, dout, {}, record.plan, dispatch_options);
+  const Inbox gradients = [&] {
+    const Phase part(c.trace(), "dispatch");
+    return dispatch(c, dout, {}, record.plan, dispatch_options);
+  }();
 
   Outbox dx_rows;
   Outbox dweights_rows;
   Tensor fetched;
   alone(c, [&] {
+    const Phase part(c.trace(), "experts");
     dx_rows = make_outbox(c, record.plan, options.hidden, options.dtype);
     dweights_rows = make_outbox(c, record.plan, 1, DType::f32);
     experts_backward(c, shape, parameters->plain(), record.inbox, gradients, record.y, record.experts,
@@ -241,9 +232,11 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
   // for every P.
   CombineOptions combine_options;
   alone(c, [&] {
+    const Phase part(c.trace(), "route");
     const ConstTensor by_slot(fetched.data(), DType::f32, record.routing.weights.shape());
     combine_options.residual = router_backward(c, record, by_slot);
   });
+  const Phase part(c.trace(), "combine");
   combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
 }
 

@@ -125,7 +125,7 @@ bool LocalTransport::advance_messages() {
 
 // ---- waiting
 
-void LocalTransport::wait(FunctionRef<bool()> done, const Waiting& waiting) {
+void LocalTransport::wait_until(FunctionRef<bool()> done, const Waiting& waiting) {
   if (done()) return;
   const Deadline start = Clock::now();
   const Deadline deadline = deadline_after(start, waiting.limit);

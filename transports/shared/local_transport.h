@@ -21,7 +21,6 @@ class LocalTransport : public Transport {
   void publish(int index, const Line& line, std::string_view text) override;
   Line peek(int peer, int index) const override;
   std::string text(int peer, int index) const override;
-  void wait(FunctionRef<bool()> done, const Waiting& waiting) override;
   Error abort(const Error& cause) override;
   std::optional<Error> failure() const override;
   Ticket start(std::span<const Message> messages) override;
@@ -35,6 +34,8 @@ class LocalTransport : public Transport {
 
   /// `cores`: how many cores the ranks of this job share.
   LocalTransport(int rank, const JobMemory& job, int cores);
+
+  void wait_until(FunctionRef<bool()> done, const Waiting& waiting) override;
 
   /// A rank that died, if one has. Called every millisecond or so of waiting.
   virtual std::optional<Dead> find_dead() = 0;
