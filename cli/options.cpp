@@ -44,6 +44,10 @@ std::string short_number(double value) {
   return {text, end};
 }
 
+CLI::Validator file_name() {
+  return {[](std::string& word) { return word.empty() ? "'' is not the name of a file" : std::string(); }, ""};
+}
+
 void add_common(CLI::App& app, Common& common) {
   const char* group = "Every verb";
   app.add_option("-n,--ranks", common.ranks, "ranks (default 1)")->check(whole_number(1, kMaxRanks))->group(group);
@@ -60,7 +64,13 @@ void add_common(CLI::App& app, Common& common) {
   app.add_option("--backend", common.backend, "cpu or reference (default cpu)")
       ->check(one_of({"cpu", "reference"}))
       ->group(group);
-  app.add_option("--json", common.json, "write the result, or the error, to this file")->group(group);
+  app.add_option("--json", common.json, "write the result, or the error, to this file")
+      ->check(file_name())
+      ->group(group);
+  app.add_option("--trace", common.trace,
+                 "write what each rank did and waited for to this file, for ui.perfetto.dev or chrome://tracing")
+      ->check(file_name())
+      ->group(group);
 }
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }

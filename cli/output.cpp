@@ -44,7 +44,10 @@ void write_text(const std::string& path, const std::string& text, const std::str
 
 void write_json(const std::string& path, const nlohmann::json& object) {
   // Text from outside (a path in a message) need not be UTF-8.
-  const std::string text = object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+  write_file(path, object.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
+}
+
+void write_file(const std::string& path, const std::string& text) {
   if (!is_regular_or_new(path)) return write_text(path, text, path);
   const std::string target = resolved(path);
   const std::string fresh = target + "." + std::to_string(getpid()) + ".new";
@@ -58,7 +61,6 @@ void write_json(const std::string& path, const nlohmann::json& object) {
 }
 
 void check_writable(const std::string& path) {
-  if (path.empty()) throw Error(ErrorCode::bad_argument, "--json = '' is not the name of a file");
   struct stat status {};
   if (stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
     throw cannot_write(path, EISDIR);

@@ -9,11 +9,12 @@
 
 namespace expar::cli {
 
-/// Writes `object` to `path`, whole or not at all: to a new file beside it that then takes its name. What is no regular
+/// Writes `text` to `path`, whole or not at all: to a new file beside it that then takes its name. What is no regular
 /// file (a terminal, a pipe) is written to directly. Throws Error: io.
+void write_file(const std::string& path, const std::string& text);
 void write_json(const std::string& path, const nlohmann::json& object);
 
-/// Throws Error: io (write_json to `path` would fail), before hours of work are done for it.
+/// Throws Error: io (write_file to `path` would fail), before hours of work are done for it.
 void check_writable(const std::string& path);
 
 /// {"error": {"code", "rank", "peer", "operation", "message"}}

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cli/output.h"
+#include "cli/tracing.h"
 
 namespace expar::cli {
 namespace {
@@ -53,15 +54,24 @@ Error on_rank(const Error& error, int rank) {
 }
 
 nlohmann::json run_rank(const Verb& verb, const Common& common, const Communicator& communicator) {
+  Tracing tracing(communicator, verb.name, common.trace);
   try {
-    return verb.run(communicator, common);
+    nlohmann::json result = verb.run(communicator, common);
+    tracing.finish();
+    return result;
   } catch (...) {
-    communicator.fail(on_rank(current_error(), communicator.rank()));
+    const Error cause = communicator.transport().abort(on_rank(current_error(), communicator.rank()));
+    tracing.keep();
+    throw cause;
   }
 }
 
 void write_result(const Common& common, const nlohmann::json& result) {
   if (!common.json.empty() && !result.is_null()) write_json(common.json, result);
+}
+
+[[noreturn]] void refuse_trace(const Verb& verb) {
+  throw Error(ErrorCode::bad_argument, "--trace does not go with " + verb.name + ", which runs no ranks of its own");
 }
 
 void run_as_threads(const Verb& verb, const Common& common) {
@@ -93,14 +103,23 @@ void run_as_processes(const std::vector<std::string>& words, int ranks) {
 
 void run(const Verb& verb, const Common& common, const std::vector<std::string>& words) {
   if (!common.json.empty()) check_writable(common.json);
+  if (!common.trace.empty()) {
+    if (verb.run_alone) refuse_trace(verb);
+    check_writable(common.trace);
+  }
   if (verb.run_alone) return write_result(common, verb.run_alone(common));
   check_transport(common.transport);
   const Job job = job_from_environment();
   const bool started = job.launcher != "none";
   if (started) check_against(job, common);
-  if (common.transport == "threads") return run_as_threads(verb, common);
-  if (started || common.ranks <= 1) return run_in_job(verb, common, job);
-  run_as_processes(words, common.ranks);
+  try {
+    if (common.transport == "threads") return run_as_threads(verb, common);
+    if (started || common.ranks <= 1) return run_in_job(verb, common, job);
+    run_as_processes(words, common.ranks);
+  } catch (const Error&) {
+    if (!started && !common.trace.empty()) join_kept_traces(verb.name, common.trace, std::max(common.ranks, 1));
+    throw;
+  }
 }
 
 bool speaks_for(const Job& job, const Error& error) {

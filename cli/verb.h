@@ -22,7 +22,8 @@ struct Common {
   int threads = 0;     // of each rank; 0: not given
   double timeout = 0;  // seconds; 0: not given
   std::string backend = "cpu";
-  std::string json;  // path; empty: not given
+  std::string json;   // path; empty: not given
+  std::string trace;  // likewise
 
   RunOptions run_options() const;
   ContextOptions context_options() const;
@@ -44,7 +45,7 @@ struct Verb {
   /// --json. Under `threads` it runs on all ranks at once: it must not write to what the functions share.
   std::function<nlohmann::json(const Communicator&, const Common&)> run;
 
-  /// The same for a verb that has no ranks of its own: one call, in this process.
+  /// The same for a verb that has no ranks of its own: one call, in this process. There is nothing to --trace then.
   std::function<nlohmann::json(const Common&)> run_alone;
 
   /// For a verb that takes a program and its arguments after "--": gets them before check().

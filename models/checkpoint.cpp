@@ -298,6 +298,7 @@ void check_checkpoint_directory(const std::string& directory, const TextModelOpt
 
 void save_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer,
                      const TrainOptions& options) {
+  const Phase phase(context.trace(), "save");
   const std::vector<SavedTensor> tensors = saved_tensors(model.options(), context.size());
   const State state(model, optimizer);
   std::optional<Files> files;

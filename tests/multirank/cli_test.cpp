@@ -125,7 +125,7 @@ TEST_F(CommandLine, shows_help_and_version) {
 TEST_F(CommandLine, answers_a_mistake_with_one_sentence) {
   expect_mistake({}, "name a verb; expar --help lists them");
   expect_mistake({"doctor", "--rnaks", "2"}, "unknown flag --rnaks; did you mean --ranks?");
-  expect_mistake({"doctor", "--trace", "x"}, "unknown flag --trace");
+  expect_mistake({"doctor", "--colour", "x"}, "unknown flag --colour");
   expect_mistake({"doctor", "word"}, "unexpected argument 'word'");
   expect_mistake({"doctor", "--ranks"}, "--ranks needs a value");
   expect_mistake({"doctor", "--ranks", "0"}, "--ranks = '0' is not a whole number from 1 to 1024");
