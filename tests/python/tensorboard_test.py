@@ -30,9 +30,9 @@ class TensorBoard(unittest.TestCase):
         with open(TEXT, "rb") as source, open(text, "wb") as target:
             target.write(source.read(78000))
         result = os.path.join(cls.directory.name, "json")
-        sizes = dict(experts=EXPERTS, topk=TOPK, layers=LAYERS, batch=BATCH, steps=STEPS, hidden=16, inner=16,
-                     context=4, ranks=RANKS)
-        flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        sizes = dict(experts=EXPERTS, topk=TOPK, layers=LAYERS, batch=BATCH, steps=STEPS, decay_steps=STEPS, hidden=16,
+                     inner=16, context=4, ranks=RANKS)
+        flags = [word for name, value in sizes.items() for word in ("--" + name.replace("_", "-"), str(value))]
         command = [EXPAR, "train", "--text", text, "--dense", "--log-dir", cls.log, "--json", result, *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         with open(result) as file:
