@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/multirank/train_command.h"
+#include "tests/multirank/command.h"
 
 namespace expar {
 namespace {
