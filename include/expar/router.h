@@ -49,6 +49,12 @@ struct RouterLosses {
   float z = 0.0F;
   std::int64_t tokens = 0;           // T of the global batch
   std::vector<float> load_fraction;  // [E] c_i / (T K)
+
+  // The gradient of all that, as route_backward reads it. Most losses are linear in a score, so that all tokens of a
+  // segment have the same gradient.
+  std::vector<std::int64_t> segments;  // [n + 1] ascending from 0 to this rank's tokens; empty: no losses by scores
+  std::vector<float> dscores;          // [n, E] by a score of a token of the segment
+  float dlogsumexp = 0.0F;             // by a token's logsumexp, over that logsumexp
 };
 
 /// `shards` splits this rank's tokens into the micro-shards of the global batch: [S + 1] ascending from 0 to T. Means
@@ -58,7 +64,7 @@ struct RouterLosses {
 RouterLosses router_losses(const Context& context, const RouterOptions& options, const Routing& routing,
                            std::span<const std::int64_t> counts, std::span<const std::int64_t> shards);
 
-/// dlogits [T, E] f32 of (weights . dweights) + balance + z.
+/// dlogits [T, E] f32 of (weights . dweights) + losses: their segments, dscores and dlogsumexp.
 ///   dweights : [T, K] f32, the gradient of the weights; 0 where a slot was dropped
 /// Not collective.
 void route_backward(const Context& context, const RouterOptions& options, const Routing& routing,

@@ -62,6 +62,17 @@ Array shard_sums(const Routing& routing, std::span<const std::int64_t> shards) {
   return sums;
 }
 
+void fill_gradients(const RouterOptions& options, std::int64_t local_tokens, RouterLosses& losses) {
+  const auto tokens = static_cast<double>(losses.tokens);
+  losses.dlogsumexp = static_cast<float>(2.0 * options.z / tokens);
+  if (options.balance == 0.0F) return;
+  losses.segments = {0, local_tokens};
+  for (const float fraction : losses.load_fraction) {
+    losses.dscores.push_back(
+        static_cast<float>(options.balance * static_cast<double>(options.experts) * fraction / tokens));
+  }
+}
+
 /// Every rank throws the error of the lowest rank that has one.
 [[noreturn]] void throw_together(const Context& context, const std::optional<Error>& failure) {
   Operation operation(context.communicator(), Signature("router_losses"), context.timeout());
@@ -112,6 +123,7 @@ RouterLosses router_losses(const Context& context, const RouterOptions& options,
   }
   losses.balance = static_cast<float>(options.balance * static_cast<double>(experts) * balance);
   losses.z = static_cast<float>(options.z * (rest[kSquares] / tokens));
+  fill_gradients(options, shards.back(), losses);
   return losses;
 }
 

@@ -1,6 +1,7 @@
 // Softmax, top-k and renormalisation, forward and backward; the losses over the global batch are in losses.cpp.
 #include <expar/router.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -69,25 +70,14 @@ float sum_of(const float* values, std::int64_t count) {
 struct Backward {
   std::int64_t experts = 0, topk = 0;
   bool renormalise = false;
-  std::vector<float> balance;  // [E] gradient of the balancing loss by a token's score; empty: none
-  float z = 0.0F;              // gradient of the z-loss by a token's logsumexp, over that logsumexp
+  float dlogsumexp = 0.0F;
 
-  Backward(const RouterOptions& options, const RouterLosses& losses);
-  void token(const Routing& routing, std::int64_t t, const float* dweights, float* dlogits) const;
+  /// `dscores` : [E] gradient of the losses by the token's scores, or null
+  void token(const Routing& routing, std::int64_t t, const float* dweights, const float* dscores, float* dlogits) const;
 };
 
-Backward::Backward(const RouterOptions& options, const RouterLosses& losses)
-    : experts(options.experts), topk(options.topk), renormalise(options.renormalise) {
-  if (losses.tokens == 0) return;
-  const double tokens = static_cast<double>(losses.tokens);
-  z = static_cast<float>(2.0 * options.z / tokens);
-  if (options.balance == 0.0F) return;
-  for (const float fraction : losses.load_fraction) {
-    balance.push_back(static_cast<float>(options.balance * static_cast<double>(experts) * fraction / tokens));
-  }
-}
-
-void Backward::token(const Routing& routing, std::int64_t t, const float* dweights, float* dlogits) const {
+void Backward::token(const Routing& routing, std::int64_t t, const float* dweights, const float* dscores,
+                     float* dlogits) const {
   const float* scores = routing.scores.as<float>() + t * experts;
   const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * topk;
   const float* weights = routing.weights.as<float>() + t * topk;
@@ -103,13 +93,28 @@ void Backward::token(const Routing& routing, std::int64_t t, const float* dweigh
   // softmax: dz_e = s_e (ds_e - sum_j s_j ds_j); logsumexp: dz_e = s_e.
   float dot = 0.0F;
   for (std::int64_t k = 0; k < topk; ++k) dot += top[k] * ((dweights[k] - mean) * inverse);
-  for (std::size_t e = 0; e < balance.size(); ++e) dot += scores[e] * balance[e];
-  const float common = z * routing.logsumexp.as<float>()[t] - dot;
+  for (std::int64_t e = 0; dscores != nullptr && e < experts; ++e) dot += scores[e] * dscores[e];
+  const float common = dlogsumexp * routing.logsumexp.as<float>()[t] - dot;
   for (std::int64_t e = 0; e < experts; ++e) {
-    dlogits[e] = scores[e] * (balance.empty() ? common : balance[static_cast<std::size_t>(e)] + common);
+    dlogits[e] = scores[e] * (dscores == nullptr ? common : dscores[e] + common);
   }
   for (std::int64_t k = 0; k < topk; ++k) {
     if (ids[k] >= 0) dlogits[ids[k]] += top[k] * ((dweights[k] - mean) * inverse);
+  }
+}
+
+void check_segments(const RouterLosses& losses, std::int64_t tokens, std::int64_t experts) {
+  const std::vector<std::int64_t>& segments = losses.segments;
+  const std::size_t rows = segments.empty() ? 0 : segments.size() - 1;
+  if (losses.dscores.size() != rows * static_cast<std::size_t>(experts)) {
+    refuse("dscores of the losses has " + std::to_string(losses.dscores.size()) + " entries for " +
+           std::to_string(rows) + " segments of " + std::to_string(experts) + " experts");
+  }
+  if (segments.empty()) return;
+  if (segments.front() != 0 || segments.back() != tokens || !std::is_sorted(segments.begin(), segments.end())) {
+    refuse("segments of the losses go from " + std::to_string(segments.front()) + " to " +
+           std::to_string(segments.back()) + ", should ascend from 0 to the " + std::to_string(tokens) +
+           " tokens of this rank");
   }
 }
 
@@ -165,18 +170,23 @@ void route_backward(const Context& context, const RouterOptions& options, const 
   require(options, routing);
   require("dweights", dweights, routing.weights.shape());
   require("dlogits", dlogits, routing.scores.shape());
-  if (losses.tokens > 0 && static_cast<std::int64_t>(losses.load_fraction.size()) != options.experts) {
-    refuse("load_fraction has " + std::to_string(losses.load_fraction.size()) + " entries for " +
-           std::to_string(options.experts) + " experts");
-  }
+  const std::int64_t tokens = routing.scores.size(0);
+  check_segments(losses, tokens, options.experts);
 
   const FloatMode mode;
-  const Backward backward(options, losses);
+  const Backward backward{options.experts, options.topk, options.renormalise, losses.dlogsumexp};
   const float* from = dweights.as<float>();
   float* to = dlogits.as<float>();
-  for_ranges(context.pool(), routing.scores.size(0), kGrain, [&](std::int64_t begin, std::int64_t end) {
+  for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
+    const auto bounds = losses.segments.begin();
+    std::int64_t segment = std::upper_bound(bounds, losses.segments.end(), begin) - bounds - 1;
     for (std::int64_t t = begin; t < end; ++t) {
-      backward.token(routing, t, from + t * options.topk, to + t * options.experts);
+      const float* dscores = nullptr;
+      if (!losses.dscores.empty()) {
+        while (losses.segments[static_cast<std::size_t>(segment) + 1] <= t) ++segment;
+        dscores = losses.dscores.data() + segment * options.experts;
+      }
+      backward.token(routing, t, from + t * options.topk, dscores, to + t * options.experts);
     }
   });
 }

@@ -74,5 +74,33 @@ TEST(RouterGradient, counts_the_z_loss) {
   check({.experts = kExperts, .topk = kTopk, .renormalise = false, .z = 2.0F});
 }
 
+/// One segment has no tokens and one ends where the library's tasks do not.
+TEST(RouterGradient, counts_for_each_token_the_loss_of_its_segment) {
+  run_threads(1, [&](const Communicator& communicator) {
+    constexpr std::int64_t kMany = 600, kE = 3;
+    const Context context(communicator, {.threads = 2, .backend = fastest_backend()});
+    const RouterOptions options{.experts = kE, .topk = 1};
+    const Random random(4, "segments");
+    Array logits(DType::f32, {kMany, kE});
+    for (std::int64_t i = 0; i < kMany * kE; ++i) logits.as<float>()[i] = random.normal(static_cast<std::uint64_t>(i));
+    Routing routing;
+    route(context, options, logits, routing);
+    RouterLosses losses;
+    losses.segments = {0, 1, 1, 300, kMany};
+    for (int i = 0; i < 4 * kE; ++i) losses.dscores.push_back(random.normal(static_cast<std::uint64_t>(10000 + i)));
+    const Array none(DType::f32, {kMany, 1});
+    Array dlogits(DType::f32, {kMany, kE});
+    route_backward(context, options, routing, losses, none, dlogits);
+    for (std::int64_t t = 0; t < kMany; ++t) {
+      const float* row = losses.dscores.data() + (t < 1 ? 0 : t < 300 ? 2 : 3) * kE;
+      const float* score = routing.scores.as<float>() + t * kE;
+      const double mean = static_cast<double>(score[0]) * row[0] + static_cast<double>(score[1]) * row[1] +
+                          static_cast<double>(score[2]) * row[2];
+      for (std::int64_t e = 0; e < kE; ++e)
+        EXPECT_NEAR(dlogits.as<float>()[t * kE + e], score[e] * (row[e] - mean), 1e-6) << t;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace expar::test

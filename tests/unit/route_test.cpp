@@ -123,6 +123,33 @@ TEST(Route, names_what_is_wrong_with_its_arguments) {
   });
 }
 
+TEST(Route, refuses_gradients_of_losses_that_do_not_cover_its_tokens) {
+  with_context([](const Context& context) {
+    const RouterOptions options{.experts = 2, .topk = 1};
+    const Array logits(DType::f32, {3, 2});
+    const Array dweights(DType::f32, {3, 1});
+    Routing routing;
+    route(context, options, logits, routing);
+    const auto message = [&](std::vector<std::int64_t> segments, std::size_t dscores) -> std::string {
+      RouterLosses losses;
+      losses.segments = std::move(segments);
+      losses.dscores.resize(dscores);
+      try {
+        route_backward(context, options, routing, losses, dweights, Array(DType::f32, {3, 2}));
+      } catch (const Error& error) {
+        return error.message();
+      }
+      return "";
+    };
+    EXPECT_EQ(message({0, 3}, 2), "");
+    EXPECT_EQ(message({}, 0), "");
+    EXPECT_EQ(message({0, 3}, 3), "dscores of the losses has 3 entries for 1 segments of 2 experts");
+    for (const std::vector<std::int64_t>& wrong : {std::vector<std::int64_t>{0, 2}, {1, 3}})
+      EXPECT_NE(message(wrong, 2).find("should ascend from 0 to the 3 tokens of this rank"), std::string::npos);
+    EXPECT_NE(message({0, 2, 1, 3}, 6).find("should ascend"), std::string::npos);
+  });
+}
+
 TEST(RouterLosses, are_what_their_formulas_say) {
   with_context([](const Context& context) {
     const float logits[] = {2, 1, 0, /**/ 0, 3, 0, /**/ 1, 1, 4, /**/ 0, 5, 0};
