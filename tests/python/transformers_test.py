@@ -1,4 +1,5 @@
-"""transformers' own MoE block on what expar train --save has written, beside expar run: transformers_test.py EXPAR TEXT."""
+"""expar run beside transformers' own MoE blocks, on checkpoints that transformers or expar train has written:
+transformers_test.py EXPAR TEXT."""
 
 import os
 import subprocess
@@ -7,22 +8,54 @@ import tempfile
 import unittest
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 EXPAR, TEXT = sys.argv[1:3]
-EXPERTS, TOPK, HIDDEN, TOKENS, LAYER = 5, 2, 16, 50, 1
+LAYER, HIDDEN, INNER, EXPERTS, TOPK, TOKENS = 1, 40, 33, 7, 3, 50
+
+# Odd sizes, so that nothing fits by chance. What is not said here is transformers' default.
+SIZES = dict(num_hidden_layers=LAYER + 1, hidden_size=HIDDEN, num_experts_per_tok=TOPK, num_attention_heads=4,
+             num_key_value_heads=4, head_dim=8, vocab_size=64, max_position_embeddings=64, bos_token_id=None,
+             eos_token_id=None, pad_token_id=None)
+FAMILIES = {
+    "Mixtral": dict(num_local_experts=EXPERTS, intermediate_size=INNER),
+    "Olmoe": dict(num_experts=EXPERTS, intermediate_size=INNER),
+    "Qwen3Moe": dict(num_experts=EXPERTS, moe_intermediate_size=INNER, norm_topk_prob=True),
+}
 
 
-def block_of(directory):
-    """The block with the checkpoint's weights, in f32; transformers 5 keeps experts fused in memory."""
-    block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig.from_pretrained(directory))
+def written_model(family, dtype, directory):
+    """The model, in f32, whose checkpoint of `dtype` now lies in `directory`."""
+    config = getattr(transformers, family + "Config")(**{**SIZES, **FAMILIES[family]})
+    config._experts_implementation = "eager"  # the others want sizes of whole 16 bytes
+    torch.manual_seed(7)
+    model = getattr(transformers, family + "ForCausalLM")(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "layers.1." in name:
+                tensor.normal_(std=0.3)
+        for name, tensor in model.named_buffers():
+            if "correction_bias" in name:
+                tensor.normal_(std=0.3)
+    model.to(dtype).save_pretrained(directory)
+    return model.float().eval()
+
+
+def block_of(model):
+    layer = model.model.layers[LAYER]
+    return getattr(layer, "mlp", None) or layer.feed_forward
+
+
+def trained_block(directory):
+    """The block with the weights that expar train has saved, in f32; transformers 5 keeps experts fused in memory."""
+    config = transformers.Qwen3MoeConfig.from_pretrained(directory)
     tensors = load_file(os.path.join(directory, "model.safetensors"))
     prefix = f"model.layers.{LAYER}.mlp."
 
     def experts(name):
-        return [tensors[f"{prefix}experts.{e}.{name}.weight"] for e in range(EXPERTS)]
+        return [tensors[f"{prefix}experts.{e}.{name}.weight"] for e in range(config.num_experts)]
 
     gate_up = [torch.cat(pair) for pair in zip(experts("gate_proj"), experts("up_proj"))]
     state = {
@@ -30,41 +63,53 @@ def block_of(directory):
         "experts.gate_up_proj": torch.stack(gate_up),
         "experts.down_proj": torch.stack(experts("down_proj")),
     }
+    config._experts_implementation = "eager"
+    block = Qwen3MoeSparseMoeBlock(config)
     block.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return block.eval()
 
 
 class Transformers(unittest.TestCase):
-    def compare(self, dtype):
-        with tempfile.TemporaryDirectory() as directory:
-            text, model, x, y = (os.path.join(directory, name) for name in ("text", "model", "x", "y"))
-            with open(TEXT, "rb") as source, open(text, "wb") as target:
-                target.write(source.read(78000))
-            sizes = dict(experts=EXPERTS, topk=TOPK, hidden=HIDDEN, inner=24, context=4, batch=40, steps=20, ranks=3)
-            flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-            subprocess.run([EXPAR, "train", "--text", text, "--save", model, "--dtype", dtype, *flags],
-                           check=True, stdout=subprocess.DEVNULL)
-            torch.manual_seed(3)
-            hidden = torch.randn(TOKENS, HIDDEN)
-            save_file({"hidden_states": hidden}, x)
-            subprocess.run([EXPAR, "run", "--model", model, "--layer", str(LAYER), "--input", x, "--output", y,
-                            "--ranks", "2"], check=True, stdout=subprocess.DEVNULL)
-            ours = load_file(y)
-            block = block_of(model)
-            with torch.no_grad():
-                theirs = block(hidden[None])
-                logits = torch.nn.functional.linear(hidden, block.gate.weight)
-            theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).reshape(TOKENS, HIDDEN)
-            ids = torch.topk(logits, TOPK).indices
-            self.assertTrue(torch.equal(ours["topk_ids"].long(), ids))
-            # Sums of 16 and 24 products in f32, in another order.
-            torch.testing.assert_close(ours["hidden_states"], theirs, rtol=1e-5, atol=1e-6)
+    @classmethod
+    def setUpClass(cls):
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
-    def test_computes_what_expar_run_computes_from_f32(self):
-        self.compare("f32")
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = lambda name: os.path.join(directory.name, name)
 
-    def test_computes_what_expar_run_computes_from_bf16(self):
-        self.compare("bf16")
+    def compare(self, model, block, width):
+        torch.manual_seed(3)
+        hidden = torch.randn(TOKENS, width)
+        save_file({"hidden_states": hidden}, self.path("x"))
+        subprocess.run([EXPAR, "run", "--model", model, "--layer", str(LAYER), "--input", self.path("x"),
+                        "--output", self.path("y"), "--ranks", "2"], check=True, stdout=subprocess.DEVNULL)
+        with torch.no_grad():
+            theirs = block(hidden[None])
+        theirs = (theirs[0] if isinstance(theirs, tuple) else theirs).reshape(TOKENS, width)
+        # Sums of some tens of products in f32, in another order.
+        torch.testing.assert_close(load_file(self.path("y"))["hidden_states"], theirs, rtol=1e-4, atol=1e-5)
+
+    def test_computes_what_expar_run_computes_for_every_family(self):
+        for family in FAMILIES:
+            for dtype in (torch.float32, torch.bfloat16):
+                with self.subTest(family=family, dtype=dtype):
+                    path = self.path(f"{family}_{dtype}")
+                    self.compare(path, block_of(written_model(family, dtype, path)), HIDDEN)
+
+    def test_computes_what_expar_run_computes_after_a_training(self):
+        with open(TEXT, "rb") as source, open(self.path("text"), "wb") as target:
+            target.write(source.read(78000))
+        sizes = dict(experts=5, topk=2, hidden=16, inner=24, context=4, batch=40, steps=20, ranks=3)
+        flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        for dtype in ("f32", "bf16"):
+            with self.subTest(dtype=dtype):
+                path = self.path(dtype)
+                subprocess.run([EXPAR, "train", "--text", self.path("text"), "--save", path, "--dtype", dtype, *flags],
+                               check=True, stdout=subprocess.DEVNULL)
+                self.compare(path, trained_block(path), 16)
 
 
 if __name__ == "__main__":
