@@ -138,6 +138,14 @@ TEST(GemmIsas, all_give_the_same_bits) {
   }
 }
 
+// Measured once: processors of different kinds must give the same bits, too.
+TEST(GemmIsas, give_the_bits_of_all_processors) {
+  Pool pool(1);
+  std::string bytes;
+  for (const GemmShape& shape : odd_shapes()) bytes += bytes_of(GemmProblem(shape), *cpu_kernels().front(), pool);
+  EXPECT_EQ(hash_of(bytes), 15058292769789654923u);
+}
+
 // Products far below the smallest normal, and sums that cross it.
 TEST(GemmIsas, all_flush_denormals_alike) {
   Pool pool(1);

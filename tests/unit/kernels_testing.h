@@ -83,6 +83,13 @@ struct Operand {
   Array memory;
 };
 
+/// FNV-1a.
+inline std::uint64_t hash_of(const std::string& bytes) {
+  std::uint64_t hash = 0xcbf29ce484222325u;
+  for (const char byte : bytes) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
+  return hash;
+}
+
 /// How this thread rounds now, by what it does: fegetround() alone does not see every mode register.
 inline std::string rounding_in_force() {
   volatile float one = 1, little = 0x1p-30F, tiny = 0x1p-140F;
