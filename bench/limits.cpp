@@ -2,6 +2,7 @@
 #include "bench/limits.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "bench/workload.h"
 
@@ -13,24 +14,47 @@ constexpr std::int64_t kMiB = std::int64_t{1} << 20;
 constexpr std::int64_t kLargest = 512 * kMiB;
 constexpr double kComputeSeconds = 1e-3;
 
-}  // namespace
-
-ReadProbe::ReadProbe(const Context& context, std::int64_t bytes)
-    : context_(context), loops_(fastest_loops()), sums_(static_cast<std::size_t>(context.pool().threads()) * 8) {
+/// At least `bytes`, in rows of a MiB, none of them zero.
+Array filled(const Context& context, std::int64_t bytes) {
   const std::int64_t rows = std::clamp((bytes + kMiB - 1) / kMiB, std::int64_t{1}, kLargest / kMiB);
-  memory_ = Array(DType::bf16, Shape{rows, kMiB / 2});
-  context_.pool().run(rows, [&](std::int64_t row, int) {
-    fill_row(static_cast<std::uint64_t>(row), DType::bf16, kMiB / 2, memory_.view().bytes() + row * kMiB);
+  Array memory(DType::bf16, Shape{rows, kMiB / 2});
+  context.pool().run(rows, [&](std::int64_t row, int) {
+    fill_row(static_cast<std::uint64_t>(row), DType::bf16, kMiB / 2, memory.view().bytes() + row * kMiB);
+  });
+  return memory;
+}
+
+/// Calls work(thread, first byte, bytes) for each thread's part of `memory`.
+template <class Work>
+void share_out(const Context& context, const Array& memory, const Work& work) {
+  const std::int64_t threads = context.pool().threads();
+  const std::int64_t bytes = static_cast<std::int64_t>(memory.view().byte_size());
+  context.pool().run(threads, [&](std::int64_t i, int) {
+    const Part part = part_of(bytes / 4096, static_cast<int>(i), static_cast<int>(threads));
+    work(static_cast<std::size_t>(i), part.begin * 4096, static_cast<std::size_t>(part.end - part.begin) * 4096);
   });
 }
 
+}  // namespace
+
+ReadProbe::ReadProbe(const Context& context, std::int64_t bytes)
+    : context_(context),
+      loops_(fastest_loops()),
+      memory_(filled(context, bytes)),
+      sums_(static_cast<std::size_t>(context.pool().threads()) * 8) {}
+
 void ReadProbe::run() {
-  const std::int64_t threads = context_.pool().threads();
-  const std::int64_t bytes = static_cast<std::int64_t>(memory_.view().byte_size());
-  context_.pool().run(threads, [&](std::int64_t i, int) {
-    const Part part = part_of(bytes / 4096, static_cast<int>(i), static_cast<int>(threads));
-    sums_[static_cast<std::size_t>(i) * 8] =
-        loops_.read(memory_.view().bytes() + part.begin * 4096, static_cast<std::size_t>(part.end - part.begin) * 4096);
+  share_out(context_, memory_, [&](std::size_t thread, std::int64_t first, std::size_t bytes) {
+    sums_[thread * 8] = loops_.read(memory_.view().bytes() + first, bytes);
+  });
+}
+
+MemcpyProbe::MemcpyProbe(const Context& context, std::int64_t bytes)
+    : context_(context), from_(filled(context, bytes)), to_(filled(context, bytes)) {}
+
+void MemcpyProbe::run() {
+  share_out(context_, from_, [&](std::size_t, std::int64_t first, std::size_t bytes) {
+    std::memcpy(to_.view().bytes() + first, from_.view().bytes() + first, bytes);
   });
 }
 

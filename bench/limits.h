@@ -26,6 +26,20 @@ class ReadProbe {
   std::vector<std::uint64_t> sums_;
 };
 
+/// Memory of this rank that is copied by all its threads, again and again.
+class MemcpyProbe {
+ public:
+  /// As ReadProbe, twice.
+  MemcpyProbe(const Context& context, std::int64_t bytes);
+  void run();
+  /// Copied by one run().
+  double bytes() const { return static_cast<double>(from_.view().byte_size()); }
+
+ private:
+  Context context_;
+  Array from_, to_;
+};
+
 /// About a millisecond of arithmetic on all threads of this rank.
 class ComputeProbe {
  public:

@@ -1,19 +1,19 @@
-// expar doctor: what this machine offers, and whether each way to connect ranks really works here.
-#include <fcntl.h>
-#include <linux/futex.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// expar doctor: what this machine offers, a verdict on each part of it, and what to do about problems. Transports are
+// tried and rates are measured, not guessed.
 #include <algorithm>
-#include <cerrno>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include <expar/collectives.h>
 
+#include "bench/bench.h"
+#include "bench/limits.h"
+#include "bench/timing.h"
+#include "cli/checks.h"
 #include "cli/machine.h"
 #include "cli/output.h"
 #include "cli/verbs.h"
@@ -35,34 +35,45 @@ double time_barriers(const Communicator& communicator, const Common& common) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count() / kBarriers;
 }
 
-std::string one_decimal(double value) {
+std::string decimal(const nlohmann::json& value) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.1f", value);
+  std::snprintf(text, sizeof text, "%.1f", value.get<double>());
   return text;
 }
 
-/// Two processes of this program meet and leave; only their success is seen, so they time nothing.
-void probe_processes(const std::string& transport, int ranks, const Common& common) {
-  const LaunchResult result = launch(ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", transport,
-                                             "--backend", common.backend, "--timeout", std::to_string(common.timeout)});
+bool any(const std::vector<Check>& checks, Verdict verdict) {
+  return std::any_of(checks.begin(), checks.end(), [&](const Check& check) { return check.verdict == verdict; });
+}
+
+std::string threads_of(const nlohmann::json& measured) {
+  const int threads = measured["threads"];
+  return std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+}
+
+/// Processes of this program meet and leave; only their success is seen, so they time nothing.
+void probe_processes(const std::string& transport, const Common& common) {
+  const LaunchResult result =
+      launch(common.ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", transport, "--backend",
+                            common.backend, "--timeout", std::to_string(common.timeout)});
   if (result.failed) throw result.error;
 }
 
 nlohmann::json try_transport(const std::string& transport, Common common) {
-  nlohmann::json row = {{"name", transport}};
   if (common.timeout == 0) common.timeout = kProbeTimeout;
-  const int ranks = common.ranks == 0 ? 2 : common.ranks;
+  if (common.ranks == 0) common.ranks = 2;
+  nlohmann::json row = {{"name", transport}, {"ranks", common.ranks}};
   try {
     if (transport == "threads") {
       run_threads(
-          ranks,
+          common.ranks,
           [&](const Communicator& communicator) {
             const double us = time_barriers(communicator, common);
             if (communicator.rank() == 0) row["barrier_us"] = us;
           },
           common.run_options());
     } else {
-      probe_processes(transport, ranks, common);
+      static_cast<void>(job_from_environment());  // where this process finds no job, its children would not
+      probe_processes(transport, common);
     }
     row["works"] = true;
   } catch (...) {
@@ -70,36 +81,6 @@ nlohmann::json try_transport(const std::string& transport, Common common) {
     row["problem"] = current_error().what();
   }
   return row;
-}
-
-bool has_sealed_memory() {
-  const int fd = static_cast<int>(syscall(SYS_memfd_create, "expar", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (fd < 0) return false;
-  const bool sealed =
-      ftruncate(fd, 4096) == 0 && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) == 0;
-  close(fd);
-  return sealed;
-}
-
-bool has_futex() {
-  std::uint32_t word = 1;
-  // The word is not 0, so a working futex refuses to sleep.
-  return syscall(SYS_futex, &word, FUTEX_WAIT, 0, nullptr, nullptr, 0) != 0 && errno == EAGAIN;
-}
-
-bool has_pidfd() {
-  const int fd = static_cast<int>(syscall(SYS_pidfd_open, getpid(), 0));
-  if (fd >= 0) close(fd);
-  return fd >= 0;
-}
-
-nlohmann::json limits() {
-  rlimit files{};
-  getrlimit(RLIMIT_NOFILE, &files);
-  return {{"open_files", files.rlim_cur},
-          {"sealed_memory", has_sealed_memory()},
-          {"futex", has_futex()},
-          {"pidfd", has_pidfd()}};
 }
 
 nlohmann::json backends() {
@@ -116,50 +97,153 @@ nlohmann::json backends() {
   return rows;
 }
 
-std::string joined(const nlohmann::json& words) {
-  std::string line;
-  for (const auto& word : words) line += (line.empty() ? "" : " ") + word.get<std::string>();
-  return line;
+/// What to do about something that should work.
+std::string advice_after(const std::vector<Check>& checks) {
+  return any(checks, Verdict::problem) ? "solve the problems above first"
+                                       : "report this with the whole output of expar doctor";
 }
 
-void print_row(const std::string& what, const std::string& value) {
-  std::printf("%-20s %s\n", what.c_str(), value.c_str());
+Check check_transport(const nlohmann::json& row, const std::vector<Check>& before) {
+  Check check("transport " + row["name"].get<std::string>());
+  if (row["works"].get<bool>()) {
+    check.found = std::to_string(row["ranks"].get<int>()) + (row["ranks"] == 1 ? " rank" : " ranks") + " met and left";
+    if (row.contains("barrier_us")) check.found += ", a barrier takes " + decimal(row["barrier_us"]) + " us";
+    return check;
+  }
+  check.found = "does not work";
+  check.problem(row["problem"], advice_after(before));
+  return check;
 }
 
-std::string yes_no(const nlohmann::json& value) { return value.get<bool>() ? "yes" : "no"; }
+/// Short enough for a doctor, long enough to tell an idle machine from a busy one.
+constexpr double kSeconds = 0.3;
+constexpr std::int64_t kCopied = 128 << 20;
+/// Kernels reach more than twice this where they have the cores to themselves.
+constexpr double kLittleOfPeak = 0.25;
 
-void print(const Machine& machine, const nlohmann::json& report) {
-  print_row("machine", machine.str());
-  if (machine.quota > 0) print_row("cgroup quota", one_decimal(machine.quota) + " cores");
-  print_row("instruction sets", joined(machine.features));
-  print_row("huge pages", machine.huge_pages);
-  for (const auto& row : report["backends"]) {
-    const std::string chosen =
-        row.contains("problem") ? row["problem"] : nlohmann::json("takes " + row["chosen"].get<std::string>());
-    print_row("backend " + row["name"].get<std::string>(), joined(row["isas"]) + "; " + chosen);
+nlohmann::json measure_rates(const Common& common) {
+  nlohmann::json measured;
+  const bench::Options options{
+      .tokens = 256, .hidden = 1024, .inner = 512, .experts = 8, .topk = 2, .seconds = kSeconds};
+  run_threads(
+      1,
+      [&](const Communicator& communicator) {
+        const Context context(communicator, common.context_options());
+        bench::MemcpyProbe copy(context, kCopied);
+        const bench::Times times = bench::measure_rounds(context, kSeconds, {{nullptr, [&] { copy.run(); }}});
+        measured["copy_gbps"] = copy.bytes() / bench::median(times[0]) * 1e-3;
+
+        const bench::Row row = bench::measure("experts", context, options).front();
+        const auto sizes = static_cast<double>(options.tokens * options.topk * options.hidden * options.inner);
+        measured["gemm_gflops"] = 3 * 2 * sizes / row.p50_us * 1e-3;  // gate, up and down; multiply and add
+        measured["gemm_of_peak"] = *row.of_peak;
+        measured["gemm_wrong"] = row.wrong;
+        measured["isa"] = context.kernels().isa;
+        measured["threads"] = context.pool().threads();
+      },
+      common.run_options());
+  return measured;
+}
+
+Check check_copies(const nlohmann::json& measured) {
+  return {"copies", decimal(measured["copy_gbps"]) + " GB/s on " + threads_of(measured)};
+}
+
+Check check_products(const nlohmann::json& measured) {
+  const double of_peak = measured["gemm_of_peak"];
+  Check check("GEMMs", decimal(measured["gemm_gflops"]) + " GFLOP/s in bf16 by " + measured["isa"].get<std::string>() +
+                           " on " + threads_of(measured) + ", " + decimal(100 * of_peak) +
+                           " % of the peak measured beside them");
+  if (measured["gemm_wrong"] != 0) {
+    check.problem(std::to_string(measured["gemm_wrong"].get<std::int64_t>()) + " elements of the result are wrong",
+                  "set EXPAR_ISA=portable, and report this with the whole output of expar doctor");
+  } else if (of_peak < kLittleOfPeak) {
+    check.note("far below what this machine can do: something else uses its cores, or this is a debug build",
+               "look at 'top', then try again with a release build (cmake --preset release)");
   }
-  for (const auto& row : report["transports"]) {
-    std::string verdict = row["works"].get<bool>() ? "works" : "FAILS: " + row["problem"].get<std::string>();
-    if (row.contains("barrier_us")) {
-      verdict += ", a barrier takes " + one_decimal(row["barrier_us"].get<double>()) + " us";
-    }
-    print_row("transport " + row["name"].get<std::string>(), verdict);
+  return check;
+}
+
+std::string counted(std::int64_t count, const char* thing) {
+  return std::to_string(count) + " " + thing + (count == 1 ? "" : "s");
+}
+
+std::string verdict_on(const std::vector<Check>& checks) {
+  const auto count = [&](Verdict verdict) {
+    return std::count_if(checks.begin(), checks.end(), [&](const Check& check) { return check.verdict == verdict; });
+  };
+  const auto problems = count(Verdict::problem), notes = count(Verdict::note);
+  return (problems == 0 ? "ok" : counted(problems, "problem")) + (notes == 0 ? "" : ", " + counted(notes, "note"));
+}
+
+void print(const Machine& machine, const std::vector<Check>& checks) {
+  const auto word = [](Verdict verdict) {
+    return verdict == Verdict::ok ? "ok" : verdict == Verdict::note ? "note" : "PROBLEM";
+  };
+  std::printf("%s\n\n", machine.str().c_str());
+  for (const Check& check : checks) {
+    std::printf("%-20s %-8s %s\n", check.name.c_str(), word(check.verdict), check.found.c_str());
+    if (check.verdict == Verdict::ok) continue;
+    std::printf("%29s %s\n%29s -> %s\n", "", check.reason.c_str(), "", check.advice.c_str());
   }
-  const nlohmann::json& limit = report["limits"];
-  print_row("open files", std::to_string(limit["open_files"].get<std::uint64_t>()));
-  print_row("sealed memory", yes_no(limit["sealed_memory"]));
-  print_row("futex", yes_no(limit["futex"]));
-  print_row("pidfd", yes_no(limit["pidfd"]));
+  std::printf("\nverdict: %s\n", verdict_on(checks).c_str());
+}
+
+/// The system first: what is tried after it may fail for the same reasons.
+std::vector<Check> check_system(const Machine& machine, const Common& common) {
+  return {check_cores(machine, common),
+          check_instruction_sets(common.backend),
+          check_shared_memory(),
+          check_address_space(),
+          check_locked_memory(),
+          check_open_files(machine, common),
+          check_waiting(),
+          check_launchers(),
+          check_numa()};
+}
+
+/// One mistake, one problem: the rest is tried without these variables.
+void forget_mistakes(const std::vector<Check>& checks) {
+  for (const Check& check : checks) {
+    if (check.verdict != Verdict::problem) continue;
+    if (check.name == "instruction sets") unsetenv("EXPAR_ISA");
+    if (check.name == "waiting") unsetenv("EXPAR_TIMEOUT");
+  }
+}
+
+void measure_into(nlohmann::json& report, std::vector<Check>& checks, const Common& common) {
+  try {
+    report["measured"] = measure_rates(common);
+    checks.push_back(check_copies(report["measured"]));
+    checks.push_back(check_products(report["measured"]));
+  } catch (...) {
+    Check check("rates", "could not be measured");
+    const Error error = current_error();
+    check.problem(error.what(), error.code() == ErrorCode::no_memory
+                                    ? "end other programs, or raise the limits of memory above"
+                                    : advice_after(checks));
+    checks.push_back(check);
+  }
 }
 
 nlohmann::json examine(const Common& common) {
   const Machine machine = this_machine();
-  nlohmann::json report = {{"machine", machine.json()}, {"backends", backends()}, {"limits", limits()}};
+  nlohmann::json report = {{"machine", machine.json()},
+                           {"backends", backends()},
+                           {"limits", limits()},
+                           {"launchers", launchers()},
+                           {"numa_nodes", numa_nodes()}};
+  std::vector<Check> checks = check_system(machine, common);
+  forget_mistakes(checks);
   report["transports"] = nlohmann::json::array();
   for (const std::string& transport : available_transports()) {
     report["transports"].push_back(try_transport(transport, common));
+    checks.push_back(check_transport(report["transports"].back(), checks));
   }
-  print(machine, report);
+  measure_into(report, checks, common);
+  print(machine, checks);
+  report["verdict"] = any(checks, Verdict::problem) ? "problem" : "ok";
+  for (const Check& check : checks) report["checks"].push_back(check.json());
   return report;
 }
 
@@ -169,7 +253,7 @@ Verb doctor() {
   auto probe = std::make_shared<bool>(false);
   Verb verb;
   verb.name = "doctor";
-  verb.help = "Show what this machine offers and try every transport with 2 ranks.";
+  verb.help = "Say what this machine offers, try every transport, and what to do about problems.";
   verb.add_options = [probe](CLI::App& app) { app.add_flag("--probe", *probe)->group(""); };
   verb.run_alone = [probe](const Common& common) -> nlohmann::json {
     if (!*probe) return examine(common);

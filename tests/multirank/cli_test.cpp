@@ -1,10 +1,12 @@
 // The command line as people and scripts meet it: exit statuses, the one line on stderr, --json, and what is left.
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -207,6 +209,86 @@ TEST_F(CommandLine, says_of_every_transport_whether_it_works) {
   for (const auto& transport : report["transports"]) EXPECT_TRUE(transport["works"]) << transport;
   EXPECT_TRUE(report["limits"]["sealed_memory"]);
   EXPECT_GE(report["machine"]["usable_cores"], 1);
+}
+
+/// The check of that name in a report of doctor.
+nlohmann::json check_in(const nlohmann::json& report, const std::string& name) {
+  for (const auto& check : report["checks"]) {
+    if (check["name"] == name) return check;
+  }
+  ADD_FAILURE() << "no check of " << name << " in " << report;
+  return {};
+}
+
+TEST_F(CommandLine, gives_a_verdict_on_each_part_of_the_machine) {
+  const Result result = run({"doctor", "--json", path("result")});
+  EXPECT_EQ(result.status, 0) << result.err;
+  const nlohmann::json report = nlohmann::json::parse(read_all(path("result")));
+  for (const char* name : {"cores", "instruction sets", "shared memory", "address space", "locked memory", "open files",
+                           "waiting", "launchers", "NUMA", "transport threads", "transport shm", "copies", "GEMMs"}) {
+    const nlohmann::json check = check_in(report, name);
+    EXPECT_FALSE(check["found"].get<std::string>().empty()) << check;
+    EXPECT_EQ(check.contains("reason"), check["verdict"] != "ok") << check;
+    EXPECT_EQ(check.contains("advice"), check["verdict"] != "ok") << check;
+    EXPECT_NE(result.out.find("\n" + std::string(name) + " "), std::string::npos) << result.out;
+  }
+  EXPECT_EQ(check_in(report, "launchers")["verdict"], "ok");
+  EXPECT_GE(report["numa_nodes"], 1);
+  EXPECT_EQ(report["launchers"]["environment"], "none");
+  EXPECT_GT(report["measured"]["copy_gbps"], 0);
+  EXPECT_GT(report["measured"]["gemm_gflops"], 0);
+  EXPECT_EQ(report["measured"]["gemm_wrong"], 0);
+  EXPECT_NE(result.out.find("\nverdict: "), std::string::npos) << result.out;
+}
+
+TEST_F(CommandLine, calls_a_shortage_of_cores_no_problem) {
+  const Result result = run({"doctor", "--ranks", "33", "--json", path("result")});
+  EXPECT_EQ(result.status, 0) << result.err;
+  const nlohmann::json report = nlohmann::json::parse(read_all(path("result")));
+  if (report["machine"]["usable_cores"] >= 33) GTEST_SKIP() << "this machine has a core for every rank";
+  EXPECT_EQ(check_in(report, "cores")["verdict"], "note");
+  for (const auto& transport : report["transports"]) EXPECT_EQ(transport["ranks"], 33) << transport;
+  EXPECT_EQ(report["verdict"], "ok") << report["checks"];
+  EXPECT_NE(result.out.find("\nverdict: ok, "), std::string::npos) << result.out;
+}
+
+TEST_F(CommandLine, says_what_to_do_about_problems) {
+  rlimit files{};
+  getrlimit(RLIMIT_NOFILE, &files);
+  const int ranks = static_cast<int>(std::thread::hardware_concurrency()) + 2;  // more than cores
+  const rlimit few{static_cast<rlim_t>(2 * ranks + 15), files.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &few);
+  const Result result = run({"doctor", "--ranks", std::to_string(ranks), "--json", path("result")},
+                            {{"EXPAR_ISA", "sse"}, {"RANK", "1"}});
+  setrlimit(RLIMIT_NOFILE, &files);
+  EXPECT_EQ(result.status, 0) << result.err;
+  EXPECT_EQ(result.err, "");
+  const nlohmann::json report = nlohmann::json::parse(read_all(path("result")));
+  const std::string type = "type 'ulimit -n " + std::to_string(2 * ranks + 16) + "'";
+  EXPECT_EQ(report["verdict"], "problem");
+  EXPECT_EQ(check_in(report, "open files")["advice"], type);
+  EXPECT_EQ(check_in(report, "instruction sets")["verdict"], "problem");
+  EXPECT_EQ(check_in(report, "launchers")["reason"], "RANK is set but WORLD_SIZE is not");
+  EXPECT_EQ(check_in(report, "transport shm")["verdict"], "problem") << "its ranks would meet the same environment";
+  EXPECT_EQ(check_in(report, "transport threads")["verdict"], "ok") << "tried without EXPAR_ISA";
+  EXPECT_NE(check_in(report, "GEMMs")["verdict"], "problem") << "measured without EXPAR_ISA";
+  EXPECT_NE(result.out.find("-> " + type), std::string::npos) << result.out;
+}
+
+TEST_F(CommandLine, names_the_limit_that_ends_a_transport) {
+  rlimit size{};
+  getrlimit(RLIMIT_FSIZE, &size);
+  const rlimit little{100 << 10, size.rlim_max};
+  setrlimit(RLIMIT_FSIZE, &little);
+  const Result result = run({"doctor", "--json", path("result")}, {{"EXPAR_TIMEOUT", "soon"}});
+  setrlimit(RLIMIT_FSIZE, &size);
+  EXPECT_EQ(result.status, 0) << result.err;
+  const nlohmann::json report = nlohmann::json::parse(read_all(path("result")));
+  EXPECT_EQ(check_in(report, "shared memory")["advice"], "type 'ulimit -f unlimited'");
+  EXPECT_EQ(check_in(report, "transport shm")["advice"], "solve the problems above first");
+  EXPECT_EQ(check_in(report, "waiting")["reason"], "EXPAR_TIMEOUT is \"soon\", not a number of seconds above 0");
+  EXPECT_TRUE(report.contains("measured")) << "without EXPAR_TIMEOUT";
+  EXPECT_NE(result.out.find("\nverdict: 3 problems"), std::string::npos) << result.out;
 }
 
 /// Small enough to be quick under a sanitizer.
