@@ -1,4 +1,5 @@
 // Dispatch beside a plain copy of the rows it sends, and combine beside a plain read of the rows it takes.
+#include <algorithm>
 #include <cstring>
 
 #include "bench/peers.h"
@@ -76,15 +77,23 @@ std::int64_t count_wrong_sums(const Workload& workload, ConstTensor out) {
   return wrong;
 }
 
+/// Of all experts: what the padded layout must hold.
+std::int64_t most_rows(const Plan& plan) {
+  const auto totals = plan.expert_totals();
+  return *std::max_element(totals.begin(), totals.end());
+}
+
 }  // namespace
 
 std::vector<Row> measure_dispatch(const Context& context, const Options& options) {
   const Workload workload(context, options);
   Inbox inbox;
+  DispatchOptions dispatch_options{.layout = options.layout};
   const auto run = [&] {
     const Plan plan = plan_of(context, workload);
     const Phase phase(context.trace(), "dispatch");
-    inbox = dispatch(context, workload.x(), workload.weights(), plan, {.layout = options.layout});
+    dispatch_options.capacity = most_rows(plan);
+    inbox = dispatch(context, workload.x(), workload.weights(), plan, dispatch_options);
   };
   run();
   std::int64_t wrong = count_wrong(workload, inbox);

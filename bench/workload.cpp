@@ -91,6 +91,23 @@ std::uint64_t Workload::answer_row(const Arrival& a) const {
   return kAnswers + static_cast<std::uint64_t>(a.token * options_.topk + a.slot);
 }
 
+/// The rows of local expert `e` in the inbox's packed(), in the order of its list.
+std::vector<std::size_t> packed_rows(const Inbox& inbox, std::size_t e) {
+  const Plan& plan = inbox.plan();
+  const auto offsets = inbox.offsets();
+  std::vector<std::size_t> rows;
+  const auto take = [&](std::int64_t first, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) rows.push_back(at(first + i));
+  };
+  if (inbox.layout() != Layout::rank_major) {
+    take(offsets[e], plan.rows()[e]);
+  } else {
+    for (std::size_t i = e; i + 1 < offsets.size(); i += plan.rows().size())
+      take(offsets[i], offsets[i + 1] - offsets[i]);
+  }
+  return rows;
+}
+
 std::int64_t count_wrong(const Workload& workload, const Inbox& inbox) {
   const Options& options = workload.options();
   const Plan& plan = inbox.plan();
@@ -104,6 +121,7 @@ std::int64_t count_wrong(const Workload& workload, const Inbox& inbox) {
       wrong += options.hidden * (1 + std::abs(plan.rows()[e] - static_cast<std::int64_t>(arrivals.size())));
       continue;
     }
+    const auto packed = packed_rows(inbox, e);
     for (std::size_t i = 0; i < arrivals.size(); ++i) {
       const std::size_t row = at(plan.offsets()[e]) + i;
       const RowRef& ref = inbox.refs()[row];
@@ -111,8 +129,9 @@ std::int64_t count_wrong(const Workload& workload, const Inbox& inbox) {
       const auto* got = static_cast<const std::byte*>(rows.base[ref.base]) + at(ref.row) * row_bytes;
       wrong += count_wrong(got, wanted.data(), options.dtype, options.hidden);
       wrong += ref.weight != workload.weight(arrivals[i].token, arrivals[i].slot);
-      if (options.layout == Layout::expert_major) {
-        wrong += count_wrong(inbox.packed().bytes() + row * row_bytes, wanted.data(), options.dtype, options.hidden);
+      if (inbox.layout() != Layout::indexed) {
+        wrong +=
+            count_wrong(inbox.packed().bytes() + packed[i] * row_bytes, wanted.data(), options.dtype, options.hidden);
       }
     }
   }

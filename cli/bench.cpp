@@ -1,5 +1,7 @@
 // expar bench: the flags of the benchmarks, and their rows as a table and as JSON.
+#include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <memory>
 
 #include "bench/bench.h"
@@ -20,6 +22,12 @@ struct Flags {
   const CLI::Option* routes = nullptr;
 };
 
+std::vector<std::string> layout_names() {
+  std::vector<std::string> names;
+  for (const Layout layout : kLayouts) names.emplace_back(name(layout));
+  return names;
+}
+
 void add_flags(CLI::App& app, Flags& flags) {
   bench::Options& o = flags.options;
   const auto size = whole_number(1, std::int64_t{1} << 24);
@@ -35,8 +43,8 @@ void add_flags(CLI::App& app, Flags& flags) {
       ->check(one_of({"swiglu", "gelu"}));
   app.add_flag("--bias", o.bias, "experts with biases");
   app.add_flag("--train", o.train, "layer: also a training step with AdamW");
-  app.add_option("--layout", flags.layout, "dispatch: indexed or expert_major (default indexed)")
-      ->check(one_of({"indexed", "expert_major"}));
+  app.add_option("--layout", flags.layout, "dispatch: indexed, expert_major, padded or rank_major (default indexed)")
+      ->check(one_of(layout_names()));
   app.add_option("--seconds", o.seconds, "time to spend on each row (default 2)")->check(number_above(0));
   flags.routes = app.add_option("--routes", o.routes,
                                 "uniform, zipf:A, hot:N:F (the first choice is with chance F one of N experts), or a "
@@ -52,7 +60,7 @@ void check_flags(Flags& flags) {
   bench::Options& o = flags.options;
   o.dtype = parse_dtype(flags.dtype);
   o.activation = flags.activation == "gelu" ? Activation::gelu : Activation::swiglu;
-  o.layout = flags.layout == "expert_major" ? Layout::expert_major : Layout::indexed;
+  o.layout = *std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](Layout l) { return name(l) == flags.layout; });
   bench::check(o, flags.experts->count() > 0, flags.topk->count() > 0);
   for (const std::string& what : flags.what) {
     if (what == "layer" && flags.routes->count() > 0) {
@@ -72,7 +80,7 @@ nlohmann::json to_json(const bench::Row& row, const bench::Options& o, const Con
     object["routes"] = layer ? "router" : o.routes;
   }
   if (layer || row.what == "experts") object["inner"] = o.inner;
-  if (row.what == "dispatch") object["layout"] = o.layout == Layout::expert_major ? "expert_major" : "indexed";
+  if (row.what == "dispatch") object["layout"] = name(o.layout);
   if (row.bytes) object["bytes"] = *row.bytes;
   if (row.gbps) object["gbps"] = *row.gbps;
   if (row.of_copy) object["of_copy"] = *row.of_copy;

@@ -7,15 +7,22 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string_view>
 
 #include <expar/plan.h>
 
 namespace expar {
 
+/// How the rows stand that a local expert takes, and the results of it. All but `indexed` pack a copy of them after
+/// arrival, for callers' own kernels; the rows of one source for one expert are together everywhere, by token and slot.
 enum class Layout : std::uint8_t {
   indexed,       // rows once per source token, and per expert a list that says which rows it takes
-  expert_major,  // besides, one packed [R, H] with the rows of each expert together: for callers' own kernels
+  expert_major,  // [R, H], expert by expert, each beginning at a multiple of the plan's alignment, zeros between
+  padded,        // [L, capacity, H], expert by expert, zeros behind the rows of each
+  rank_major,    // [R, H], source by source, then expert by expert; without alignment
 };
+inline constexpr Layout kLayouts[] = {Layout::indexed, Layout::expert_major, Layout::padded, Layout::rank_major};
+std::string_view name(Layout layout);
 
 /// What arrived at this rank. Move-only; its memory goes back to the arena with it.
 /// The rank's own rows are read where they lie: x must neither move nor change while the inbox is in use.
@@ -35,8 +42,12 @@ class Inbox {
   std::span<const RowRef> refs() const;
   /// All R rows, gathered by refs(), as the kernels take them.
   Rows gathered() const;
-  /// [R, H] with Layout::expert_major, else absent.
+  Layout layout() const;
+  /// The rows in the shape of layout(); absent where it is indexed.
   ConstTensor packed() const;
+  /// Where rows begin in packed(), counted in rows. rank_major: [P L + 1], those of source s for local expert e begin
+  /// at [s L + e] and end where the next begin. Others: [L + 1], expert e has plan().rows()[e] of them from [e] on.
+  std::span<const std::int64_t> offsets() const;
 
  private:
   friend class PendingDispatch;
@@ -45,6 +56,8 @@ class Inbox {
 
 struct DispatchOptions {
   Layout layout = Layout::indexed;
+  /// Rows per local expert in Layout::padded, the same on all ranks. An expert that has more, wherever, is an error.
+  std::int64_t capacity = 0;
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.
   const Inbox* lists_of = nullptr;
@@ -70,9 +83,11 @@ class PendingDispatch {
 ///   weights : [T, K]  f32, travel beside the rows into refs(); absent (`{}`): every weight is 1
 ///   plan    : from make_plan; the same plan serves combine and the backward pass
 ///   returns : inbox [U, H] and a list of rows per local expert
-/// Collective: H, dtype and layout are the same on all ranks.
-/// Throws Error: bad_argument (x or weights disagree with the plan), mismatch, timeout, peer_lost.
-/// Cost: one read and one write of each row that leaves; no allocation after the first call.
+/// Collective: H, dtype, layout and capacity are the same on all ranks.
+/// Throws Error: bad_argument (x or weights disagree with the plan; more rows than the capacity), mismatch, timeout,
+/// peer_lost.
+/// Cost: one read and one write of each row that leaves; no allocation after the first call. Packing reads and writes
+/// each of the R rows once more.
 Inbox dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                const DispatchOptions& options = {});
 PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
@@ -82,19 +97,25 @@ PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTenso
 class Outbox {
  public:
   Outbox() = default;
-  Outbox(Block block, Tensor rows) : block_(std::move(block)), rows_(rows) {}
-  /// [R, H], row i is the result of the inbox's refs()[i].
+  Outbox(Block block, Tensor rows, Layout layout = Layout::indexed)
+      : block_(std::move(block)), rows_(rows), layout_(layout) {}
+  /// Row i is the result of the inbox's refs()[i] or, made for a packed inbox, of row i of its packed().
   Tensor rows() const { return rows_; }
+  Layout layout() const { return layout_; }
   const Block& block() const { return block_; }
   Block& block() { return block_; }
 
  private:
   Block block_;
   Tensor rows_;
+  Layout layout_ = Layout::indexed;
 };
 
 /// Room for R rows of `width` elements in this rank's arena. Not collective. Throws Error: no_memory.
 Outbox make_outbox(const Context& context, const Plan& plan, std::int64_t width, DType dtype);
+/// The same in the layout of `inbox`, in the shape of its packed() but for the width: a kernel that reads row i there
+/// writes row i here, and combine finds it. What stands in rows of padding is never read.
+Outbox make_outbox(const Context& context, const Inbox& inbox, std::int64_t width, DType dtype);
 
 /// Says in a call of combine that slots are summed as they are.
 inline constexpr std::nullopt_t unweighted = std::nullopt;
@@ -119,7 +140,9 @@ class PendingCombine {
 
 /// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then the residual,
 /// in f32, rounded once. Slots with id -1 are left out.
-///   y       : [R, H]  from make_outbox, filled; it may be destroyed as soon as combine returns
+///   y       : [R, H]  from make_outbox, filled, of the same layout on all ranks; it may be destroyed as soon as
+///   combine
+///             returns
 ///   weights : [T, K] f32, or `unweighted`
 ///   out     : [T, H]  dtype of y; may be the residual itself
 /// Collective. Throws Error: bad_argument, mismatch, timeout, peer_lost.

@@ -1,10 +1,12 @@
 // Combine: each source reads its results where the experts wrote them and sums them in slot order.
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include <expar/dispatch.h>
 
 #include "src/dispatch/results.h"
+#include "src/dispatch/row_order.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -23,23 +25,52 @@ void require(const char* what, const ConstTensor& tensor, DType dtype, const Sha
   refuse(std::string(what) + " is " + describe(tensor) + ", not " + std::string(name(dtype)) + " " + shape.str());
 }
 
-Operation::Words show_outbox(Outbox& outbox, const Plan& plan, const Operation& operation) {
-  if (outbox.rows().shape().rank() != 2 || outbox.rows().size(0) != plan.received()) {
-    refuse("the outbox holds " + outbox.rows().shape().str() + ", the plan has " + std::to_string(plan.received()) +
-           " rows");
-  }
+std::int64_t capacity_of(const Outbox& outbox) {
+  return outbox.layout() == Layout::padded && outbox.rows().shape().rank() == 3 ? outbox.rows().size(1) : 0;
+}
+
+/// Elements of one row.
+std::int64_t width_of(const Outbox& outbox) {
+  const int axes = outbox.rows().shape().rank();
+  return axes == 0 ? 0 : outbox.rows().size(axes - 1);
+}
+
+/// What every outbox of an operation has in common.
+Signature& with_layout(Signature& signature, const Outbox& outbox) {
+  const Layout layout = outbox.layout() == Layout::expert_major ? Layout::indexed : outbox.layout();  // the same order
+  return signature.with("layout", static_cast<std::int64_t>(layout)).with("capacity", capacity_of(outbox));
+}
+
+Operation::Words show_outbox(Outbox& outbox, const RowOrder& order, const Operation& operation) {
+  const Shape wanted = order.shape(width_of(outbox));
+  if (outbox.rows().shape() != wanted)
+    refuse("the outbox is " + outbox.rows().shape().str() + ", the plan's results are " + wanted.str());
   outbox.block().used_by(operation.sequence());
   return show(outbox.block());
+}
+
+Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layout layout) {
+  Block block = context.communicator().arena().allocate(at(shape.elements()) * size_of(dtype));
+  const Tensor rows(block.data(), dtype, shape);
+  return Outbox(std::move(block), rows, layout);
+}
+
+void check_width(std::int64_t width) {
+  if (width < 0) refuse("an outbox of width " + std::to_string(width));
 }
 
 }  // namespace
 
 Outbox make_outbox(const Context& context, const Plan& plan, std::int64_t width, DType dtype) {
-  if (width < 0) refuse("an outbox of width " + std::to_string(width));
-  const Shape shape{plan.received(), width};
-  Block block = context.communicator().arena().allocate(at(shape.elements()) * size_of(dtype));
-  const Tensor rows(block.data(), dtype, shape);
-  return Outbox(std::move(block), rows);
+  check_width(width);
+  return make_outbox(context, Shape{plan.received(), width}, dtype, Layout::indexed);
+}
+
+Outbox make_outbox(const Context& context, const Inbox& inbox, std::int64_t width, DType dtype) {
+  check_width(width);
+  const Shape packed = inbox.packed().shape();
+  const Shape shape = packed.rank() == 3 ? Shape{packed[0], packed[1], width} : Shape{inbox.offsets().back(), width};
+  return make_outbox(context, shape, dtype, inbox.layout());
 }
 
 struct PendingCombine::State final : InFlight {
@@ -49,6 +80,7 @@ struct PendingCombine::State final : InFlight {
         y(y_),
         out(out_),
         residual(residual_),
+        order(p, c.rank(), y_.layout(), capacity_of(y_)),
         operation(c.communicator(), signature, c.timeout()) {}
 
   void advance() override {
@@ -56,7 +88,7 @@ struct PendingCombine::State final : InFlight {
   }
   void read() {
     const std::size_t row_bytes = at(out.size(1)) * size_of(out.dtype());
-    results.emplace(context, operation, plan, y, row_bytes);
+    results.emplace(context, operation, plan, order, y, row_bytes);
   }
 
   Context context;
@@ -65,6 +97,7 @@ struct PendingCombine::State final : InFlight {
   const float* weights = nullptr;
   Tensor out;
   ConstTensor residual;
+  RowOrder order;
   std::optional<Results> results;
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
@@ -76,13 +109,12 @@ PendingCombine::~PendingCombine() = default;
 PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights,
                              Tensor out, const CombineOptions& options) {
   const Phase phase(context.trace(), operation_span("start combine"));
-  const std::int64_t width = y.rows().shape().rank() == 2 ? y.rows().size(1) : 0;
+  const std::int64_t width = width_of(y);
   const DType dtype = y.rows().dtype();
-  const Signature signature = Signature("combine")
-                                  .with("hidden", width)
-                                  .with("dtype", static_cast<std::int64_t>(dtype))
-                                  .with("plan", static_cast<std::int64_t>(plan.id()))
-                                  .with("weighted", weights.has_value());
+  Signature signature("combine");
+  signature.with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
+  signature.with("plan", static_cast<std::int64_t>(plan.id())).with("weighted", weights.has_value());
+  with_layout(signature, y);
   auto state = std::make_unique<PendingCombine::State>(context, plan, y, out, options.residual, signature);
   state->operation.ready([&] {
     if (dtype != DType::f32 && dtype != DType::bf16)
@@ -91,7 +123,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
     if (weights) require("weights", *weights, DType::f32, Shape{plan.tokens(), plan.topk()});
     if (!options.residual.absent()) require("residual", options.residual, dtype, out.shape());
     if (weights) state->weights = weights->as<float>();
-    return show_outbox(y, plan, state->operation);
+    return show_outbox(y, state->order, state->operation);
   });
   state->operation.keep_advancing(state.get());
   return PendingCombine(std::move(state));
@@ -124,18 +156,19 @@ void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<
 
 void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tensor out) {
   const Phase phase(context.trace(), operation_span("fetch_slots"));
-  const std::int64_t width = values.rows().shape().rank() == 2 ? values.rows().size(1) : 0;
-  Operation operation(context.communicator(),
-                      Signature("fetch_slots").with("width", width).with("plan", static_cast<std::int64_t>(plan.id())),
-                      context.timeout());
+  const std::int64_t width = width_of(values);
+  Signature signature("fetch_slots");
+  signature.with("width", width).with("plan", static_cast<std::int64_t>(plan.id()));
+  Operation operation(context.communicator(), with_layout(signature, values), context.timeout());
+  const RowOrder order(plan, context.rank(), values.layout(), capacity_of(values));
   operation.ready([&] {
-    require("values", values.rows(), DType::f32, Shape{plan.received(), width});
+    if (values.rows().dtype() != DType::f32) refuse("values are " + describe(values.rows()) + ", not f32");
     require("out", out, DType::f32, Shape{plan.tokens(), plan.topk(), width});
-    return show_outbox(values, plan, operation);
+    return show_outbox(values, order, operation);
   });
   operation.meet();
   const std::size_t row_bytes = at(width) * sizeof(float);
-  Results results(context, operation, plan, values, row_bytes);
+  Results results(context, operation, plan, order, values, row_bytes);
   const void* const* slots = results.finish(context.communicator(), operation, plan);
   std::byte* to = out.bytes();
   for (std::int64_t i = 0; i < plan.tokens() * plan.topk(); ++i, to += row_bytes) {

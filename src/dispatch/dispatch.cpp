@@ -5,6 +5,7 @@
 #include <string>
 
 #include "src/dispatch/lists.h"
+#include "src/dispatch/row_order.h"
 #include "src/util/copy.h"
 #include "src/util/shown.h"
 #include "src/util/store_choice.h"
@@ -29,6 +30,8 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
   }
   if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
     refuse("lists_of is the inbox of another plan");
+  if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
+  check_capacity(plan, options.layout, options.capacity);
 }
 
 }  // namespace
@@ -39,6 +42,8 @@ struct Inbox::Data {
   Block packed_block;
   ConstTensor x, rows, packed;
   std::shared_ptr<Lists> lists;
+  Layout layout = Layout::indexed;
+  std::optional<RowOrder> order;
 };
 
 Inbox::Inbox() = default;
@@ -49,7 +54,9 @@ Inbox& Inbox::operator=(Inbox&&) noexcept = default;
 const Plan& Inbox::plan() const { return data_->plan; }
 ConstTensor Inbox::rows() const { return data_->rows; }
 std::span<const RowRef> Inbox::refs() const { return data_->lists->refs(); }
+Layout Inbox::layout() const { return data_->layout; }
 ConstTensor Inbox::packed() const { return data_->packed; }
+std::span<const std::int64_t> Inbox::offsets() const { return data_->order->offsets(); }
 Rows Inbox::gathered() const {
   return {.base = {data_->x.data(), data_->rows.data()},
           .dtype = data_->rows.dtype(),
@@ -74,7 +81,9 @@ struct PendingDispatch::State final : InFlight {
                       .with("hidden", width)
                       .with("dtype", static_cast<std::int64_t>(x_.dtype()))
                       .with("plan", p ? static_cast<std::int64_t>(p.id()) : 0)
-                      .with("lists", o.lists_of == nullptr),
+                      .with("lists", o.lists_of == nullptr)
+                      .with("layout", static_cast<std::int64_t>(o.layout))
+                      .with("capacity", o.capacity),
                   c.timeout()) {}
 
   std::size_t tags_offset() const { return (at(plan.unique()) * row_bytes + 63) / 64 * 64; }
@@ -175,21 +184,39 @@ struct PendingDispatch::State final : InFlight {
     }
   }
 
-  /// One packed [R, H]: each expert's rows together, rows of padding zero.
+  /// A copy of all rows in the order of the layout, rows of padding zero.
   void pack() {
-    inbox->packed_block = communicator.arena().allocate(at(plan.received()) * row_bytes);
-    std::byte* to = inbox->packed_block.data();
-    for (std::size_t e = 0; e < plan.rows().size(); ++e) {
-      const auto first = plan.offsets()[e];
-      const auto rows = plan.rows()[e];
-      Rows from{.base = {x.data(), inbox->rows.data()},
-                .dtype = x.dtype(),
-                .width = width,
-                .refs = inbox->lists->refs().data() + first};
-      context.kernels().gather({.rows = from, .count = rows, .out = to + at(first) * row_bytes}, context.pool());
-      std::memset(to + at(first + rows) * row_bytes, 0, at(plan.offsets()[e + 1] - first - rows) * row_bytes);
+    inbox->layout = options.layout;
+    const RowOrder& order = inbox->order.emplace(plan, communicator.rank(), options.layout, options.capacity);
+    if (options.layout == Layout::indexed) return;
+    inbox->packed_block = communicator.arena().allocate(at(order.rows()) * row_bytes);
+    inbox->packed = ConstTensor(inbox->packed_block.data(), x.dtype(), order.shape(width));
+    const std::int64_t experts = plan.local().count;
+    if (options.layout == Layout::rank_major) {
+      for (int s = 0; s < communicator.size(); ++s) {
+        for (std::int64_t e = 0; e < experts; ++e) {
+          const std::int64_t first = order.source_start(s, e);
+          pack(plan.source_start(s, e), order.offsets()[at(s * experts + e + 1)] - first, first);
+        }
+      }
+      return;
     }
-    inbox->packed = ConstTensor(to, x.dtype(), Shape{plan.received(), width});
+    for (std::int64_t e = 0; e < experts; ++e) {
+      const std::int64_t first = order.offsets()[at(e)], rows = plan.rows()[at(e)];
+      pack(plan.offsets()[at(e)], rows, first);
+      const std::int64_t padding = order.offsets()[at(e + 1)] - first - rows;
+      std::memset(inbox->packed_block.data() + at(first + rows) * row_bytes, 0, at(padding) * row_bytes);
+    }
+  }
+
+  /// `count` rows of the list, from `first` on, go to the packed rows from `to` on.
+  void pack(std::int64_t first, std::int64_t count, std::int64_t to) {
+    const Rows from{.base = {x.data(), inbox->rows.data()},
+                    .dtype = x.dtype(),
+                    .width = width,
+                    .refs = inbox->lists->refs().data() + first};
+    context.kernels().gather({.rows = from, .count = count, .out = inbox->packed_block.data() + at(to) * row_bytes},
+                             context.pool());
   }
 
   Context context;
@@ -231,7 +258,7 @@ Inbox PendingDispatch::finish() {
   state->await_rows();
   state->operation.complete();
   if (like == nullptr) state->list_rows();
-  if (state->options.layout == Layout::expert_major) state->pack();
+  state->pack();
   return Inbox(std::move(state->inbox));
 }
 

@@ -22,9 +22,13 @@ std::size_t count(const Plan& plan, int source, const ExpertRange& range) {
 
 }  // namespace
 
-Results::Results(const Context& context, const Operation& operation, const Plan& plan, const Outbox& own,
-                 std::size_t row_bytes)
-    : own_(own), row_bytes_(row_bytes), slots_(context.memory().get()), arrived_(at(plan.experts()), nullptr) {
+Results::Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
+                 const Outbox& own, std::size_t row_bytes)
+    : order_(order),
+      own_(own),
+      row_bytes_(row_bytes),
+      slots_(context.memory().get()),
+      arrived_(at(plan.experts()), nullptr) {
   exchange(context.communicator(), operation, plan);
 }
 
@@ -48,7 +52,7 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
     const std::byte* first_sent = stage;
     for (std::int64_t e = 0; e < plan.local().count; ++e) {
       const std::size_t bytes = count(plan, peer, plan.local().first + e) * row_bytes_;
-      if (bytes > 0) std::memcpy(stage, own_.block().data() + at(plan.source_start(peer, e)) * row_bytes_, bytes);
+      if (bytes > 0) std::memcpy(stage, own_.block().data() + at(order_.source_start(peer, e)) * row_bytes_, bytes);
       stage += bytes;
     }
     transfers_.send(peer, first_sent, static_cast<std::size_t>(stage - first_sent));
@@ -85,7 +89,7 @@ const void* const* Results::finish(const Communicator& communicator, const Opera
       continue;
     }
     const auto outbox = outboxes[at(slot.rank)];
-    const std::size_t offset = at(slot.row) * row_bytes_;
+    const std::size_t offset = at(order_.row(slot.row, expert)) * row_bytes_;
     if (offset > outbox.size() || row_bytes_ > outbox.size() - offset) {
       communicator.fail(Error(ErrorCode::internal,
                               "rank " + std::to_string(slot.rank) + " showed an outbox of " +

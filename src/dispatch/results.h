@@ -7,6 +7,7 @@
 
 #include <expar/dispatch.h>
 
+#include "src/dispatch/row_order.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -15,8 +16,8 @@ namespace expar {
 class Results {
  public:
   /// Once all have agreed. Rows are `row_bytes` long. Posts the transfers with ranks that are not mapped.
-  Results(const Context& context, const Operation& operation, const Plan& plan, const Outbox& own,
-          std::size_t row_bytes);
+  Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
+          const Outbox& own, std::size_t row_bytes);
 
   /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
   const void* const* finish(const Communicator& communicator, const Operation& operation, const Plan& plan);
@@ -24,6 +25,7 @@ class Results {
  private:
   void exchange(const Communicator& communicator, const Operation& operation, const Plan& plan);
 
+  const RowOrder& order_;
   const Outbox& own_;
   std::size_t row_bytes_;
   std::pmr::vector<const void*> slots_;

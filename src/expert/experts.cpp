@@ -183,6 +183,7 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
   check(shape, weights, plan.local().count);
   const std::int64_t rows = plan.received();
   require("y", y.rows(), shape.dtype, {rows, shape.hidden});
+  if (y.layout() == Layout::rank_major) refuse("the experts write results expert by expert; y is rank_major");
 
   record.pre = record.pre_memory.view(shape.dtype, {rows, shape.up_rows()});
   record.h = record.h_memory.view(shape.dtype, {rows, shape.inner});

@@ -3,86 +3,11 @@
 
 #include <cstring>
 
-#include <expar/dispatch.h>
-
-#include "tests/contract/routes.h"
+#include "tests/contract/share.h"
 #include "tests/contract/ways.h"
 
 namespace expar::test {
 namespace {
-
-/// This rank's share of a workload.
-struct Share {
-  Share(const Workload& w, int rank, DType dtype)
-      : ids(w.ids(rank)),
-        x(dtype, Shape{w.tokens[static_cast<std::size_t>(rank)], w.hidden}),
-        weights(DType::f32, Shape{x.view().size(0), w.topk}),
-        out(dtype, x.view().shape()) {
-    for (std::int64_t t = 0; t < x.view().size(0); ++t) {
-      for (std::int64_t h = 0; h < w.hidden; ++h) set(t * w.hidden + h, w.x(rank, t, h));
-      for (std::int64_t k = 0; k < w.topk; ++k) weights.as<float>()[t * w.topk + k] = w.weight(rank, t, k);
-    }
-  }
-  void set(std::int64_t i, float value) {
-    if (x.view().dtype() == DType::f32) {
-      x.as<float>()[i] = value;
-    } else {
-      x.as<bf16>()[i] = bf16(value);
-    }
-  }
-  ConstTensor id_tensor(const Workload& w) const { return {ids.data(), Shape{x.view().size(0), w.topk}}; }
-
-  std::vector<std::int32_t> ids;
-  Array x, weights, out;
-};
-
-float value(const ConstTensor& tensor, std::int64_t i) {
-  return tensor.dtype() == DType::f32 ? tensor.as<float>()[i] : static_cast<float>(tensor.as<bf16>()[i]);
-}
-
-/// One entry of the global order of an expert's rows.
-struct Expected {
-  int source;
-  std::int64_t token, slot;
-};
-
-std::vector<Expected> rows_of_expert(const Workload& w, std::int64_t expert) {
-  std::vector<Expected> rows;
-  for (int s = 0; s < w.ranks; ++s) {
-    const auto ids = w.ids(s);
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      const auto slot = static_cast<std::int64_t>(i);
-      if (ids[i] == expert) rows.push_back({s, slot / w.topk, slot % w.topk});
-    }
-  }
-  return rows;
-}
-
-/// Row i of the inbox's list, as bytes.
-const std::byte* row_bytes(const Inbox& inbox, std::int64_t i) {
-  const Rows rows = inbox.gathered();
-  const RowRef ref = rows.refs[i];
-  return static_cast<const std::byte*>(rows.base[ref.base]) +
-         static_cast<std::size_t>(ref.row * rows.width) * size_of(rows.dtype);
-}
-
-/// Each local expert sees exactly its rows, in (source rank, token, slot) order, with their weights.
-void check_rows(const Workload& w, const Inbox& inbox) {
-  const Plan& plan = inbox.plan();
-  const ExpertRange local = plan.local();
-  for (std::int64_t e = 0; e < local.count; ++e) {
-    const auto expected = rows_of_expert(w, local.first + e);
-    require_equal(plan.rows()[static_cast<std::size_t>(e)], static_cast<std::int64_t>(expected.size()),
-                  "rows of an expert");
-    for (std::size_t i = 0; i < expected.size(); ++i) {
-      const std::int64_t position = plan.offsets()[static_cast<std::size_t>(e)] + static_cast<std::int64_t>(i);
-      const auto& [source, token, slot] = expected[i];
-      require_equal(inbox.refs()[static_cast<std::size_t>(position)].weight, w.weight(source, token, slot), "a weight");
-      const ConstTensor row(row_bytes(inbox, position), inbox.rows().dtype(), Shape{w.hidden});
-      for (std::int64_t h = 0; h < w.hidden; ++h) require_equal(value(row, h), w.x(source, token, h), "an element");
-    }
-  }
-}
 
 /// Experts that multiply by one more than their number.
 void fill(const Inbox& inbox, Outbox& y) {
@@ -100,23 +25,6 @@ void fill(const Inbox& inbox, Outbox& y) {
           y.rows().as<bf16>()[i * width + h] = bf16(result);
         }
       }
-    }
-  }
-}
-
-void check_out(const Workload& w, const Share& share, int rank, bool weighted) {
-  const bool low = share.x.view().dtype() == DType::bf16;
-  for (std::int64_t t = 0; t < share.x.view().size(0); ++t) {
-    for (std::int64_t h = 0; h < w.hidden; ++h) {
-      float sum = 0;
-      for (std::int64_t k = 0; k < w.topk; ++k) {
-        const std::int32_t e = share.ids[static_cast<std::size_t>(t * w.topk + k)];
-        if (e < 0) continue;
-        const float y = w.x(rank, t, h) * static_cast<float>(e + 1);
-        sum += (low ? static_cast<float>(bf16(y)) : y) * (weighted ? w.weight(rank, t, k) : 1.0F);
-      }
-      require_equal(value(share.out, t * w.hidden + h), low ? static_cast<float>(bf16(sum)) : sum,
-                    "a combined element");
     }
   }
 }

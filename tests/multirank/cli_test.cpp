@@ -323,7 +323,7 @@ TEST_F(CommandLine, measures_every_operation_on_every_transport) {
 
 TEST_F(CommandLine, measures_every_way_to_route) {
   for (const char* routes : {"uniform", "zipf:1.5", "hot:1:0.9", "hot:6:1"}) {
-    for (const char* layout : {"indexed", "expert_major"}) {
+    for (const char* layout : {"indexed", "expert_major", "padded", "rank_major"}) {
       const Result result = run(
           bench({"dispatch", "combine", "-n", "4", "--transport", "threads", "--routes", routes, "--layout", layout}));
       EXPECT_EQ(result.status, 0) << routes << ": " << result.err;
