@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include <expar/context.h>
@@ -12,34 +13,93 @@ namespace expar {
 /// What to do with a logit that is NaN or infinite.
 enum class NanPolicy : std::uint8_t { error, propagate };
 
+/// How a logit z becomes a score.
+enum class Score : std::uint8_t {
+  softmax,        // over all experts; renormalised it is the softmax over the chosen ones (GPT-OSS)
+  sigmoid,        // 1 / (1 + exp(-z))
+  sqrt_softplus,  // sqrt(log(1 + exp(z)))
+};
+
+/// Who says which K experts a token goes to.
+enum class Choice : std::uint8_t {
+  scores,       // the largest scores, the selection bias added, in the best groups
+  logits,       // the largest logits: they still differ where a sigmoid rounds to 1 (Llama 4)
+  token_table,  // a table by token id, whatever the scores are (Roller et al. 2021; DeepSeek-V4's first layers)
+  round_robin,  // slot k of token t goes to expert (t K + k) mod E: what perfect balance would cost
+};
+
 struct RouterOptions {
   std::int64_t experts = 0;  // E
   std::int64_t topk = 0;     // K <= E
-  /// Divide the K chosen scores by their sum. Off: the plain softmax scores.
+  Score score = Score::softmax;
+  Choice choice = Choice::scores;
+  /// Divide the K chosen scores by their sum (+ 1e-20). Off: the plain scores.
   bool renormalise = true;
-  float balance = 0.0F;  // coefficient of the balancing loss; 0.01 is usual
-  float z = 0.0F;        // coefficient of the z-loss; 0.001 is usual
+  float scaling = 1.0F;  // the weights are multiplied by it at last
+  /// Experts e E / groups ... belong to group e; a token chooses among the experts of its `groups_used` best groups. A
+  /// group is as good as its best score or, with a selection bias, as the sum of its two best (DeepSeek-V2 and -V3).
+  std::int64_t groups = 1, groups_used = 1;
+  bool selection_bias = false;    // [E] is added to the scores for the choice alone (Wang et al. 2024)
+  bool bias = false;              // [E] is added to the logits and trained with them; by the layer
+  bool double_scores = false;     // choose and weigh in double; off: round each score to f32 first
+  bool weights_on_input = false;  // the experts read weight * x instead of weighing their results (Llama 4)
+  float balance = 0.0F;           // coefficient of the balancing loss; 0.01 is usual
+  float z = 0.0F;                 // coefficient of the z-loss; 0.001 is usual
   NanPolicy nan = NanPolicy::error;
 };
 
-/// Throws Error: bad_argument (E < 1, K < 1, K > E, a negative coefficient), naming the value.
+/// Throws Error: bad_argument (a number out of its range, options that contradict each other), naming the value.
 void validate(const RouterOptions& options);
 
-/// What the router decided for T tokens, and what its backward pass needs. Reuse one object: it keeps its memory.
-struct Routing {
-  Tensor ids;        // [T, K] int32, descending score, ties to the lower expert
-  Tensor weights;    // [T, K] f32
-  Tensor scores;     // [T, E] f32, softmax of the logits
-  Tensor top;        // [T, K] f32, the chosen scores before renormalisation
-  Tensor logsumexp;  // [T] f32
-  Buffer memory;
+/// The router of a family of models: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4.
+/// DeepSeek's groups are those of its 160 and 256 experts; with other numbers there are none.
+/// Throws Error: bad_argument (an unknown name, with the list of them).
+RouterOptions router_preset(std::string_view name, std::int64_t experts, std::int64_t topk);
+std::span<const std::string_view> router_presets();
+
+/// What a router may need beside the logits. Absent: not given.
+struct RouteInputs {
+  ConstTensor selection_bias = {};  // [E] f32, where the options have one
+  ConstTensor mask = {};            // [T] int8: 0 is padding, which goes nowhere and counts nowhere
+  ConstTensor tokens = {};          // [T] int32: token ids, for a token table
+  ConstTensor token_table = {};     // [V, K] int32: the experts of each token id
+  ConstTensor ids = {};  // [T, K] int32 in [-1, E): go where a Routing went before; weights are of today's scores
+  std::int64_t first_token = 0;  // how many tokens that are no padding earlier ranks have, for round_robin
 };
 
-/// Softmax over E, then the K largest (Shazeer et al. 2017; Fedus et al. 2021).
+/// What the router decided for T tokens, and what its backward pass needs. Reuse one object: it keeps its memory.
+/// Rows of padding have ids -1 and zeros elsewhere.
+struct Routing {
+  Tensor ids;              // [T, K] int32, best first, ties to the lower expert; -1: no expert
+  Tensor weights;          // [T, K] f32
+  Tensor scores;           // [T, E] f32
+  Tensor loss_scores;      // [T, E] f32, scores over their sum: what losses count; of softmax the scores themselves
+  Tensor probabilities;    // [T, E] f32, softmax of the logits; of softmax the scores themselves
+  Tensor top;              // [T, K] f32, the chosen scores before renormalisation
+  Tensor logsumexp;        // [T] f32, of the logits
+  Tensor mask;             // [T] int8, or absent: no token is padding
+  std::int64_t valid = 0;  // tokens that are no padding
+  Buffer memory, scratch;
+};
+
+/// Scores, then K experts per token and their weights (Shazeer et al. 2017; Fedus et al. 2021; DeepSeek-V3 2024).
 ///   logits  : [T, E] f32, this rank's tokens
-/// Not collective. Throws Error: bad_argument (shape or dtype; with nan = error also "logits[3,5] is nan").
-/// Cost: one pass over the logits.
-void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing);
+/// Not collective. Throws Error: bad_argument (shape or dtype; an input that is missing or that no option asks for;
+/// with nan = error also "logits[3,5] is nan"). Cost: one pass over the logits.
+void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
+           const RouteInputs& inputs = {});
+
+/// How the selection bias follows the loads.
+enum class BiasRule : std::uint8_t {
+  sign,     // b_i += rate * sign(mean(c) - c_i)                    (Wang et al. 2024)
+  centred,  // the same, less the mean of these steps over experts  (torchtitan)
+};
+
+/// One step of the selection bias [E] f32 towards even loads. Not collective: equal counts give equal biases.
+///   counts : [E] slots per expert over the global batch of an optimizer step; not of evaluations, and each once
+/// Throws Error: bad_argument (shapes; a rate that is no number from 0).
+void update_selection_bias(Tensor bias, std::span<const std::int64_t> counts, float rate,
+                           BiasRule rule = BiasRule::sign);
 
 /// Over the global batch of T tokens, c_i of whose T K slots went to expert i:
 ///   balance = coefficient * E * sum_i (c_i / (T K)) * mean_t score[t, i]         (Fedus et al. 2021, eq. 4)

@@ -1,4 +1,4 @@
-// What the functions of the router refuse, in one place.
+// What the files of the router share: what they refuse, and the numbers of their formulas.
 #pragma once
 
 #include <string>
@@ -8,13 +8,21 @@
 
 namespace expar {
 
+inline constexpr std::int64_t kGrain = 256;  // tokens per task: some ten microseconds at 64 experts
+inline constexpr float kTiny = 1e-20F;       // beside the sums that scores are divided by, as DeepSeek and Megatron do
+
+/// Whether the mask [T] int8, which may be absent, leaves token `t` out.
+inline bool is_padding(const ConstTensor& mask, std::int64_t t) {
+  return !mask.absent() && mask.as<std::int8_t>()[t] == 0;
+}
+
 [[noreturn]] inline void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
 
-/// Throws bad_argument unless `tensor` is f32 of `shape`.
-inline void require(const char* what, const ConstTensor& tensor, const Shape& shape) {
-  if (tensor.dtype() == DType::f32 && tensor.shape() == shape) return;
-  refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() +
-         ", should be f32 " + shape.str());
+/// Throws bad_argument unless `tensor` is of `shape` and `dtype`.
+inline void require(const char* what, const ConstTensor& tensor, const Shape& shape, DType dtype = DType::f32) {
+  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
+  refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
+         std::string(name(dtype)) + " " + shape.str());
 }
 
 /// Throws bad_argument unless `routing` is what route() left for these options.

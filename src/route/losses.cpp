@@ -49,15 +49,15 @@ Array shard_sums(const Routing& routing, std::span<const std::int64_t> shards) {
   for (std::int64_t s = 0; s < count; ++s) {
     float* row = sums.as<float>() + s * (experts + kColumns);
     for (std::int64_t t = shards[static_cast<std::size_t>(s)]; t < shards[static_cast<std::size_t>(s) + 1]; ++t) {
-      const float* scores = routing.scores.as<float>() + t * experts;
+      const float* scores = routing.loss_scores.as<float>() + t * experts;
       for (std::int64_t e = 0; e < experts; ++e) row[e] += scores[e];
       const float lse = routing.logsumexp.as<float>()[t];
       row[experts + kSquares] += lse * lse;
     }
   }
   if (count > 0) {  // this rank's tokens, once
-    sums.as<float>()[experts + kTokensHigh] = static_cast<float>(shards.back() / kLowTokens);
-    sums.as<float>()[experts + kTokensLow] = static_cast<float>(shards.back() % kLowTokens);
+    sums.as<float>()[experts + kTokensHigh] = static_cast<float>(routing.valid / kLowTokens);
+    sums.as<float>()[experts + kTokensLow] = static_cast<float>(routing.valid % kLowTokens);
   }
   return sums;
 }

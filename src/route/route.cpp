@@ -1,20 +1,23 @@
-// Softmax, top-k and renormalisation, forward and backward; the losses over the global batch are in losses.cpp.
+// What a router does with logits: scores, choice, weights. Their gradient is in backward.cpp, the losses in losses.cpp.
 #include <expar/router.h>
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <string>
+#include <utility>
 
 #include "src/route/check.h"
+#include "src/route/top_k.h"
 #include "src/util/processor.h"
 #include "src/util/ranges.h"
 
 namespace expar {
 namespace {
 
-constexpr std::int64_t kGrain = 256;  // tokens per task: some ten microseconds at 64 experts
+// ---- what is refused
 
-void check_finite(const ConstTensor& logits) {
+void check_finite(const ConstTensor& logits, const ConstTensor& mask) {
   const std::int64_t experts = logits.size(1);
   const float* row = logits.as<float>();
   for (std::int64_t t = 0; t < logits.size(0); ++t, row += experts) {
@@ -22,7 +25,8 @@ void check_finite(const ConstTensor& logits) {
     for (std::int64_t e = 0; e < experts; ++e) {
       finite &= (std::bit_cast<std::uint32_t>(row[e]) & 0x7f800000u) != 0x7f800000u;
     }
-    for (std::int64_t e = 0; !finite && e < experts; ++e) {
+    if (finite || is_padding(mask, t)) continue;
+    for (std::int64_t e = 0; e < experts; ++e) {
       if (std::isfinite(row[e])) continue;
       refuse("logits[" + std::to_string(t) + "," + std::to_string(e) + "] is " +
              (std::isnan(row[e]) ? "nan"
@@ -32,162 +36,324 @@ void check_finite(const ConstTensor& logits) {
   }
 }
 
+void check_input(const char* what, const ConstTensor& tensor, bool wanted, const Shape& shape, DType dtype) {
+  if (wanted && tensor.absent()) refuse(std::string("this router needs ") + what);
+  if (!wanted && !tensor.absent()) refuse(std::string("this router has no use for ") + what);
+  if (wanted) require(what, tensor, shape, dtype);
+}
+
+void check_ids(const char* what, const ConstTensor& ids, std::int64_t least, std::int64_t experts) {
+  const std::int64_t width = ids.size(1);
+  for (std::int64_t i = 0; i < ids.elements(); ++i) {
+    const std::int32_t id = ids.as<std::int32_t>()[i];
+    if (id >= least && id < experts) continue;
+    refuse(std::string(what) + "[" + std::to_string(i / width) + "," + std::to_string(i % width) +
+           "] = " + std::to_string(id) + " is not in [" + std::to_string(least) + ", " + std::to_string(experts) + ")");
+  }
+}
+
+void check_token_table(const RouteInputs& inputs, const RouterOptions& options, std::int64_t tokens) {
+  const bool wanted = options.choice == Choice::token_table && inputs.ids.absent();
+  const std::int64_t vocabulary = inputs.token_table.shape().rank() == 2 ? inputs.token_table.size(0) : 0;
+  check_input("tokens", inputs.tokens, wanted, {tokens}, DType::int32);
+  check_input("token_table", inputs.token_table, wanted, {vocabulary, options.topk}, DType::int32);
+  if (!wanted) return;
+  check_ids("token_table", inputs.token_table, 0, options.experts);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const std::int32_t token = inputs.tokens.as<std::int32_t>()[t];
+    if (is_padding(inputs.mask, t) || (token >= 0 && token < vocabulary)) continue;
+    refuse("tokens[" + std::to_string(t) + "] = " + std::to_string(token) + " is not in the " +
+           std::to_string(vocabulary) + " rows of token_table");
+  }
+}
+
+void check_inputs(const RouteInputs& inputs, const RouterOptions& options, const ConstTensor& logits) {
+  const std::int64_t tokens = logits.size(0);
+  if (!inputs.mask.absent()) require("mask", inputs.mask, {tokens}, DType::int8);
+  check_input("selection_bias", inputs.selection_bias, options.selection_bias, {options.experts}, DType::f32);
+  check_token_table(inputs, options, tokens);
+  if (!inputs.ids.absent()) {
+    require("ids", inputs.ids, {tokens, options.topk}, DType::int32);
+    check_ids("ids", inputs.ids, -1, options.experts);
+  }
+  if (options.nan == NanPolicy::error) check_finite(logits, inputs.mask);
+}
+
+// ---- where things lie
+
 /// Cuts tensors out of the routing's memory, each on cache lines of its own.
 class Cut {
  public:
-  static constexpr std::int64_t kLine = 16;  // f32 or int32 in a cache line
-  static std::int64_t room(const Shape& shape) { return (shape.elements() + kLine - 1) / kLine * kLine; }
+  static constexpr std::int64_t kLine = 64;  // bytes
+  static std::int64_t room(DType dtype, const Shape& shape) {
+    return (shape.elements() * static_cast<std::int64_t>(size_of(dtype)) + kLine - 1) / kLine * kLine;
+  }
 
-  explicit Cut(const Tensor& memory) : next_(memory.as<float>()) {}
+  /// Without memory it only counts.
+  explicit Cut(std::byte* memory) : memory_(memory) {}
   Tensor take(DType dtype, const Shape& shape) {
-    const Tensor taken(next_, dtype, shape);
-    next_ += room(shape);
+    const Tensor taken(memory_ == nullptr ? nullptr : memory_ + bytes_, dtype, shape);
+    bytes_ += room(dtype, shape);
     return taken;
+  }
+  std::int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* memory_;
+  std::int64_t bytes_ = 0;
+};
+
+void lay_out(std::int64_t tokens, const RouterOptions& options, bool has_mask, Routing& routing) {
+  const auto cut_out = [&](Cut cut) {
+    const Shape all{tokens, options.experts};
+    const Shape chosen{tokens, options.topk};
+    routing.ids = cut.take(DType::int32, chosen);
+    routing.weights = cut.take(DType::f32, chosen);
+    routing.top = cut.take(DType::f32, chosen);
+    routing.scores = cut.take(DType::f32, all);
+    routing.loss_scores = routing.probabilities = routing.scores;
+    if (options.score != Score::softmax) {
+      routing.loss_scores = cut.take(DType::f32, all);
+      routing.probabilities = cut.take(DType::f32, all);
+    }
+    routing.logsumexp = cut.take(DType::f32, {tokens});
+    routing.mask = has_mask ? cut.take(DType::int8, {tokens}) : Tensor();
+    return cut.bytes();
+  };
+  const std::int64_t bytes = cut_out(Cut(nullptr));
+  cut_out(Cut(routing.memory.view(DType::int8, {bytes}).bytes()));
+}
+
+// ---- one token after the other
+
+double score_of(Score score, double z) {
+  if (score == Score::sigmoid) return 1.0 / (1.0 + std::exp(-z));
+  return std::sqrt(std::max(z, 0.0) + std::log1p(std::exp(-std::abs(z))));
+}
+
+struct Forward {
+  const RouterOptions& options;
+  const RouteInputs& inputs;
+  const float* logits;
+  const Routing& routing;
+  bool chooses = false;  // by itself: the ids are not there yet
+
+  /// What one task needs beside its tokens' own rows.
+  struct Scratch {
+    double* scores;  // [E]
+    double* values;  // [E] what is compared
+    double* best;    // [E]
+    double* groups;  // [G]
+    std::int32_t* used_groups;
+
+    static constexpr std::int64_t kRows = 5;
+    Scratch(const Tensor& memory, std::int64_t task, std::int64_t experts) {
+      std::byte* at = memory.rows(task, 1).bytes();
+      const auto take = [&] { return std::exchange(at, at + experts * static_cast<std::int64_t>(sizeof(double))); };
+      scores = reinterpret_cast<double*>(take());
+      values = reinterpret_cast<double*>(take());
+      best = reinterpret_cast<double*>(take());
+      groups = reinterpret_cast<double*>(take());
+      used_groups = reinterpret_cast<std::int32_t*>(take());
+    }
+  };
+
+  void token(std::int64_t t, const Scratch& scratch) const;
+  /// The same where the kernel has left scores, ids and top as they are wanted.
+  void token_of_kernel(std::int64_t t) const {
+    is_padding(inputs.mask, t) ? leave_out(t) : weigh(t, row(routing.top, t));
   }
 
  private:
-  float* next_;
+  float* row(const Tensor& tensor, std::int64_t t) const { return tensor.as<float>() + t * tensor.size(1); }
+  std::int32_t* ids(std::int64_t t) const { return routing.ids.as<std::int32_t>() + t * options.topk; }
+  /// A result of + - * / of numbers that this has rounded is that of f32, or of double.
+  double rounded(double value) const { return options.double_scores ? value : double{static_cast<float>(value)}; }
+
+  void score_by_softmax(std::int64_t t, double* scores) const;
+  void score_each(std::int64_t t, double* scores) const;
+  void choose(std::int64_t t, const Scratch& scratch) const;
+  double worth_of_group(std::int64_t group, const Scratch& scratch) const;
+  void leave_out(std::int64_t t) const;
+  template <class Number>
+  void weigh(std::int64_t t, const Number* top) const;
 };
 
-void lay_out(std::int64_t tokens, const RouterOptions& options, Routing& routing) {
-  const Shape all{tokens, options.experts};
-  const Shape chosen{tokens, options.topk};
-  Cut cut(routing.memory.view(DType::f32, {Cut::room(all) + 3 * Cut::room(chosen) + Cut::room({tokens})}));
-  routing.ids = cut.take(DType::int32, chosen);
-  routing.weights = cut.take(DType::f32, chosen);
-  routing.scores = cut.take(DType::f32, all);
-  routing.top = cut.take(DType::f32, chosen);
-  routing.logsumexp = cut.take(DType::f32, {tokens});
+void Forward::token(std::int64_t t, const Scratch& scratch) const {
+  if (is_padding(inputs.mask, t)) return leave_out(t);
+  if (options.score == Score::softmax) {
+    score_by_softmax(t, scratch.scores);
+  } else {
+    score_each(t, scratch.scores);
+  }
+  if (chooses) choose(t, scratch);
+  for (std::int64_t k = 0; k < options.topk; ++k) {
+    const std::int32_t id = ids(t)[k];
+    scratch.best[k] = id < 0 ? 0.0 : scratch.scores[id];
+    row(routing.top, t)[k] = static_cast<float>(scratch.best[k]);
+  }
+  weigh(t, scratch.best);
 }
 
-float sum_of(const float* values, std::int64_t count) {
-  float sum = 0.0F;
-  for (std::int64_t k = 0; k < count; ++k) sum += values[k];
-  return sum;
+void Forward::leave_out(std::int64_t t) const {
+  std::fill_n(ids(t), options.topk, -1);
+  std::fill_n(row(routing.weights, t), options.topk, 0.0F);
+  std::fill_n(row(routing.top, t), options.topk, 0.0F);
+  for (const Tensor* tensor : {&routing.scores, &routing.loss_scores, &routing.probabilities}) {
+    std::fill_n(row(*tensor, t), options.experts, 0.0F);
+  }
+  routing.logsumexp.as<float>()[t] = 0.0F;
 }
 
-/// What the backward pass of every token needs.
-struct Backward {
-  std::int64_t experts = 0, topk = 0;
-  bool renormalise = false;
-  float dlogsumexp = 0.0F;
-
-  /// `dscores` : [E] gradient of the losses by the token's scores, or null
-  void token(const Routing& routing, std::int64_t t, const float* dweights, const float* dscores, float* dlogits) const;
-};
-
-void Backward::token(const Routing& routing, std::int64_t t, const float* dweights, const float* dscores,
-                     float* dlogits) const {
-  const float* scores = routing.scores.as<float>() + t * experts;
-  const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * topk;
-  const float* weights = routing.weights.as<float>() + t * topk;
-  const float* top = routing.top.as<float>() + t * topk;
-
-  // w_k = s_k / S, so ds_k = (dw_k - sum_j w_j dw_j) / S; without renormalisation w_k = s_k.
-  float mean = 0.0F;
-  float inverse = 1.0F;
-  if (renormalise) {
-    for (std::int64_t k = 0; k < topk; ++k) mean += weights[k] * dweights[k];
-    inverse = 1.0F / sum_of(top, topk);
+void Forward::score_by_softmax(std::int64_t t, double* scores) const {
+  float* stored = row(routing.scores, t);
+  if (!options.double_scores) {  // the kernel has been here
+    std::copy_n(stored, options.experts, scores);
+    return;
   }
-  // softmax: dz_e = s_e (ds_e - sum_j s_j ds_j); logsumexp: dz_e = s_e.
-  float dot = 0.0F;
-  for (std::int64_t k = 0; k < topk; ++k) dot += top[k] * ((dweights[k] - mean) * inverse);
-  for (std::int64_t e = 0; dscores != nullptr && e < experts; ++e) dot += scores[e] * dscores[e];
-  const float common = dlogsumexp * routing.logsumexp.as<float>()[t] - dot;
-  for (std::int64_t e = 0; e < experts; ++e) {
-    dlogits[e] = scores[e] * (dscores == nullptr ? common : dscores[e] + common);
-  }
-  for (std::int64_t k = 0; k < topk; ++k) {
-    if (ids[k] >= 0) dlogits[ids[k]] += top[k] * ((dweights[k] - mean) * inverse);
-  }
+  const float* z = logits + t * options.experts;
+  double largest = z[0];
+  for (std::int64_t e = 1; e < options.experts; ++e) largest = std::fmax(largest, double{z[e]});
+  double sum = 0;
+  for (std::int64_t e = 0; e < options.experts; ++e) sum += scores[e] = std::exp(double{z[e]} - largest);
+  for (std::int64_t e = 0; e < options.experts; ++e) stored[e] = static_cast<float>(scores[e] /= sum);
+  routing.logsumexp.as<float>()[t] = static_cast<float>(largest + std::log(sum));
 }
 
-void check_segments(const RouterLosses& losses, std::int64_t tokens, std::int64_t experts) {
-  const std::vector<std::int64_t>& segments = losses.segments;
-  const std::size_t rows = segments.empty() ? 0 : segments.size() - 1;
-  if (losses.dscores.size() != rows * static_cast<std::size_t>(experts)) {
-    refuse("dscores of the losses has " + std::to_string(losses.dscores.size()) + " entries for " +
-           std::to_string(rows) + " segments of " + std::to_string(experts) + " experts");
+void Forward::score_each(std::int64_t t, double* scores) const {
+  const float* z = logits + t * options.experts;
+  double sum = 0;
+  for (std::int64_t e = 0; e < options.experts; ++e) {
+    scores[e] = rounded(score_of(options.score, double{z[e]}));
+    row(routing.scores, t)[e] = static_cast<float>(scores[e]);
+    sum = rounded(sum + scores[e]);
   }
-  if (segments.empty()) return;
-  if (segments.front() != 0 || segments.back() != tokens || !std::is_sorted(segments.begin(), segments.end())) {
-    refuse("segments of the losses go from " + std::to_string(segments.front()) + " to " +
-           std::to_string(segments.back()) + ", should ascend from 0 to the " + std::to_string(tokens) +
-           " tokens of this rank");
+  sum = rounded(sum + double{kTiny});
+  for (std::int64_t e = 0; e < options.experts; ++e) {
+    row(routing.loss_scores, t)[e] = static_cast<float>(scores[e] / sum);
   }
 }
 
-}  // namespace
-
-void validate(const RouterOptions& options) {
-  if (options.experts < 1) refuse("experts is " + std::to_string(options.experts) + ", must be at least 1");
-  if (options.topk < 1) refuse("topk is " + std::to_string(options.topk) + ", must be at least 1");
-  if (options.topk > options.experts) {
-    refuse("topk " + std::to_string(options.topk) + " is above experts " + std::to_string(options.experts));
+double Forward::worth_of_group(std::int64_t group, const Scratch& scratch) const {
+  const std::int64_t size = options.experts / options.groups;
+  std::int32_t ids[2];
+  double best[2] = {};
+  TopK top(options.selection_bias ? std::min<std::int64_t>(2, size) : 1, ids, best);
+  for (std::int64_t e = group * size; e < (group + 1) * size; ++e) {
+    top.offer(static_cast<std::int32_t>(e), scratch.values[e]);
   }
-  const auto coefficient = [](const char* what, float value) {
-    if (!(std::isfinite(value) && value >= 0.0F)) {
-      refuse(std::string(what) + " is " + std::to_string(value) + ", must be a number from 0");
-    }
+  return rounded(best[0] + best[1]);
+}
+
+void Forward::choose(std::int64_t t, const Scratch& scratch) const {
+  const float* z = logits + t * options.experts;
+  const float* bias = options.selection_bias ? inputs.selection_bias.as<float>() : nullptr;
+  for (std::int64_t e = 0; e < options.experts; ++e) {
+    double& value = scratch.values[e] = options.choice == Choice::logits ? double{z[e]} : scratch.scores[e];
+    if (bias != nullptr) value = rounded(value + double{bias[e]});
+  }
+  TopK top(options.topk, ids(t), scratch.best);
+  const auto offer = [&](std::int64_t first, std::int64_t end) {
+    for (std::int64_t e = first; e < end; ++e) top.offer(static_cast<std::int32_t>(e), scratch.values[e]);
   };
-  coefficient("balance", options.balance);
-  coefficient("z", options.z);
+  if (options.groups_used == options.groups) return offer(0, options.experts);
+
+  TopK best_groups(options.groups_used, scratch.used_groups, scratch.groups);
+  for (std::int64_t g = 0; g < options.groups; ++g) {
+    best_groups.offer(static_cast<std::int32_t>(g), worth_of_group(g, scratch));
+  }
+  std::sort(scratch.used_groups, scratch.used_groups + options.groups_used);  // so that ties go to the lower expert
+  const std::int64_t size = options.experts / options.groups;
+  for (std::int64_t i = 0; i < options.groups_used; ++i) {
+    offer(scratch.used_groups[i] * size, (scratch.used_groups[i] + 1) * size);
+  }
 }
 
-void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing) {
-  validate(options);
-  const std::int64_t tokens = logits.shape().rank() == 2 ? logits.size(0) : 0;
-  require("logits", logits, {tokens, options.experts});
-  if (options.nan == NanPolicy::error) check_finite(logits);
-  lay_out(tokens, options, routing);
-  if (tokens == 0) return;
+template <class Number>
+void Forward::weigh(std::int64_t t, const Number* top) const {
+  double sum = 1.0;
+  if (options.renormalise) {
+    sum = 0.0;
+    for (std::int64_t k = 0; k < options.topk; ++k) sum = rounded(sum + double{top[k]});
+    sum = rounded(sum + double{kTiny});
+  }
+  for (std::int64_t k = 0; k < options.topk; ++k) {
+    row(routing.weights, t)[k] = static_cast<float>(rounded(double{top[k]} / sum) * double{options.scaling});
+  }
+}
 
+// ---- all tokens
+
+/// The ids that need no scores.
+void place(const RouterOptions& options, const RouteInputs& inputs, const Routing& routing) {
+  std::int32_t* ids = routing.ids.as<std::int32_t>();
+  if (!inputs.ids.absent()) {
+    std::copy_n(inputs.ids.as<std::int32_t>(), routing.ids.elements(), ids);
+    return;
+  }
+  std::int64_t number = inputs.first_token;
+  for (std::int64_t t = 0; t < routing.ids.size(0); ++t, ids += options.topk) {
+    if (is_padding(inputs.mask, t)) continue;
+    if (options.choice == Choice::token_table) {
+      std::copy_n(inputs.token_table.rows(inputs.tokens.as<std::int32_t>()[t], 1).as<std::int32_t>(), options.topk,
+                  ids);
+    } else {
+      for (std::int64_t k = 0; k < options.topk; ++k) {
+        ids[k] = static_cast<std::int32_t>((number * options.topk + k) % options.experts);
+      }
+    }
+    ++number;
+  }
+}
+
+/// Softmax of the logits and its K largest.
+void run_kernel(const Context& context, const RouterOptions& options, const ConstTensor& logits,
+                const Routing& routing) {
   SoftmaxTopK call;
-  call.tokens = tokens;
+  call.tokens = logits.size(0);
   call.experts = options.experts;
   call.topk = options.topk;
   call.logits = logits.as<float>();
-  call.scores = routing.scores.as<float>();
+  call.scores = routing.probabilities.as<float>();
   call.logsumexp = routing.logsumexp.as<float>();
   call.ids = routing.ids.as<std::int32_t>();
   call.top = routing.top.as<float>();
   context.kernels().softmax_topk(call, context.pool());
-
-  for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    const float* top = routing.top.as<float>() + begin * options.topk;
-    float* weights = routing.weights.as<float>() + begin * options.topk;
-    for (std::int64_t t = begin; t < end; ++t, top += options.topk, weights += options.topk) {
-      const float sum = options.renormalise ? sum_of(top, options.topk) : 1.0F;
-      for (std::int64_t k = 0; k < options.topk; ++k) weights[k] = top[k] / sum;
-    }
-  });
 }
 
-void route_backward(const Context& context, const RouterOptions& options, const Routing& routing,
-                    const RouterLosses& losses, ConstTensor dweights, Tensor dlogits) {
-  validate(options);
-  require(options, routing);
-  require("dweights", dweights, routing.weights.shape());
-  require("dlogits", dlogits, routing.scores.shape());
-  const std::int64_t tokens = routing.scores.size(0);
-  check_segments(losses, tokens, options.experts);
+}  // namespace
 
-  const FloatMode mode;
-  const Backward backward{options.experts, options.topk, options.renormalise, losses.dlogsumexp};
-  const float* from = dweights.as<float>();
-  float* to = dlogits.as<float>();
+void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
+           const RouteInputs& inputs) {
+  validate(options);
+  const std::int64_t tokens = logits.shape().rank() == 2 ? logits.size(0) : 0;
+  require("logits", logits, {tokens, options.experts});
+  check_inputs(inputs, options, logits);
+  lay_out(tokens, options, !inputs.mask.absent(), routing);
+  routing.valid = tokens;
+  if (!inputs.mask.absent()) {
+    const std::int8_t* mask = inputs.mask.as<std::int8_t>();
+    std::copy_n(mask, tokens, routing.mask.as<std::int8_t>());
+    routing.valid -= std::count(mask, mask + tokens, std::int8_t{0});
+  }
+  if (tokens == 0) return;
+
+  Forward forward{options, inputs, logits.as<float>(), routing};
+  forward.chooses = inputs.ids.absent() && (options.choice == Choice::scores || options.choice == Choice::logits);
+  run_kernel(context, options, logits, routing);
+  if (!forward.chooses) place(options, inputs, routing);
+  const bool by_kernel = forward.chooses && options.score == Score::softmax && !options.double_scores &&
+                         options.choice == Choice::scores && !options.selection_bias &&
+                         options.groups_used == options.groups;
+  const std::int64_t tasks = by_kernel ? 0 : (tokens + kGrain - 1) / kGrain;
+  const Tensor memory = routing.scratch.view(DType::int64, {tasks, Forward::Scratch::kRows * options.experts});
   for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    const auto bounds = losses.segments.begin();
-    std::int64_t segment = std::upper_bound(bounds, losses.segments.end(), begin) - bounds - 1;
-    for (std::int64_t t = begin; t < end; ++t) {
-      const float* dscores = nullptr;
-      if (!losses.dscores.empty()) {
-        while (losses.segments[static_cast<std::size_t>(segment) + 1] <= t) ++segment;
-        dscores = losses.dscores.data() + segment * options.experts;
-      }
-      backward.token(routing, t, from + t * options.topk, dscores, to + t * options.experts);
+    if (by_kernel) {
+      for (std::int64_t t = begin; t < end; ++t) forward.token_of_kernel(t);
+      return;
     }
+    const Forward::Scratch scratch(memory, begin / kGrain, options.experts);
+    for (std::int64_t t = begin; t < end; ++t) forward.token(t, scratch);
   });
 }
 

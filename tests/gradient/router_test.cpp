@@ -19,11 +19,11 @@ const std::vector<std::int64_t> kShards{0, 4, 4, 9};
 std::vector<std::int64_t> counts_of(const Routing& routing) {
   std::vector<std::int64_t> counts(kExperts);
   for (std::int64_t i = 0; i < kTokens * kTopk; ++i)
-    ++counts[static_cast<std::size_t>(routing.ids.as<std::int32_t>()[i])];
+    if (const std::int32_t id = routing.ids.as<std::int32_t>()[i]; id >= 0) ++counts[static_cast<std::size_t>(id)];
   return counts;
 }
 
-void check(const Context& context, const RouterOptions& options) {
+void check(const Context& context, const RouterOptions& options, const RouteInputs& inputs) {
   const Random random(3, "router");
   Array logits(DType::f32, {kTokens, kExperts});
   Array dweights(DType::f32, {kTokens, kTopk});
@@ -33,7 +33,7 @@ void check(const Context& context, const RouterOptions& options) {
     dweights.as<float>()[i] = random.normal(static_cast<std::uint64_t>(1000 + i));
 
   Routing routing;
-  route(context, options, logits, routing);
+  route(context, options, logits, routing, inputs);
   const std::vector<std::int64_t> counts = counts_of(routing);
   const std::vector<std::int32_t> ids(routing.ids.as<std::int32_t>(), routing.ids.as<std::int32_t>() + kTokens * kTopk);
   const RouterLosses losses = router_losses(context, options, routing, counts, kShards);
@@ -42,7 +42,7 @@ void check(const Context& context, const RouterOptions& options) {
 
   Routing other;
   const auto loss = [&] {
-    route(context, options, logits, other);
+    route(context, options, logits, other, inputs);
     // A step must not change who is chosen: there the function jumps.
     EXPECT_TRUE(std::equal(ids.begin(), ids.end(), other.ids.as<std::int32_t>()));
     const RouterLosses now = router_losses(context, options, other, counts, kShards);
@@ -57,9 +57,9 @@ void check(const Context& context, const RouterOptions& options) {
   expect_gradient("dlogits", differences, dlogits.as<float>(), 2e-3);
 }
 
-void check(const RouterOptions& options) {
+void check(const RouterOptions& options, const RouteInputs& inputs = {}) {
   run_threads(1, [&](const Communicator& communicator) {
-    check(Context(communicator, {.threads = 1, .backend = fastest_backend()}), options);
+    check(Context(communicator, {.threads = 1, .backend = fastest_backend()}), options, inputs);
   });
 }
 
@@ -100,6 +100,69 @@ TEST(RouterGradient, counts_for_each_token_the_loss_of_its_segment) {
         EXPECT_NEAR(dlogits.as<float>()[t * kE + e], score[e] * (row[e] - mean), 1e-6) << t;
     }
   });
+}
+
+TEST(RouterGradient, goes_through_every_score) {
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    for (const bool wide : {false, true}) {
+      const bool renormalised = score != Score::sigmoid || !wide;
+      check({.experts = kExperts,
+             .topk = kTopk,
+             .score = score,
+             .renormalise = renormalised,
+             .scaling = 2.5F,
+             .double_scores = wide});
+      check({.experts = kExperts, .topk = kTopk, .score = score, .double_scores = wide, .balance = 4.0F});
+      check({.experts = kExperts, .topk = kTopk, .score = score, .double_scores = wide, .z = 0.5F});
+    }
+  }
+}
+
+TEST(RouterGradient, of_one_renormalised_expert_is_none) {
+  run_threads(1, [](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    const float logits[] = {1, 3, 0, 2};
+    const float one = 1.0F;
+    for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+      const RouterOptions options{.experts = 4, .topk = 1, .score = score};
+      Routing routing;
+      route(context, options, ConstTensor(logits, {1, 4}), routing);
+      EXPECT_EQ(routing.weights.as<float>()[0], 1.0F);
+      Array dlogits(DType::f32, {1, 4});
+      route_backward(context, options, routing, {}, ConstTensor(&one, {1, 1}), dlogits);
+      for (int e = 0; e < 4; ++e) EXPECT_EQ(dlogits.as<float>()[e], 0.0F) << e;
+    }
+  });
+}
+
+TEST(RouterGradient, passes_by_the_selection_bias) {
+  const float bias[kExperts] = {5, 0, 4, 0, 0, 0, 3};  // so large that no step changes the choice
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    check({.experts = kExperts, .topk = kTopk, .score = score, .selection_bias = true, .balance = 20.0F, .z = 0.5F},
+          {.selection_bias = ConstTensor(bias, {kExperts})});
+  }
+}
+
+TEST(RouterGradient, is_of_given_routes_as_of_chosen_ones) {
+  // A token without experts, one with an expert twice, one with fewer than K.
+  std::int32_t ids[kTokens * kTopk];
+  for (std::int32_t i = 0; i < kTokens * kTopk; ++i) ids[i] = i % kExperts;
+  ids[0] = ids[1] = ids[2] = ids[5] = -1;
+  ids[6] = ids[7] = 4;
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    for (const bool renormalise : {false, true}) {
+      check({.experts = kExperts, .topk = kTopk, .score = score, .renormalise = renormalise, .balance = 20.0F},
+            {.ids = ConstTensor(ids, {kTokens, kTopk})});
+    }
+  }
+}
+
+TEST(RouterGradient, is_zero_where_there_is_padding) {
+  const std::int8_t mask[kTokens] = {1, 0, 1, 1, 0, 0, 1, 1, 0};
+  for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+    check({.experts = kExperts, .topk = kTopk, .score = score, .balance = 20.0F, .z = 0.5F},
+          {.mask = ConstTensor(mask, {kTokens})});
+  }
 }
 
 }  // namespace
