@@ -37,9 +37,24 @@ struct PhaseTimes {
   }
 };
 
+/// What a forward pass may be given beside x; all of it may be left out.
+struct MoeInputs {
+  /// [T] int8: 0 is padding. It goes to no expert, its row of out is the residual or zero and that of dx is zero; the
+  /// rest is as if it were not there.
+  ConstTensor mask = {};
+  ConstTensor tokens = {};  // [T] int32: token ids, for a router with a token table
+  ConstTensor ids = {};     // [T, K] int32: the Routing::ids of a pass that is to be repeated
+  /// What the jitter of this call is drawn by: a name that no other call has ("layers.3, step 17").
+  std::uint64_t seed = 0;
+  std::string stream = {};
+};
+
 /// What forward leaves for backward: routing, plan, inbox, results. Reuse one per layer and call in flight.
 struct MoeRecord {
   ConstTensor x;
+  std::uint64_t seed = 0;  // what the jitter was drawn by
+  std::string stream;
+  std::int64_t first_token = 0;  // likewise: global number of this rank's first token
   std::vector<std::int64_t> shards;
   Routing routing;
   RouterLosses losses;
@@ -49,8 +64,8 @@ struct MoeRecord {
   ExpertsRecord experts;
 };
 
-/// Parameters: router.weight [E, H] f32, the same on all ranks; experts.up, experts.down (and biases) of this rank's
-/// experts, f32 masters with bf16 copies where dtype is bf16.
+/// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,
+/// experts.down (and biases) of this rank's experts, f32 masters with bf16 copies where dtype is bf16.
 class MoeLayer {
  public:
   /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
@@ -62,7 +77,8 @@ class MoeLayer {
   ExpertRange local_experts() const;
 
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
-  /// weights normal with deviation 1 / sqrt(inputs), biases 0. Also refreshes the low-precision copies.
+  /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also
+  /// refreshes the low-precision copies.
   void initialise(std::uint64_t seed, std::string_view prefix);
   /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
   /// weights once, for speed; it reads the plain ones again, with the same bits, from the next expert_parameters() or
@@ -76,18 +92,26 @@ class MoeLayer {
   Parameter router_parameter(std::string_view prefix);
   /// [S, E, H] f32, the router's gradient of each of this rank's shards, after backward and until the next one.
   ConstTensor router_shard_gradients() const;
+  /// router.bias and [S, E], the gradient of each shard. Throws Error: bad_argument (the router has no bias).
+  Parameter router_bias_parameter(std::string_view prefix);
+  ConstTensor router_bias_shard_gradients() const;
+  /// What the router reads and no gradient changes, the same on all ranks: [E] f32, see update_selection_bias; [V, K]
+  /// int32. Absent where the router has none.
+  Tensor selection_bias();
+  Tensor token_table();
 
   /// out = moe(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype
   ///   residual : [T, H] or absent
   /// Collective. Throws Error: bad_argument (shapes; NaN logits), mismatch, timeout, peer_lost.
-  void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {});
+  void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {},
+               const MoeInputs& inputs = {});
 
   /// The same for training.
   ///   shards : this rank's micro-shards of the global batch, [S + 1] from 0 to T (see router_losses)
   ///   record : keeps what backward needs; x must stay unchanged until then, so out must not be x
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
-               std::span<const std::int64_t> shards, MoeRecord& record);
+               std::span<const std::int64_t> shards, MoeRecord& record, const MoeInputs& inputs = {});
 
   /// dx = gradient of x (through router and experts, without the residual), given dout; adds nothing, overwrites all
   /// gradients. The losses of the router count with their coefficients; dout belongs to a loss that is a mean over the

@@ -39,8 +39,10 @@ struct RouterOptions {
   /// Experts e E / groups ... belong to group e; a token chooses among the experts of its `groups_used` best groups. A
   /// group is as good as its best score or, with a selection bias, as the sum of its two best (DeepSeek-V2 and -V3).
   std::int64_t groups = 1, groups_used = 1;
+  std::int64_t vocabulary = 0;    // V, rows of the token table
   bool selection_bias = false;    // [E] is added to the scores for the choice alone (Wang et al. 2024)
-  bool bias = false;              // [E] is added to the logits and trained with them; by the layer
+  bool bias = false;              // [E] is added to the logits and trained; by the layer
+  float jitter = 0.0F;            // in training the layer multiplies what the router reads by U(1 - jitter, 1 + jitter)
   bool double_scores = false;     // choose and weigh in double; off: round each score to f32 first
   bool weights_on_input = false;  // the experts read weight * x instead of weighing their results (Llama 4)
   float balance = 0.0F;           // coefficient of the balancing loss; 0.01 is usual
@@ -84,7 +86,7 @@ struct Routing {
 
 /// Scores, then K experts per token and their weights (Shazeer et al. 2017; Fedus et al. 2021; DeepSeek-V3 2024).
 ///   logits  : [T, E] f32, this rank's tokens
-/// Not collective. Throws Error: bad_argument (shape or dtype; an input that is missing or that no option asks for;
+/// Not collective. Throws Error: bad_argument (shape or dtype; an input that is missing or of no use;
 /// with nan = error also "logits[3,5] is nan"). Cost: one pass over the logits.
 void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
            const RouteInputs& inputs = {});

@@ -5,6 +5,9 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <vector>
+
+#include <expar/collectives.h>
 
 namespace expar {
 namespace {
@@ -18,24 +21,56 @@ void validate(const MoeLayerOptions& options) {
     refuse("a layer computes in f32 or bf16, not " + std::string(name(options.dtype)));
   }
   validate(options.router);
+  if (options.router.weights_on_input) {
+    throw Error(ErrorCode::unsupported, "a layer cannot weigh what its experts read, only their results");
+  }
 }
 
-/// What the ranks must agree on besides the numbers of the signature.
-Operation::Words words_of(const RouterOptions& router) {
-  return {std::bit_cast<std::uint32_t>(router.balance), std::bit_cast<std::uint32_t>(router.z), router.renormalise,
-          static_cast<std::uint64_t>(router.nan)};
+struct Setting {
+  const char* name;
+  double value;
+};
+
+/// What the ranks must agree on besides the signature.
+std::vector<Setting> settings_of(const RouterOptions& router) {
+  return {{"score", static_cast<double>(router.score)},
+          {"choice", static_cast<double>(router.choice)},
+          {"renormalise", static_cast<double>(router.renormalise)},
+          {"scaling", double{router.scaling}},
+          {"groups", static_cast<double>(router.groups)},
+          {"groups_used", static_cast<double>(router.groups_used)},
+          {"vocabulary", static_cast<double>(router.vocabulary)},
+          {"selection_bias", static_cast<double>(router.selection_bias)},
+          {"router bias", static_cast<double>(router.bias)},
+          {"jitter", double{router.jitter}},
+          {"double_scores", static_cast<double>(router.double_scores)},
+          {"weights_on_input", static_cast<double>(router.weights_on_input)},
+          {"balance", double{router.balance}},
+          {"z", double{router.z}},
+          {"nan", static_cast<double>(router.nan)}};
 }
 
-[[noreturn]] void disagree(const Operation& operation, int rank) {
-  const auto text = [&](int r) {
-    const Operation::Words& w = operation.words(r);
-    const auto number = [&](std::size_t i) {
-      return std::to_string(std::bit_cast<float>(static_cast<std::uint32_t>(w[i])));
-    };
-    return "rank " + std::to_string(r) + " has balance " + number(0) + ", z " + number(1) + ", renormalise " +
-           (w[2] != 0 ? "on" : "off") + ", nan " + (w[3] != 0 ? "propagate" : "error");
-  };
-  throw Error(ErrorCode::mismatch, "routers disagree: " + text(0) + "; " + text(rank), {rank, 0, "layer"});
+/// Collective; the ranks have validated their routers.
+void agree_on_router(const Context& context, const RouterOptions& router) {
+  const std::vector<Setting> settings = settings_of(router);
+  const auto count = static_cast<std::int64_t>(settings.size());
+  std::vector<std::int64_t> mine;
+  for (const Setting& setting : settings) mine.push_back(std::bit_cast<std::int64_t>(setting.value));
+  const Array all(DType::int64, {context.size(), count});
+  all_gather(context, ConstTensor(mine.data(), {1, count}), all);
+  for (std::int64_t rank = 1; rank < context.size(); ++rank) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t theirs = all.as<std::int64_t>()[rank * count + i];
+      const std::int64_t first = all.as<std::int64_t>()[i];
+      if (theirs == first) continue;
+      const auto has = [&](std::int64_t r, std::int64_t bits) {
+        return "rank " + std::to_string(r) + " has " + settings[static_cast<std::size_t>(i)].name + " " +
+               std::to_string(std::bit_cast<double>(bits));
+      };
+      throw Error(ErrorCode::mismatch, "routers disagree: " + has(0, first) + "; " + has(rank, theirs),
+                  {static_cast<int>(rank), 0, "layer"});
+    }
+  }
 }
 
 }  // namespace
@@ -69,14 +104,26 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   operation.ready([&] {
     validate(options);
     make();
-    return words_of(options.router);
+    return Operation::Words{};
   });
   operation.meet();
   operation.done();
   operation.complete();
-  for (int rank = 1; rank < context.size(); ++rank) {
-    if (operation.words(rank) != operation.words(0)) disagree(operation, rank);
-  }
+  agree_on_router(context, options.router);
+}
+
+std::int64_t tokens_before(const Context& context, std::int64_t tokens, const std::optional<Error>& failure) {
+  Operation operation(context.communicator(), Signature("tokens_before"), context.timeout());
+  operation.ready([&]() -> Operation::Words {
+    if (failure) throw *failure;
+    return {static_cast<std::uint64_t>(tokens)};
+  });
+  operation.meet();
+  operation.done();
+  operation.complete();
+  std::int64_t before = 0;
+  for (int rank = 0; rank < context.rank(); ++rank) before += static_cast<std::int64_t>(operation.words(rank)[0]);
+  return before;
 }
 
 }  // namespace expar

@@ -17,4 +17,8 @@ void alone(const Context& context, FunctionRef<void()> work);
 /// Collective.
 void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<void()> make);
 
+/// How many tokens the ranks before this one have; throws the same error on every rank where one has a failure.
+/// Collective.
+std::int64_t tokens_before(const Context& context, std::int64_t tokens, const std::optional<Error>& failure);
+
 }  // namespace expar

@@ -1,12 +1,15 @@
 // The MoE layer: composes router, plan, dispatch, experts and combine, forwards and backwards.
 #include <expar/layer.h>
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <utility>
 
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
+#include "src/layer/jitter.h"
 #include "src/layer/parameters.h"
 
 namespace expar {
@@ -21,6 +24,12 @@ void check_shards(std::span<const std::int64_t> shards, std::int64_t tokens) {
   std::string text;
   for (const std::int64_t s : shards) text += (text.empty() ? "" : ", ") + std::to_string(s);
   refuse("shards are [" + text + "], should ascend from 0 to the " + std::to_string(tokens) + " tokens of this rank");
+}
+
+std::int64_t valid_tokens(const ConstTensor& x, const ConstTensor& mask) {
+  if (mask.absent()) return x.size(0);
+  const auto* valid = mask.as<std::int8_t>();
+  return x.size(0) - std::count(valid, valid + x.size(0), std::int8_t{0});
 }
 
 }  // namespace
@@ -43,16 +52,18 @@ struct MoeLayer::State {
 
   MoeRecord inference;
   ExpertsScratch scratch;
-  Buffer wide_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory;
-  Tensor shard_gradients;
+  Buffer wide_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
+  Tensor shard_gradients, bias_shard_gradients;
 
   // ---- forward
-  void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual) const;
+  void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual, const MoeInputs& inputs) const;
   void check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const;
-  ConstTensor wide(const Context& c, ConstTensor x);
-  void choose(const Context& c, ConstTensor x, Routing& routing);
+  Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
+  ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
+  void choose(const Context& c, ConstTensor x, const MoeInputs& inputs, const std::optional<Jitter>& jitter,
+              MoeRecord& record);
   void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
-               std::optional<std::span<const std::int64_t>> shards, MoeRecord& record);
+               std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
 
   // ---- backward
   void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
@@ -76,12 +87,16 @@ void MoeLayer::State::check(const Context& c) const {
 
 // ---- forward
 
-void MoeLayer::State::check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual) const {
+void MoeLayer::State::check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
+                                    const MoeInputs& inputs) const {
   check(c);
   const std::int64_t tokens = x.shape().rank() == 2 ? x.size(0) : 0;
   require("x", x, tokens);
   require("out", out, tokens);
   if (!residual.absent()) require("residual", residual, tokens);
+  if (inputs.mask.absent() || (inputs.mask.dtype() == DType::int8 && inputs.mask.shape() == Shape{tokens})) return;
+  refuse("mask is " + std::string(name(inputs.mask.dtype())) + " " + inputs.mask.shape().str() + ", should be int8 " +
+         Shape{tokens}.str());
 }
 
 void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const {
@@ -89,15 +104,25 @@ void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const 
   check_shards(shards, x.size(0));
 }
 
-/// The tokens as the router reads them: f32.
-ConstTensor MoeLayer::State::wide(const Context& c, ConstTensor x) {
-  if (x.dtype() == DType::f32) return x;
-  const Tensor converted = wide_x.view(DType::f32, x.shape());
-  to_f32(x, converted, c.pool());
-  return converted;
+Jitter MoeLayer::State::jitter_of(const MoeRecord& record, ConstTensor mask) const {
+  return {Random(record.seed, record.stream), options.router.jitter, record.first_token, mask};
 }
 
-void MoeLayer::State::choose(const Context& c, ConstTensor x, Routing& routing) {
+/// The tokens as the router reads them: f32, and with jitter in training.
+ConstTensor MoeLayer::State::router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter) {
+  if (x.dtype() == DType::f32 && !jitter) return x;
+  const Tensor read = wide_x.view(DType::f32, x.shape());
+  if (x.dtype() == DType::f32) {
+    std::memcpy(read.data(), x.data(), x.byte_size());
+  } else {
+    to_f32(x, read, c.pool());
+  }
+  if (jitter) jitter->apply(read, c.pool());
+  return read;
+}
+
+void MoeLayer::State::choose(const Context& c, ConstTensor x, const MoeInputs& inputs,
+                             const std::optional<Jitter>& jitter, MoeRecord& record) {
   const std::int64_t tokens = x.size(0);
   const Tensor result = logits.view(DType::f32, {tokens, options.router.experts});
   const std::int64_t all[2] = {0, tokens};
@@ -105,15 +130,26 @@ void MoeLayer::State::choose(const Context& c, ConstTensor x, Routing& routing) 
   call.groups = {1, all};
   call.n = options.router.experts;
   call.k = options.hidden;
-  call.rows = {.base = {wide(c, x).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
+  call.rows = {.base = {router_input(c, x, jitter).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
   call.w = {parameters->router().data(), DType::f32, false};
+  if (options.router.bias) call.bias = parameters->router_bias().as<float>();
   call.y = result.data();
   if (tokens > 0) c.kernels().gemm_nt(call, c.pool());
-  route(c, options.router, result, routing);
+  RouteInputs read;
+  read.selection_bias = parameters->selection_bias();
+  read.mask = inputs.mask;
+  read.ids = inputs.ids;
+  if (inputs.ids.absent()) {
+    read.tokens = inputs.tokens;
+    read.token_table = parameters->token_table();
+  }
+  read.first_token = record.first_token;
+  route(c, options.router, result, record.routing, read);
 }
 
 void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
-                              std::optional<std::span<const std::int64_t>> shards, MoeRecord& record) {
+                              std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs,
+                              MoeRecord& record) {
   record.plan = {};  // until this call has succeeded there is nothing to go backward from
   record.inbox = {};
   record.y = {};
@@ -123,11 +159,21 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   {
     const Phase phase(c.trace(), "route", &times.route);
     plan_options.failure = attempt([&] {
-      check_forward(c, x, out, residual);
+      check_forward(c, x, out, residual, inputs);
       if (shards) check_training(x, out, *shards);
       weights = shards ? parameters->plain() : parameters->for_inference(c.kernels(), c.pool());
-      choose(c, x, record.routing);
+      record.seed = inputs.seed;
+      record.stream = inputs.stream;
     });
+    const bool shakes = shards && options.router.jitter > 0.0F;
+    if (shakes || options.router.choice == Choice::round_robin) {
+      const std::int64_t tokens = plan_options.failure ? 0 : valid_tokens(x, inputs.mask);
+      record.first_token = tokens_before(c, tokens, plan_options.failure);
+    }
+    if (!plan_options.failure) {
+      plan_options.failure = attempt(
+          [&] { choose(c, x, inputs, shakes ? std::optional(jitter_of(record, inputs.mask)) : std::nullopt, record); });
+    }
     if (plan_options.failure) record.routing.ids = Tensor(nullptr, DType::int32, {0, options.router.topk});
   }
   Plan plan;
@@ -181,8 +227,15 @@ ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& 
   to_weight.n = experts;
   to_weight.k = options.hidden;
   to_weight.dy = dz.data();
-  to_weight.rows = {.base = {wide(c, record.x).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
+  std::optional<Jitter> jitter;
+  if (options.router.jitter > 0.0F) jitter = jitter_of(record, record.routing.mask);
+  to_weight.rows = {
+      .base = {router_input(c, record.x, jitter).data(), nullptr}, .dtype = DType::f32, .width = options.hidden};
   to_weight.dw = shard_gradients.as<float>();
+  if (options.router.bias) {
+    bias_shard_gradients = bias_shard_memory.view(DType::f32, {count, experts});
+    to_weight.dbias = bias_shard_gradients.as<float>();
+  }
   c.kernels().gemm_tn(to_weight, c.pool());
 
   const Tensor dx = router_dx.view(DType::f32, {tokens, options.hidden});
@@ -195,6 +248,7 @@ ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& 
   to_x.w = {parameters->router().data(), DType::f32, false};
   to_x.dx = dx.data();
   if (tokens > 0) c.kernels().gemm_nn(to_x, c.pool());
+  if (jitter) jitter->apply(dx, c.pool());
   if (options.dtype == DType::f32) return dx;
   const Tensor low = low_router_dx.view(DType::bf16, {tokens, options.hidden});
   to_bf16(dx, low, c.pool());
@@ -260,17 +314,28 @@ std::vector<Parameter> MoeLayer::expert_parameters(std::string_view prefix) {
 }
 Parameter MoeLayer::router_parameter(std::string_view prefix) { return state_->parameters->router(prefix); }
 ConstTensor MoeLayer::router_shard_gradients() const { return state_->shard_gradients; }
+Parameter MoeLayer::router_bias_parameter(std::string_view prefix) {
+  if (!state_->options.router.bias) refuse("this layer's router has no bias");
+  return state_->parameters->router_bias(prefix);
+}
+ConstTensor MoeLayer::router_bias_shard_gradients() const {
+  if (!state_->options.router.bias) refuse("this layer's router has no bias");
+  return state_->bias_shard_gradients;
+}
+Tensor MoeLayer::selection_bias() { return state_->parameters->selection_bias(); }
+Tensor MoeLayer::token_table() { return state_->parameters->token_table(); }
 
-void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual) {
+void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
+                       const MoeInputs& inputs) {
   MoeRecord& record = state_->inference;
-  state_->forward(context, x, out, residual, std::nullopt, record);
+  state_->forward(context, x, out, residual, std::nullopt, inputs, record);
   record.inbox = {};  // nothing is kept but memory
   record.y = {};
 }
 
 void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
-                       std::span<const std::int64_t> shards, MoeRecord& record) {
-  state_->forward(context, x, out, residual, shards, record);
+                       std::span<const std::int64_t> shards, MoeRecord& record, const MoeInputs& inputs) {
+  state_->forward(context, x, out, residual, shards, inputs, record);
 }
 
 void MoeLayer::backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx) {

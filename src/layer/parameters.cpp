@@ -2,7 +2,9 @@
 #include "src/layer/parameters.h"
 
 #include <cmath>
+#include <numeric>
 #include <string>
+#include <utility>
 
 #include <expar/random.h>
 
@@ -29,6 +31,22 @@ void draw(const Tensor& values, std::uint64_t seed, const std::string& stream, P
   });
 }
 
+/// K different experts for each token id, all equally likely.
+void draw_token_table(const Tensor& table, std::int64_t experts, std::uint64_t seed, const std::string& stream) {
+  const Random random(seed, stream);
+  std::vector<std::int32_t> order(static_cast<std::size_t>(experts));
+  std::uint64_t drawn = 0;
+  for (std::int64_t token = 0; token < table.size(0); ++token) {
+    std::iota(order.begin(), order.end(), 0);
+    for (std::int64_t k = 0; k < table.size(1); ++k) {
+      const auto left = static_cast<std::uint64_t>(experts - k);
+      std::swap(order[static_cast<std::size_t>(k)],
+                order[static_cast<std::size_t>(k) + static_cast<std::size_t>(random.bits(drawn++) % left)]);
+      table.as<std::int32_t>()[token * table.size(1) + k] = order[static_cast<std::size_t>(k)];
+    }
+  }
+}
+
 void zero(const Tensor& values) {
   for (std::int64_t i = 0; i < values.elements(); ++i) values.as<float>()[i] = 0.0F;
 }
@@ -43,6 +61,11 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
     if (dtype_ == DType::bf16) m.low = Array(DType::bf16, shape);
   };
   router_.value = Array(DType::f32, {options.router.experts, options.hidden});
+  if (options.router.bias) router_bias_.value = Array(DType::f32, {options.router.experts});
+  if (options.router.selection_bias) selection_bias_ = Array(DType::f32, {options.router.experts});
+  if (options.router.choice == Choice::token_table) {
+    token_table_ = Array(DType::int32, {options.router.vocabulary, options.router.topk});
+  }
   matrix(up_, {range.count, wide, options.hidden});
   matrix(down_, {range.count, options.hidden, options.inner});
   if (!bias_) return;
@@ -65,6 +88,10 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
     zero(up_bias_.value);
     zero(down_bias_.value);
   }
+  if (router_bias_.value) zero(router_bias_.value);
+  if (selection_bias_) zero(selection_bias_);
+  if (token_table_)
+    draw_token_table(token_table_, router_.value.view().size(0), seed, join(prefix, "router.token_table"));
   refresh(pool);
 }
 
@@ -144,6 +171,11 @@ std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
 Parameter LayerParameters::router(std::string_view prefix) {
   if (!router_.gradient) router_.gradient = Array(DType::f32, router_.value.view().shape());
   return {join(prefix, "router.weight"), router_.value, router_.gradient, {}, true};
+}
+
+Parameter LayerParameters::router_bias(std::string_view prefix) {
+  if (!router_bias_.gradient) router_bias_.gradient = Array(DType::f32, router_bias_.value.view().shape());
+  return {join(prefix, "router.bias"), router_bias_.value, router_bias_.gradient, {}, false};
 }
 
 }  // namespace expar

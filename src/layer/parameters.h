@@ -17,6 +17,11 @@ class LayerParameters {
   void refresh(Pool& pool);
 
   ConstTensor router() const { return router_.value; }
+  /// [E], or absent.
+  Tensor router_bias() const { return router_bias_.value; }
+  Tensor selection_bias() const { return selection_bias_; }
+  /// [V, K] int32, or absent.
+  Tensor token_table() const { return token_table_; }
   /// The weights as they are now.
   ExpertWeights plain() const;
   /// The same in the backend's layout, packed anew when they may have changed; plain where they may change unseen.
@@ -25,6 +30,7 @@ class LayerParameters {
 
   std::vector<Parameter> experts(std::string_view prefix);
   Parameter router(std::string_view prefix);
+  Parameter router_bias(std::string_view prefix);
   /// A step of the optimizer is to be expected: packed copies are out of use until the next refresh().
   void expect_step() { watched_ = true; }
 
@@ -43,7 +49,8 @@ class LayerParameters {
   std::int64_t first_;  // global number of the first expert
   DType dtype_;
   bool bias_;
-  Trained router_, up_bias_, down_bias_;
+  Trained router_, router_bias_, up_bias_, down_bias_;
+  Array selection_bias_, token_table_;
   Matrix up_, down_;
   decltype(Kernels::pack) packed_by_ = nullptr;  // null: the packed copies are stale or absent
   bool watched_ = false;                         // somebody may write the weights without telling

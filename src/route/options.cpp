@@ -55,6 +55,14 @@ void validate(const RouterOptions& options) {
     if (options.groups_used < options.groups) refuse("groups are for a choice by scores");
     if (options.selection_bias) refuse("a selection bias is for a choice by scores");
   }
+  if (options.choice == Choice::token_table) {
+    at_least_one("vocabulary", options.vocabulary);
+  } else if (options.vocabulary != 0) {
+    refuse("vocabulary " + std::to_string(options.vocabulary) + " is for a choice by token table");
+  }
+  if (!(options.jitter >= 0.0F && options.jitter < 1.0F)) {
+    refuse("jitter is " + std::to_string(options.jitter) + ", must be a number from 0 and below 1");
+  }
   from_zero("balance", options.balance);
   from_zero("z", options.z);
 }

@@ -54,16 +54,15 @@ void check_ids(const char* what, const ConstTensor& ids, std::int64_t least, std
 
 void check_token_table(const RouteInputs& inputs, const RouterOptions& options, std::int64_t tokens) {
   const bool wanted = options.choice == Choice::token_table && inputs.ids.absent();
-  const std::int64_t vocabulary = inputs.token_table.shape().rank() == 2 ? inputs.token_table.size(0) : 0;
   check_input("tokens", inputs.tokens, wanted, {tokens}, DType::int32);
-  check_input("token_table", inputs.token_table, wanted, {vocabulary, options.topk}, DType::int32);
+  check_input("token_table", inputs.token_table, wanted, {options.vocabulary, options.topk}, DType::int32);
   if (!wanted) return;
   check_ids("token_table", inputs.token_table, 0, options.experts);
   for (std::int64_t t = 0; t < tokens; ++t) {
     const std::int32_t token = inputs.tokens.as<std::int32_t>()[t];
-    if (is_padding(inputs.mask, t) || (token >= 0 && token < vocabulary)) continue;
+    if (is_padding(inputs.mask, t) || (token >= 0 && token < options.vocabulary)) continue;
     refuse("tokens[" + std::to_string(t) + "] = " + std::to_string(token) + " is not in the " +
-           std::to_string(vocabulary) + " rows of token_table");
+           std::to_string(options.vocabulary) + " rows of token_table");
   }
 }
 

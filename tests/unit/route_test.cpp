@@ -256,7 +256,7 @@ TEST(Route, looks_experts_up_by_token_id) {
     const Array logits = some_logits(3, 4);
     const std::int32_t table[] = {0, 1, /**/ 3, 2, /**/ 2, 0};
     const std::int32_t tokens[] = {2, 0, 1};
-    const RouterOptions options{.experts = 4, .topk = 2, .choice = Choice::token_table};
+    const RouterOptions options{.experts = 4, .topk = 2, .choice = Choice::token_table, .vocabulary = 3};
     Routing routing;
     const RouteInputs inputs{.tokens = ConstTensor(tokens, {3}), .token_table = ConstTensor(table, {3, 2})};
     route(context, options, logits, routing, inputs);
@@ -320,6 +320,7 @@ TEST(Route, names_an_input_that_is_wrong) {
     biased.selection_bias = true;
     RouterOptions hashed = plain;
     hashed.choice = Choice::token_table;
+    hashed.vocabulary = 2;
     const float bias[4] = {};
     const std::int8_t mask[4] = {};
     const std::int32_t ids[] = {0, 1, 2, 4};
@@ -336,8 +337,11 @@ TEST(Route, names_an_input_that_is_wrong) {
     EXPECT_EQ(message(plain, {.tokens = ConstTensor(tokens, {2})}), "this router has no use for tokens");
     EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(table, {2, 2})}),
               "token_table[1,1] = -1 is not in [0, 4)");
-    EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(table, {1, 2})}),
-              "tokens[1] = 7 is not in the 1 rows of token_table");
+    EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(ids, {1, 2})}),
+              "token_table is int32 [1, 2], should be int32 [2, 2]");
+    const std::int32_t experts[] = {0, 1, 2, 3};
+    EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(experts, {2, 2})}),
+              "tokens[1] = 7 is not in the 2 rows of token_table");
   });
 }
 
@@ -358,7 +362,10 @@ TEST(RouterOptions, that_contradict_each_other_are_refused) {
   EXPECT_EQ(message({.experts = 8, .topk = 2, .scaling = 0}), "scaling is 0.000000, must be a number above 0");
   EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::logits, .groups = 4, .groups_used = 2}),
             "groups are for a choice by scores");
-  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::token_table, .selection_bias = true}),
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::token_table}), "vocabulary is 0, must be at least 1");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .vocabulary = 4}), "vocabulary 4 is for a choice by token table");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .jitter = 1}), "jitter is 1.000000, must be a number from 0 and below 1");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::token_table, .vocabulary = 4, .selection_bias = true}),
             "a selection bias is for a choice by scores");
   EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::round_robin, .renormalise = false}), "");
 }
