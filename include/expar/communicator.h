@@ -62,7 +62,7 @@ class Arena {
   std::shared_ptr<Block::Owner> owner_;
 };
 
-/// What all ranks must agree on when they start an operation: its name and a few numbers. At most eight numbers.
+/// What all ranks must agree on when they start an operation: its name and a few numbers. At most twelve numbers.
 class Signature {
  public:
   explicit Signature(std::string_view operation) : operation_(operation) {}
@@ -77,7 +77,7 @@ class Signature {
     std::int64_t value;
   };
   std::string_view operation_;
-  std::array<Field, 8> fields_{};
+  std::array<Field, 12> fields_{};
   std::size_t count_ = 0;
 };
 

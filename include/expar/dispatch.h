@@ -81,12 +81,15 @@ class PendingDispatch {
 /// Carries each token once to each other rank that holds one of its experts.
 ///   x       : [T, H]  this rank's tokens, f32 or bf16
 ///   weights : [T, K]  f32, travel beside the rows into refs(); absent (`{}`): every weight is 1
-///   plan    : from make_plan; the same plan serves combine and the backward pass
+///   plan    : from make_plan; the same plan serves combine and the backward pass. Of a bounded one that is the inbox's
+///             plan(), complete; x then waits in room for the bound until the other ranks have read it
 ///   returns : inbox [U, H] and a list of rows per local expert
 /// Collective: H, dtype, layout and capacity are the same on all ranks.
 /// Throws Error: bad_argument (x or weights disagree with the plan; more rows than the capacity), mismatch, timeout,
 /// peer_lost.
-/// Cost: one read and one write of each row that leaves; no allocation after the first call. Packing reads and writes
+/// Waits: exact, until all have started and again until their rows have come; bounded, once.
+/// Cost: one read and one write of each row that leaves, bounded of each of the T rows and of each that comes; no
+/// allocation after the first call. Packing reads and writes
 /// each of the R rows once more.
 Inbox dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                const DispatchOptions& options = {});

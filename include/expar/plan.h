@@ -23,6 +23,9 @@ struct PlanOptions {
   std::int64_t experts = 0;  // E
   /// Each expert's rows begin at a multiple of this (for callers' own kernels); the rows between are zero.
   std::int64_t alignment = 1;
+  /// 0: an exact plan. Else a bounded one, for decoding, where waiting costs more than bytes: the most tokens that any
+  /// rank may have, the same on all ranks. See make_plan.
+  std::int64_t bound = 0;
   /// Set when this rank could not even choose its ids: every rank throws this error instead of getting a plan.
   std::optional<Error> failure = {};
 };
@@ -35,6 +38,8 @@ struct SlotRow {
 
 /// A value: cheap to move and to copy, safe to keep. Every rank derives the same offsets from the same counts.
 /// The rows of an expert stand in (source rank, token, slot) order: the global token order, whatever P is.
+/// A bounded plan is open at first: it knows this rank's tokens, ids and sends(), and its other accessors throw Error
+/// bad_argument. The inbox of its dispatch has the complete one.
 class Plan {
  public:
   struct Data;
@@ -45,7 +50,9 @@ class Plan {
   std::int64_t tokens() const;   // T
   std::int64_t topk() const;     // K
   std::int64_t experts() const;  // E
-  ExpertRange local() const;     // the experts of this rank
+  std::int64_t bound() const;    // 0: exact
+  bool open() const;
+  ExpertRange local() const;  // the experts of this rank
 
   /// [P, E] rows that each rank has for each expert.
   std::span<const std::int32_t> counts() const;
@@ -72,8 +79,10 @@ class Plan {
 
   /// Payload bytes that this rank writes to other ranks in a dispatch of rows of `width` elements.
   std::int64_t bytes(std::int64_t width, DType dtype) const;
-  /// The same on every rank: ties a plan to the operations that use it.
+  /// The same on every rank: ties a plan to the operations that use it. 0 while it is open.
   std::uint64_t id() const;
+  /// For the library's own use.
+  const Data& data() const { return *data_; }
 
  private:
   std::shared_ptr<const Data> data_;
@@ -94,9 +103,12 @@ class PendingPlan {
 /// Counts this rank's rows, exchanges the counts, and works out every offset.
 ///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per
 ///   rank.
-/// Collective: K, E and the alignment are the same on all ranks.
+/// Bounded: nothing is exchanged here. The counts travel with the rows, in room for `bound` tokens of each rank, and
+/// nobody waits before it sends; one such plan may serve several dispatches. What is wrong with the ids, or more tokens
+/// than the bound, is an error that dispatch throws on every rank.
+/// Collective, unless bounded: K, E and the alignment are the same on all ranks.
 /// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
-/// Cost: one exchange of P x (E + P) integers.
+/// Cost: one exchange of P x (E + P) integers; bounded, counting alone.
 Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 

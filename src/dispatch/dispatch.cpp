@@ -4,7 +4,9 @@
 #include <cstring>
 #include <string>
 
+#include "src/dispatch/bounded.h"
 #include "src/dispatch/lists.h"
+#include "src/dispatch/plan_data.h"
 #include "src/dispatch/row_order.h"
 #include "src/util/copy.h"
 #include "src/util/shown.h"
@@ -19,6 +21,7 @@ std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const DispatchOptions& options) {
   if (options.failure) throw *options.failure;
+  if (plan.data().failure) throw *plan.data().failure;
   if (x.dtype() != DType::f32 && x.dtype() != DType::bf16)
     refuse("x is " + std::string(name(x.dtype())) + ", neither f32 nor bf16");
   if (x.shape().rank() != 2) refuse("x has shape " + x.shape().str() + ", not [T, H]");
@@ -31,7 +34,20 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
   if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
     refuse("lists_of is the inbox of another plan");
   if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
-  check_capacity(plan, options.layout, options.capacity);
+  if (!plan.open()) check_capacity(plan, options.layout, options.capacity);
+}
+
+Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& options) {
+  Signature signature("dispatch");
+  signature.with("hidden", x.shape().rank() == 2 ? x.size(1) : 0).with("dtype", static_cast<std::int64_t>(x.dtype()));
+  signature.with("lists", options.lists_of == nullptr);
+  signature.with("layout", static_cast<std::int64_t>(options.layout)).with("capacity", options.capacity);
+  signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
+  if (plan && plan.open()) {
+    signature.with("bound", plan.bound()).with("topk", plan.topk()).with("experts", plan.experts());
+    signature.with("alignment", plan.data().alignment);
+  }
+  return signature;
 }
 
 }  // namespace
@@ -76,27 +92,22 @@ struct PendingDispatch::State final : InFlight {
         width(x_.shape().rank() == 2 ? x_.size(1) : 0),
         row_bytes(at(width) * size_of(x_.dtype())),
         tag_bytes(o.lists_of == nullptr && p ? at(p.topk()) * sizeof(SlotTag) : 0),
-        operation(communicator,
-                  Signature("dispatch")
-                      .with("hidden", width)
-                      .with("dtype", static_cast<std::int64_t>(x_.dtype()))
-                      .with("plan", p ? static_cast<std::int64_t>(p.id()) : 0)
-                      .with("lists", o.lists_of == nullptr)
-                      .with("layout", static_cast<std::int64_t>(o.layout))
-                      .with("capacity", o.capacity),
-                  c.timeout()) {}
+        operation(communicator, signature_of(x_, p, o), c.timeout()) {}
 
-  std::size_t tags_offset() const { return (at(plan.unique()) * row_bytes + 63) / 64 * 64; }
+  std::size_t tags_offset() const { return (room * row_bytes + 63) / 64 * 64; }
 
   void start(ConstTensor weights_) {
     operation.ready([&] {
       validate(x, weights_, plan, options);
       inbox = std::make_unique<Inbox::Data>();
-      inbox->plan = plan;
       inbox->x = x;
-      inbox->block = communicator.arena().allocate(tags_offset() + at(plan.unique()) * tag_bytes);
-      inbox->rows = ConstTensor(inbox->block.data(), x.dtype(), Shape{plan.unique(), width});
-      return show(inbox->block, tags_offset());
+      room = at(plan.open() ? (communicator.size() - 1) * plan.bound() : plan.unique());
+      inbox->block = communicator.arena().allocate(tags_offset() + room * tag_bytes);
+      if (!plan.open()) return show(inbox->block, tags_offset());
+      shelf.emplace(context, plan, row_bytes);
+      const Operation::Words words = shelf->show(operation, weights);
+      if (x.byte_size() > 0) std::memcpy(shelf->rows(), x.data(), x.byte_size());
+      return words;
     });
     operation.keep_advancing(this);
   }
@@ -108,6 +119,7 @@ struct PendingDispatch::State final : InFlight {
   /// Gives every rank its rows. The nearest rank above comes first, so that ranks do not all write to the same one.
   void send() {
     sent = true;
+    if (shelf) return shelf->read(operation);
     std::size_t staged = 0;
     for (int step = 1; step < communicator.size(); ++step) {
       const int peer = (communicator.rank() + step) % communicator.size();
@@ -172,6 +184,17 @@ struct PendingDispatch::State final : InFlight {
     transfers.finish(communicator, operation, "its rows");
   }
 
+  /// The rows of a bounded plan that this rank needs, from where the others showed them.
+  void take_rows() {
+    for (int peer = 0; peer < communicator.size(); ++peer) {
+      if (peer == communicator.rank()) continue;
+      const std::size_t first = at(plan.sources()[at(peer)]), count = at(plan.sources()[at(peer + 1)]) - first;
+      auto* tags = reinterpret_cast<SlotTag*>(inbox->block.data() + tags_offset() + first * tag_bytes);
+      const auto tokens = shelf->take(operation, peer, count, tags);
+      copy_rows(inbox->block.data() + first * row_bytes, shelf->rows_of(peer), tokens, row_bytes, Store::cached);
+    }
+  }
+
   /// Adds the rows of the other ranks to the lists.
   void list_rows() {
     const auto* tags = reinterpret_cast<const SlotTag*>(inbox->block.data() + tags_offset());
@@ -181,6 +204,15 @@ struct PendingDispatch::State final : InFlight {
       communicator.fail(Error(ErrorCode::internal,
                               "rank " + std::to_string(peer) + " sent other experts than its plan says",
                               {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
+    }
+  }
+
+  /// Only now are the counts known: to every rank, which finds the same.
+  void check_capacity_of_all() {
+    try {
+      check_capacity(plan, options.layout, options.capacity);
+    } catch (const Error& error) {
+      throw Error(error.code(), error.message(), {.rank = 0, .operation = "dispatch"});
     }
   }
 
@@ -228,6 +260,8 @@ struct PendingDispatch::State final : InFlight {
   std::int64_t width;
   std::size_t row_bytes, tag_bytes;
   std::unique_ptr<Inbox::Data> inbox;
+  std::size_t room = 0;        // of the inbox, in rows
+  std::optional<Shelf> shelf;  // where the plan was open
   std::vector<std::byte> staging;
   std::vector<std::vector<SlotTag>> staged_tags;
   Transfers transfers;
@@ -252,12 +286,17 @@ Inbox PendingDispatch::finish() {
   const Phase phase(state->communicator.trace(), operation_span("finish dispatch"));
   state->operation.meet();
   if (!state->sent) state->send();
+  if (state->shelf) state->plan = state->shelf->complete(state->operation);
+  state->inbox->plan = state->plan;
+  state->inbox->rows =
+      ConstTensor(state->inbox->block.data(), state->x.dtype(), Shape{state->plan.unique(), state->width});
   const Inbox* like = state->options.lists_of;
   state->inbox->lists =
       like != nullptr ? like->data_->lists : std::make_shared<Lists>(state->context, state->plan, state->weights);
-  state->await_rows();
+  state->shelf ? state->take_rows() : state->await_rows();
   state->operation.complete();
   if (like == nullptr) state->list_rows();
+  if (state->shelf) state->check_capacity_of_all();
   state->pack();
   return Inbox(std::move(state->inbox));
 }

@@ -1,0 +1,46 @@
+// What a plan holds, and how every offset follows from the counts of all ranks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include <expar/plan.h>
+
+namespace expar {
+
+struct Plan::Data {
+  explicit Data(std::shared_ptr<std::pmr::memory_resource> m) : memory(std::move(m)) {}
+
+  std::shared_ptr<std::pmr::memory_resource> memory;
+  int rank = 0, ranks = 1;
+  std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1, bound = 0;
+  std::uint64_t id = 0;                                      // 0: open
+  std::optional<Error> failure;                              // why an open plan cannot be dispatched
+  std::pmr::vector<std::int32_t> ids{memory.get()};          // [T, K]
+  std::pmr::vector<std::int32_t> send_tokens{memory.get()};  // destination by destination
+  std::pmr::vector<std::int32_t> own{memory.get()};          // [E + P] this rank's rows per expert, tokens per rank
+  std::vector<std::int64_t> send_begin;                      // [P + 1] into send_tokens
+  std::vector<std::int64_t> send_row;                        // [P]
+  std::pmr::vector<std::int32_t> counts{memory.get()};       // [P, E]
+  std::vector<std::int64_t> totals;                          // [E]
+  std::vector<std::int64_t> offsets;                         // [L + 1]
+  std::vector<std::int64_t> rows;                            // [L]
+  std::vector<std::int64_t> sources;                         // [P + 1]
+  std::vector<std::int32_t> slot_start;                      // [1 + E], from expert -1
+  std::vector<std::int64_t> source_start;                    // [P, L]
+  std::pmr::vector<SlotRow> slots{memory.get()};  // [T, K]; while open, the place among this rank's of an expert
+};
+
+/// Fills what this rank knows alone: its rows per expert, the place of each slot among its expert's, and the tokens
+/// that each other rank needs.
+void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan);
+
+/// From what every rank has counted, `own_of(source)` being the bytes of its `own`, to all offsets. Counts that cannot
+/// be end the job.
+void complete(const Communicator& communicator, std::uint64_t id,
+              FunctionRef<std::span<const std::byte>(int source)> own_of, Plan::Data& plan);
+
+}  // namespace expar

@@ -1,0 +1,242 @@
+// Bounded plans: the same bytes as exact ones, one meeting less, and every error still on every rank.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <set>
+#include <string>
+#include <thread>
+
+#include <expar/collectives.h>
+
+#include "tests/contract/share.h"
+#include "tests/contract/ways.h"
+
+namespace expar::test {
+namespace {
+
+class EveryWay : public testing::TestWithParam<Way> {};
+
+Error error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  throw std::runtime_error("nothing was thrown");
+}
+
+void require_text(const std::string& got, const std::string& wanted) { require(got == wanted, "got: " + got); }
+
+/// Experts that multiply by one more than their number.
+void multiply(const Inbox& inbox, Outbox& y) {
+  const Plan& plan = inbox.plan();
+  const std::int64_t width = y.rows().size(1);
+  for (std::int64_t e = 0; e < plan.local().count; ++e) {
+    const std::int64_t first = plan.offsets()[static_cast<std::size_t>(e)];
+    for (std::int64_t i = first; i < first + plan.rows()[static_cast<std::size_t>(e)]; ++i) {
+      const ConstTensor row(row_bytes(inbox, i), DType::f32, Shape{width});
+      for (std::int64_t h = 0; h < width; ++h)
+        y.rows().as<float>()[i * width + h] = value(row, h) * static_cast<float>(plan.local().first + e + 1);
+    }
+  }
+}
+
+void step(const Context& context, const Workload& w, Share& share, std::int64_t bound) {
+  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .bound = bound});
+  const Inbox inbox = dispatch(context, share.x, share.weights, plan);
+  check_rows(w, inbox);
+  Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);
+  multiply(inbox, y);
+  combine(context, inbox.plan(), y, ConstTensor(share.weights), share.out);
+}
+
+TEST_P(EveryWay, gives_the_same_bytes_as_an_exact_plan) {
+  run(GetParam(), [](const Context& context) {
+    for (const Workload& w : workloads(context.size())) {
+      Share exact(w, context.rank(), DType::f32), bounded(w, context.rank(), DType::f32);
+      step(context, w, exact, 0);
+      const std::int64_t most = *std::max_element(w.tokens.begin(), w.tokens.end());
+      for (const std::int64_t bound : {std::max<std::int64_t>(most, 1), most + 7}) {
+        step(context, w, bounded, bound);
+        const std::size_t bytes = exact.out.view().byte_size();
+        require(bytes == 0 || std::memcmp(exact.out.view().data(), bounded.out.view().data(), bytes) == 0, w.name);
+      }
+    }
+  });
+}
+
+TEST_P(EveryWay, serves_everything_that_an_exact_plan_serves) {
+  run(GetParam(), [](const Context& context) {
+    const Workload w = workloads(context.size())[2];
+    Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
+    for (int round = 0; round < 34; ++round) {  // more operations than there are slots
+      const Plan plan = make_plan(context, a.id_tensor(w), {.experts = w.experts, .alignment = 4, .bound = 11});
+      auto first = start_dispatch(context, a.x, a.weights, plan, {.layout = Layout::expert_major});
+      auto second = start_dispatch(context, b.x, {}, plan);
+      const bool swap = (context.rank() + round) % 2 == 0;
+      Inbox one = (swap ? second : first).finish();
+      Inbox two = (swap ? first : second).finish();
+      if (swap) std::swap(one, two);
+      check_rows(w, one);
+      const Inbox again = dispatch(context, a.x, {}, one.plan(), {.lists_of = &one});
+      check_rows(w, again);
+      Outbox y = make_outbox(context, two, w.hidden, DType::f32);
+      multiply(two, y);
+      combine(context, two.plan(), y, ConstTensor(a.weights), a.out);
+      check_out(w, a, context.rank(), true);
+    }
+  });
+}
+
+TEST_P(EveryWay, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_on) {
+  run(GetParam(), [](const Context& context) {
+    const int bad = context.size() - 1;
+    const std::int64_t tokens = context.rank() == bad ? 9 : 3;
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens), 1);
+    const Array x(DType::f32, Shape{tokens, 4});
+    const auto send = [&] {
+      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 8});
+      dispatch(context, x, {}, plan);
+    };
+    const Error error = error_of(send);
+    require(error.code() == ErrorCode::bad_argument, error.what());
+    require_text(error.what(),
+                 "rank " + std::to_string(bad) + ": dispatch: 9 tokens are more than the plan's bound of 8");
+
+    std::fill(ids.begin(), ids.end(), context.rank() == bad ? 4 : 0);
+    const Error wrong = error_of([&] {
+      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 9});
+      dispatch(context, x, {}, plan);
+    });
+    require_text(wrong.what(), "rank " + std::to_string(bad) + ": dispatch: ids[0,0] = 4 is not below num_experts 4");
+
+    const DispatchOptions small{.layout = Layout::padded, .capacity = 1};
+    std::fill(ids.begin(), ids.end(), 2);
+    const Error full = error_of([&] {
+      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 9});
+      dispatch(context, x, {}, plan, small);
+    });
+    require(full.code() == ErrorCode::bad_argument && full.rank() == 0, full.what());
+    barrier(context);
+  });
+}
+
+TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
+  if (GetParam().ranks == 1) return;
+  run(GetParam(), [](const Context& context) {
+    const bool odd = context.rank() == context.size() - 1;
+    const std::vector<std::int32_t> ids(6, 1);
+    const Array x(DType::f32, Shape{3, 4});
+    const auto check = [&](const PlanOptions& options, Shape shape, const std::string& part) {
+      const Error error = error_of([&] {
+        const Plan plan = make_plan(context, ConstTensor(ids.data(), shape), options);
+        dispatch(context, x, {}, plan);
+      });
+      require(error.code() == ErrorCode::mismatch, error.what());
+      require(error.message().find(part) != std::string::npos, error.message());
+      barrier(context);
+    };
+    check({.experts = 4, .bound = odd ? 8 : 9}, {3, 2}, "bound 8");
+    check({.experts = odd ? 5 : 4, .bound = 9}, {3, 2}, "experts 5");
+    check({.experts = 4, .bound = 9}, odd ? Shape{3, 1} : Shape{3, 2}, "topk 1");
+    check({.experts = 4, .bound = odd ? 0 : 9}, {3, 2}, "runs plan (");
+  });
+}
+
+TEST_P(EveryWay, says_what_an_open_plan_cannot_do) {
+  run(GetParam(), [](const Context& context) {
+    const std::vector<std::int32_t> ids(3, 1);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
+    require(plan.open() && plan.bound() == 3 && plan.tokens() == 3, "an open plan");
+    const Array x(DType::f32, Shape{3, 4});
+    const Inbox inbox = dispatch(context, x, {}, plan);
+    require(!inbox.plan().open(), "the inbox's plan is complete");
+    Outbox y = make_outbox(context, inbox.plan(), 4, DType::f32);
+    const std::string text = "the plan is bounded and still open; the inbox of its dispatch has the complete one";
+    require_text(error_of([&] { make_outbox(context, plan, 4, DType::f32); }).message(), text);
+    require_text(error_of([&] { combine(context, plan, y, unweighted, x.view()); }).message(), text);
+    require_text(error_of([&] { plan.received(); }).message(), text);
+    barrier(context);
+  });
+}
+
+/// Meetings at which this rank has waited for others: operations and what of them was waited for.
+std::set<std::string> meetings(const Trace& trace) {
+  std::set<std::string> all;
+  for (const Span& span : trace.spans()) {
+    if (span.kind == Span::Kind::wait) all.insert(std::string(span.name) + " " + std::string(span.what));
+  }
+  return all;
+}
+
+/// What a rank waits for in decoding 8 tokens while rank 0 is late wherever it can be.
+std::set<std::string> waits(const Context& context, std::int64_t bound) {
+  const Workload w{"decode", context.size(), 16, 4, 32, Pattern::uniform, std::vector<std::int64_t>(8, 8)};
+  Share share(w, context.rank(), DType::f32);
+  const auto linger = [&] {
+    if (context.rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  };
+  barrier(context);
+  const auto trace = std::make_shared<Trace>();
+  context.communicator().record(trace);
+  linger();
+  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .bound = bound});
+  linger();
+  const Inbox inbox = dispatch(context, share.x, share.weights, plan);
+  Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);
+  multiply(inbox, y);
+  linger();
+  combine(context, inbox.plan(), y, ConstTensor(share.weights), share.out);
+  context.communicator().record(nullptr);
+  check_out(w, share, context.rank(), true);
+  return meetings(*trace);
+}
+
+TEST_P(EveryWay, waits_for_peers_at_most_twice_in_dispatch_and_combine) {
+  const Way way = GetParam();
+  if (way.ranks == 1) return;
+  run(way, [&](const Context& context) {
+    const std::size_t most = way.mapping ? 2 : 4;  // a rank that is not mapped sends after the meeting
+    bool more_when_exact = false;
+    for (int round = 0; round < 3; ++round) {
+      const auto bounded = waits(context, 8);
+      require(bounded.size() <= most, "meetings of a bounded plan: " + std::to_string(bounded.size()));
+      const auto exact = waits(context, 0);
+      more_when_exact = more_when_exact || exact.size() > 2;
+    }
+    require(more_when_exact || context.rank() == 0, "an exact plan waits more often, so this test can fail");
+  });
+}
+
+TEST_P(EveryWay, takes_no_more_memory_after_the_first_steps) {
+  run(GetParam(), [](const Context& context) {
+    const Workload w{"decode", context.size(), 16, 4, 32, Pattern::uniform, std::vector<std::int64_t>(8, 8)};
+    Share share(w, context.rank(), DType::f32);
+    step(context, w, share, 8);
+    const std::size_t settled = context.communicator().arena().capacity();
+    for (int round = 0; round < 100; ++round) step(context, w, share, 8);
+    require_equal(context.communicator().arena().capacity(), settled, "bytes of the arena");
+  });
+}
+
+TEST_P(EveryWay, names_the_rank_that_is_late) {
+  if (GetParam().ranks == 1) return;
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    const std::vector<std::int32_t> ids(3, 1);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
+    const Array x(DType::f32, Shape{3, 4});
+    barrier(context);
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(700));
+    dispatch(context.with_timeout(std::chrono::milliseconds(150)), x, {}, plan);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
+  EXPECT_EQ(error.peer(), 1) << error.what();
+}
+
+INSTANTIATE_TEST_SUITE_P(Bounded, EveryWay, testing::ValuesIn(every_way()), way_name);
+
+}  // namespace
+}  // namespace expar::test
