@@ -21,6 +21,8 @@ struct MoeLayerOptions {
   Activation activation = Activation::swiglu;
   bool bias = false;
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
+  /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
+  std::int64_t bound = 0;
 };
 
 /// Milliseconds that this rank spent, added up over calls.

@@ -156,6 +156,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   ExpertWeights weights;
   PlanOptions plan_options;
   plan_options.experts = options.router.experts;
+  plan_options.bound = shards ? 0 : options.bound;
   {
     const Phase phase(c.trace(), "route", &times.route);
     plan_options.failure = attempt([&] {
@@ -190,6 +191,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   {
     const Phase phase(c.trace(), "dispatch", &times.dispatch);
     record.inbox = dispatch(c, x, record.routing.weights, plan);
+    plan = record.inbox.plan();
   }
   {
     const Phase phase(c.trace(), "experts", &times.experts);
