@@ -52,12 +52,13 @@ struct MoeLayer::State {
 
   MoeRecord inference;
   ExpertsScratch scratch;
-  Buffer wide_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
+  Buffer wide_x, jittered_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
   Tensor shard_gradients, bias_shard_gradients;
 
   // ---- forward
   void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual, const MoeInputs& inputs) const;
   void check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const;
+  ConstTensor wide(const Context& c, ConstTensor x);
   Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
   ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
   void choose(const Context& c, ConstTensor x, const MoeInputs& inputs, const std::optional<Jitter>& jitter,
@@ -104,20 +105,25 @@ void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const 
   check_shards(shards, x.size(0));
 }
 
+/// The tokens in f32.
+ConstTensor MoeLayer::State::wide(const Context& c, ConstTensor x) {
+  if (x.dtype() == DType::f32) return x;
+  const Tensor converted = wide_x.view(DType::f32, x.shape());
+  to_f32(x, converted, c.pool());
+  return converted;
+}
+
 Jitter MoeLayer::State::jitter_of(const MoeRecord& record, ConstTensor mask) const {
   return {Random(record.seed, record.stream), options.router.jitter, record.first_token, mask};
 }
 
-/// The tokens as the router reads them: f32, and with jitter in training.
+/// The tokens as the router reads them.
 ConstTensor MoeLayer::State::router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter) {
-  if (x.dtype() == DType::f32 && !jitter) return x;
-  const Tensor read = wide_x.view(DType::f32, x.shape());
-  if (x.dtype() == DType::f32) {
-    std::memcpy(read.data(), x.data(), x.byte_size());
-  } else {
-    to_f32(x, read, c.pool());
-  }
-  if (jitter) jitter->apply(read, c.pool());
+  const ConstTensor plain = wide(c, x);
+  if (!jitter) return plain;
+  const Tensor read = jittered_x.view(DType::f32, x.shape());
+  std::memcpy(read.data(), plain.data(), plain.byte_size());
+  jitter->apply(read, c.pool());
   return read;
 }
 
