@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "cli/chart.h"
 #include "cli/dashboard.h"
 #include "cli/verbs.h"
 #include "models/checkpoint.h"
@@ -51,8 +52,13 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--dtype", flags.dtype, "of activations and weights: f32 or bf16")
       ->check(one_of({"f32", "bf16"}))
       ->capture_default_str();
-  app.add_option("--router", flags.router, "how experts are chosen: softmax")
-      ->check(one_of({"softmax"}))
+  const std::vector<std::string> routers(router_names().begin(), router_names().end());
+  app.add_option("--router", flags.router, "how experts are chosen: softmax, or as in a family of models")
+      ->check(one_of(routers))
+      ->capture_default_str();
+  app.add_option("--bias-update-rate", train.bias_update_rate,
+                 "how fast deepseek_v3's selection bias follows the loads, which no loss then balances")
+      ->check(number_above(0))
       ->capture_default_str();
   flags.log_dir_given = app.add_option("--log-dir", flags.log_dir,
                                        "write losses, loads and times for TensorBoard into this directory (the dense "
@@ -79,6 +85,10 @@ TrainOptions resumed(const TrainFlags& flags) {
   const CLI::Option* dtype = flags.app->get_option("--dtype");
   const std::string saved_dtype(name(saved.options.model.moe.dtype));
   if (dtype->count() > 0 && flags.dtype != saved_dtype) contradicts("--dtype", flags.dtype, saved_dtype);
+
+  if (flags.app->get_option("--router")->count() > 0 && flags.router != saved.options.router) {
+    contradicts("--router", flags.router, saved.options.router);
+  }
 
   TrainOptions options = saved.options;
   const auto given = [&](const char* name, auto& value, bool fixed) {
@@ -169,19 +179,30 @@ constexpr struct {
                {"combine", &PhaseTimes::combine},
                {"backward", &PhaseTimes::backward}};
 
+/// [layers][E]
+std::vector<std::span<const std::int64_t>> by_layer(const std::vector<std::int64_t>& loads,
+                                                    const TrainOptions& options) {
+  const auto experts = static_cast<std::size_t>(options.model.moe.router.experts);
+  std::vector<std::span<const std::int64_t>> layers;
+  for (std::size_t at = 0; at < loads.size(); at += experts) layers.push_back(std::span(loads).subspan(at, experts));
+  return layers;
+}
+
 nlohmann::json to_json(const Communicator& communicator, const TrainOptions& options, const TrainReport& moe,
                        const std::optional<TrainReport>& dense) {
   nlohmann::json phases = {{"optimizer", moe.optimizer_ms}};
   for (const auto& [name, phase] : kPhases) phases[name] = moe.phase_ms.*phase;
-  nlohmann::json result = {{"ranks", communicator.size()},
-                           {"transport", communicator.transport_name()},
-                           {"steps", options.steps},
-                           {"losses", moe.losses},
-                           {"heldout_bits_per_byte", moe.heldout_bits_per_byte},
-                           {"tokens_per_s", moe.tokens_per_s},
-                           {"phase_ms", phases},
-                           {"load_max_over_mean", moe.load_max_over_mean},
-                           {"dropped", moe.dropped}};
+  nlohmann::json result = {
+      {"ranks", communicator.size()},
+      {"transport", communicator.transport_name()},
+      {"steps", options.steps},
+      {"losses", moe.losses},
+      {"heldout_bits_per_byte", moe.heldout_bits_per_byte},
+      {"tokens_per_s", moe.tokens_per_s},
+      {"phase_ms", phases},
+      {"load_max_over_mean", moe.load_max_over_mean},
+      {"dropped", moe.dropped},
+      {"loads", {{"first", by_layer(moe.first_loads, options)}, {"last", by_layer(moe.last_loads, options)}}}};
   if (dense) result["dense_heldout_bits_per_byte"] = dense->heldout_bits_per_byte;
   return result;
 }
@@ -195,6 +216,16 @@ void print_phases(const char* name, const TrainReport& report) {
   std::printf("%-8s", name);
   for (const auto& row : kPhases) std::printf(" %9.2f", report.phase_ms.*row.phase);
   std::printf(" %9.2f\n", report.optimizer_ms);
+}
+
+void print_loads(const TrainOptions& options, const TrainReport& report) {
+  const auto first = by_layer(report.first_loads, options);
+  const auto last = by_layer(report.last_loads, options);
+  std::printf("\nslots per expert in the first tenth of the steps, and in the last; half a column is the mean\n");
+  for (std::size_t layer = 0; layer < first.size(); ++layer) {
+    std::printf("layer %-3zu %s  max/mean %-6.2f %s  max/mean %.2f\n", layer, chart_of_loads(first[layer]).c_str(),
+                max_over_mean(first[layer]), chart_of_loads(last[layer]).c_str(), max_over_mean(last[layer]));
+  }
 }
 
 void print(const TrainOptions& options, const TrainReport& moe, const std::optional<TrainReport>& dense) {
@@ -213,6 +244,7 @@ void print(const TrainOptions& options, const TrainReport& moe, const std::optio
   std::printf(" %9s\n", "optimizer");
   print_phases("MoE", moe);
   if (dense) print_phases("dense", *dense);
+  print_loads(options, moe);
 }
 
 nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicator, const Common& common) {
@@ -243,8 +275,13 @@ Verb train_verb() {
   verb.check = [flags](const Common&) {
     TrainOptions& options = flags->options;
     options.model.moe.dtype = parse_dtype(flags->dtype);
+    choose_router(options, flags->router);
     if (!options.resume.empty()) options = resumed(*flags);
     validate(options);
+    if (flags->app->get_option("--bias-update-rate")->count() > 0 && !options.model.moe.router.selection_bias) {
+      throw Error(ErrorCode::bad_argument,
+                  "--bias-update-rate is for a router with a selection bias, which " + options.router + " has not");
+    }
     if (options.save.empty() && options.save_every > 0) {
       throw Error(ErrorCode::bad_argument, "--save-every needs --save DIRECTORY");
     }

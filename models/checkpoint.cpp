@@ -32,6 +32,7 @@ struct SavedTensor {
   int owner = 0;
   bool replicated = false;  // every rank has it; the owner writes it
   bool low = false;         // works in bf16: the f32 values go with the optimizer's state
+  bool trained = true;      // by the optimizer, which has moments of it
 };
 
 /// All tensors of the model, the same on every rank.
@@ -61,6 +62,13 @@ std::vector<SavedTensor> saved_tensors(const TextModelOptions& model, int ranks)
                    .shape = {moe.router.experts, moe.hidden},
                    .parameter = parameters + "router.weight",
                    .replicated = true});
+    if (moe.router.selection_bias) {
+      all.push_back({.name = block + "mlp.gate.e_score_correction_bias",
+                     .shape = {moe.router.experts},
+                     .parameter = parameters + "selection_bias",
+                     .replicated = true,
+                     .trained = false});
+    }
     for (std::int64_t e = 0; e < moe.router.experts; ++e) {
       const int owner = owner_of(e, ranks, moe.router.experts);
       const std::int64_t local = e - experts_of(owner, ranks, moe.router.experts).first;
@@ -93,13 +101,17 @@ std::string value_name(const SavedTensor& t) { return t.name + ".master"; }
 std::string m_name(const SavedTensor& t) { return t.name + ".exp_avg"; }
 std::string v_name(const SavedTensor& t) { return t.name + ".exp_avg_sq"; }
 
-/// What this rank trains, by name.
+/// What this rank has, by name.
 class State {
  public:
   State(TextModel& model, AdamW& optimizer) {
     const std::vector<Parameter> parameters = model.parameters();
     const std::vector<AdamWMoments> moments = optimizer.moments(parameters);
     for (std::size_t i = 0; i < parameters.size(); ++i) parts_[parameters[i].name] = {parameters[i], moments[i]};
+    if (!model.options().moe.router.selection_bias) return;
+    for (std::size_t layer = 0; layer < static_cast<std::size_t>(model.options().layers); ++layer) {
+      parts_["layers." + std::to_string(layer) + ".selection_bias"].parameter.value = model.selection_bias(layer);
+    }
   }
   Tensor value(const SavedTensor& t) const { return piece(t, part(t).parameter.value); }
   Tensor low(const SavedTensor& t) const { return piece(t, part(t).parameter.low); }
@@ -141,7 +153,8 @@ io::Metadata describe(const TrainOptions& options, std::int64_t step, const std:
   io::Metadata metadata{{"format", "pt"},
                         {key_of("step"), text_of(step)},
                         {key_of("optimizer"), optimizer},
-                        {key_of("dtype"), std::string(name(options.model.moe.dtype))}};
+                        {key_of("dtype"), std::string(name(options.model.moe.dtype))},
+                        {key_of("router"), options.router}};
   visit_numbers(options, [&](const char* name, const auto& value) { metadata[key_of(name)] = text_of(value); });
   return metadata;
 }
@@ -172,22 +185,51 @@ class Description {
   const io::SafetensorsFile& file_;
 };
 
+/// The family whose names and router the blocks have.
+enum class Family : std::uint8_t { qwen3_moe, deepseek_v3, none };
+
+Family family_of(const MoeLayerOptions& moe) {
+  RouterOptions router = moe.router;
+  if (moe.bias || moe.activation != Activation::swiglu || router.bias || router.choice != Choice::scores) {
+    return Family::none;
+  }
+  if (router.score == Score::sigmoid && router.selection_bias) return Family::deepseek_v3;
+  const bool is_plain = router.score == Score::softmax && !router.selection_bias && router.scaling == 1.0F &&
+                        router.groups_used == router.groups;
+  return is_plain ? Family::qwen3_moe : Family::none;
+}
+
 std::string config_of(const TextModelOptions& model) {
   const MoeLayerOptions& moe = model.moe;
+  const RouterOptions& router = moe.router;
+  const bool is_deepseek = family_of(moe) == Family::deepseek_v3;
   const std::string dtype = moe.dtype == DType::bf16 ? "bfloat16" : "float32";
-  std::string text = "{\n  \"architectures\": [\"Qwen3MoeForCausalLM\"],\n  \"model_type\": \"qwen3_moe\",\n";
+  std::string text = "{\n";
   const auto line = [&](const char* key, const std::string& value) {
     text += "  \"" + std::string(key) + "\": " + value + ",\n";
   };
+  line("architectures", is_deepseek ? "[\"DeepseekV3ForCausalLM\"]" : "[\"Qwen3MoeForCausalLM\"]");
+  line("model_type", is_deepseek ? "\"deepseek_v3\"" : "\"qwen3_moe\"");
   line("hidden_size", text_of(moe.hidden));
   line("moe_intermediate_size", text_of(moe.inner));
-  line("num_experts", text_of(moe.router.experts));
-  line("num_experts_per_tok", text_of(moe.router.topk));
-  line("norm_topk_prob", moe.router.renormalise ? "true" : "false");
+  line(is_deepseek ? "n_routed_experts" : "num_experts", text_of(router.experts));
+  line("num_experts_per_tok", text_of(router.topk));
+  line("norm_topk_prob", router.renormalise ? "true" : "false");
+  if (is_deepseek) {
+    line("scoring_func", "\"sigmoid\"");
+    line("topk_method", "\"noaux_tc\"");
+    line("n_group", text_of(router.groups));
+    line("topk_group", text_of(router.groups_used));
+    line("routed_scaling_factor", text_of(router.scaling));
+    line("n_shared_experts", "0");
+    line("first_k_dense_replace", "0");
+    line("moe_layer_freq", "1");
+  } else {
+    line("decoder_sparse_step", "1");
+    line("mlp_only_layers", "[]");
+  }
   line("hidden_act", "\"silu\"");
   line("num_hidden_layers", text_of(model.layers));
-  line("decoder_sparse_step", "1");
-  line("mlp_only_layers", "[]");
   line("rms_norm_eps", "1e-05");
   line("vocab_size", text_of(kBytes));
   line("tie_word_embeddings", "false");
@@ -207,6 +249,7 @@ class Files {
       for (const SavedTensor& t : tensors) {
         model.push_back({t.name, t.low ? DType::bf16 : DType::f32, t.shape});
         if (t.low) state.push_back({value_name(t), DType::f32, t.shape});
+        if (!t.trained) continue;
         state.push_back({m_name(t), DType::f32, t.shape});
         state.push_back({v_name(t), DType::f32, t.shape});
       }
@@ -263,7 +306,14 @@ SavedTraining read_checkpoint(const std::string& directory) {
   SavedTraining saved;
   description.number("step", saved.step);
   saved.optimizer = description.text("optimizer");
-  visit_numbers(saved.options, [&](const char* name, auto& value) { description.number(name, value); });
+  visit_extents(saved.options, [&](const char* name, auto& value) { description.number(name, value); });
+  const std::string& router = description.text("router");
+  const auto names = router_names();
+  if (std::find(names.begin(), names.end(), router) == names.end()) {
+    refuse(file.path(), "its metadata says expar.router = \"" + router + "\", which is not a router that expar trains");
+  }
+  choose_router(saved.options, router);
+  visit_settings(saved.options, [&](const char* name, auto& value) { description.number(name, value); });
   const std::string& dtype = description.text("dtype");
   if (dtype != "f32" && dtype != "bf16") {
     refuse(file.path(), "its metadata says expar.dtype = \"" + dtype + "\", which is neither f32 nor bf16");
@@ -282,8 +332,9 @@ SavedTraining read_checkpoint(const std::string& directory) {
 }
 
 void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model) {
-  if (model.moe.bias || model.moe.activation != Activation::swiglu) {
-    throw Error(ErrorCode::bad_argument, "a checkpoint holds SwiGLU experts without biases, as Qwen3-MoE's are");
+  if (family_of(model.moe) == Family::none) {
+    throw Error(ErrorCode::bad_argument,
+                "a checkpoint holds SwiGLU experts without biases and a router as Qwen3-MoE's or DeepSeek-V3's");
   }
   std::error_code error;
   std::filesystem::create_directories(directory, error);
@@ -325,6 +376,7 @@ void save_checkpoint(const Context& context, const std::string& directory, TextM
     } else {
       save(&State::value, DType::f32, t.name, &Files::write_model);
     }
+    if (!t.trained) continue;
     save(&State::m, DType::f32, m_name(t), &Files::write_state);
     save(&State::v, DType::f32, v_name(t), &Files::write_state);
   }
@@ -357,6 +409,7 @@ void load_checkpoint(const Context& context, const std::string& directory, TextM
         stored.read_rows(0, to);
       };
       read(t.low ? others : values, t.low ? value_name(t) : t.name, state.value(t));
+      if (!t.trained) continue;
       read(others, m_name(t), state.m(t));
       read(others, v_name(t), state.v(t));
     }

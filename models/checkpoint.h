@@ -9,7 +9,7 @@
 namespace expar {
 
 /// A checkpoint is a directory:
-///   config.json           as Qwen3-MoE's: expar and transformers read the MoE blocks by it
+///   config.json           as Qwen3-MoE's or DeepSeek-V3's: expar and transformers read the MoE blocks by it
 ///   model.safetensors     every parameter in the dtype that works, experts under their global index; its metadata says
 ///                         which step this is, how the training was set up and which file goes with it
 ///   optimizer-N.safetensors  AdamW's moments after step N and, in bf16, the f32 parameters
@@ -26,7 +26,7 @@ struct SavedTraining {
 SavedTraining read_checkpoint(const std::string& directory);
 
 /// Makes `directory` if it is not there. Throws Error: bad_argument (it holds the checkpoint of a model with other
-/// extents; a model that Qwen3-MoE's names cannot tell), io (it cannot be written). Not collective.
+/// extents; a model that neither family can tell), io (it cannot be written). Not collective.
 void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model);
 
 /// Writes what `model` and `optimizer` hold. Every rank writes its own experts straight into the files.

@@ -59,8 +59,8 @@ void validate(const TextModelOptions& options) {
 
 TextModelOptions dense_twin(TextModelOptions options) {
   options.moe.inner *= options.moe.router.topk;
-  options.moe.router.experts = 1;
-  options.moe.router.topk = 1;
+  const RouterOptions& router = options.moe.router;
+  options.moe.router = {.experts = 1, .topk = 1, .balance = router.balance, .z = router.z};
   return options;
 }
 
@@ -78,16 +78,17 @@ TextModel::TextModel(const Context& context, const TextModelOptions& options, st
   embedding_.initialise(context, seed);
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
-    Block& block = blocks_.emplace_back(MoeLayer(context, options.moe), Parameter{}, MoeRecord{});
+    Block& block = blocks_.emplace_back(MoeLayer(context, options.moe), std::vector<Parameter>{}, MoeRecord{});
     block.moe.initialise(seed, prefix(layer));
-    block.router = block.moe.router_parameter(prefix(layer));
+    block.router.push_back(block.moe.router_parameter(prefix(layer)));
+    if (options.moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));
   }
 }
 
 std::vector<Parameter> TextModel::parameters() {
   std::vector<Parameter> all{embedding_.parameter()};
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
-    all.push_back(blocks_[layer].router);
+    all.insert(all.end(), blocks_[layer].router.begin(), blocks_[layer].router.end());
     auto experts = blocks_[layer].moe.expert_parameters(prefix(layer));
     std::move(experts.begin(), experts.end(), std::back_inserter(all));
   }
@@ -209,7 +210,9 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
     block.moe.backward(context, block.record, dx, dnormed);
-    all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router.gradient));
+    all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router[0].gradient));
+    if (options_.moe.router.bias)
+      all_reduce(context, block.moe.router_bias_shard_gradients(), block.router[1].gradient);
     norm_backward(context, layer, dnormed, dx, sharding, dx);
   }
   all_reduce(context, gain_rows_, dgains_and_loss_);
@@ -266,6 +269,14 @@ void TextModel::norm_backward(const Context& context, std::size_t index, ConstTe
   float* dgain = gain_rows_.as<float>() + static_cast<std::int64_t>(index) * hidden();
   rms_norm_backward(context, norm.x, gain(index), norm.scale, dy, residual, sharding.offsets, dx, dgain,
                     gains_and_loss());
+}
+
+void TextModel::follow_loads(float rate) {
+  const auto experts = static_cast<std::size_t>(options_.moe.router.experts);
+  if (!options_.moe.router.selection_bias) return;
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    update_selection_bias(selection_bias(layer), loads().subspan(layer * experts, experts), rate);
+  }
 }
 
 void TextModel::count_loads() {

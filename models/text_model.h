@@ -54,6 +54,11 @@ class TextModel {
   /// Refreshes all low-precision copies after values were written by hand; gathers. Collective.
   void refresh(const Context& context);
 
+  /// [E] of each layer, see MoeLayer; absent where the router has none.
+  Tensor selection_bias(std::size_t layer) { return blocks_[layer].moe.selection_bias(); }
+  /// One step of every selection bias by the loads of the last trained batch; call it once per optimizer step.
+  void follow_loads(float rate);
+
   /// [layers, E] slots per expert of the last trained batch, and how many of all slots no expert took.
   std::span<const std::int64_t> loads() const { return loads_; }
   std::int64_t dropped() const { return dropped_; }
@@ -69,7 +74,7 @@ class TextModel {
   };
   struct Block {
     MoeLayer moe;
-    Parameter router;
+    std::vector<Parameter> router;  // its weight and, if it has one, its bias
     MoeRecord record;
   };
   enum class Pass : std::uint8_t { training, inference };

@@ -44,6 +44,7 @@ class Loads {
     sums_.resize(loads.size());
     std::transform(loads.begin(), loads.end(), sums_.begin(), sums_.begin(), std::plus<>());
   }
+  const std::vector<std::int64_t>& sums() const { return sums_; }
   double max_over_mean(std::int64_t experts) const {
     double worst = 0;
     for (auto layer = sums_.begin(); layer != sums_.end(); layer += experts) {
@@ -102,8 +103,27 @@ void validate(const TrainOptions& options) {
   }
   if (options.steps < 1) reject("steps", options.steps, "is not at least 1");
   if (options.decay_steps < 1) reject("decay_steps", options.decay_steps, "is not at least 1");
+  if (!std::isfinite(options.bias_update_rate) || options.bias_update_rate < 0) {
+    reject("bias_update_rate", options.bias_update_rate, "is not a finite number from 0");
+  }
   if (options.save_every < 0) reject("save_every", options.save_every, "is below 0");
   if (!std::isfinite(options.lr) || options.lr <= 0) reject("lr", options.lr, "is not a finite number above 0");
+}
+
+std::span<const std::string_view> router_names() {
+  static constexpr std::string_view kNames[] = {"softmax", "mixtral",     "qwen2_moe",   "qwen3_moe",
+                                                "olmoe",   "deepseek_v2", "deepseek_v3", "gpt_oss"};
+  return kNames;
+}
+
+void choose_router(TrainOptions& options, const std::string& name) {
+  RouterOptions& router = options.model.moe.router;
+  RouterOptions chosen{.experts = router.experts, .topk = router.topk};
+  if (name != "softmax") chosen = router_preset(name, router.experts, router.topk);
+  chosen.balance = chosen.selection_bias ? 0.0F : router.balance;
+  chosen.z = router.z;
+  router = chosen;
+  options.router = name;
 }
 
 float schedule(std::int64_t step, std::int64_t decay_steps) {
@@ -124,11 +144,11 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
   const auto parameters = model.parameters();
   const Sampler sampler(text.training_targets(), options.seed);
   const Sharding sharding = shard_batch(options.batch, options.shards, context.rank(), context.size());
-  const std::int64_t last_tenth = options.steps - std::max<std::int64_t>(1, options.steps / 10);
+  const std::int64_t tenth = std::max<std::int64_t>(1, options.steps / 10);
 
   TrainReport report;
   Batch batch;
-  Loads loads;
+  Loads first_loads, last_loads;
   PhaseTimes phase_ms;
   double optimizer_ms = 0;
   batch.positions.resize(static_cast<std::size_t>(options.batch));
@@ -146,6 +166,7 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
       progress.loss = train_step(context, model, batch, sharding, step + 1);
       const Phase phase(context.trace(), "optimizer", &progress.optimizer_ms);
       optimizer.step(context, parameters, progress.lr);
+      model.follow_loads(options.bias_update_rate);
       model.gather(context);
     }
     progress.phase_ms = model.take_times();
@@ -155,7 +176,8 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
     optimizer_ms += progress.optimizer_ms;
     report.losses.push_back(progress.loss);
     report.dropped += model.dropped();
-    if (step >= last_tenth) loads.add(model.loads());
+    if (step < first_step + tenth) first_loads.add(model.loads());
+    if (step >= options.steps - tenth) last_loads.add(model.loads());
     report.tokens_per_s =
         1e3 * static_cast<double>((step + 1 - first_step) * options.batch) / milliseconds_since(start);
     progress.tokens_per_s = report.tokens_per_s;
@@ -166,7 +188,9 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
     if (!options.save.empty() && (last || due)) save_checkpoint(context, options.save, model, optimizer, options);
   }
 
-  report.load_max_over_mean = loads.max_over_mean(options.model.moe.router.experts);
+  report.first_loads = first_loads.sums();
+  report.last_loads = last_loads.sums();
+  report.load_max_over_mean = last_loads.max_over_mean(options.model.moe.router.experts);
   report_times(context, phase_ms, optimizer_ms, options.steps - first_step, report);
   report.heldout_bytes = std::min(kMaxHeldOut, text.heldout_targets());
   report.heldout_bits_per_byte = heldout_bits(context, model, text, options.shards, report.heldout_bytes);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "models/text.h"
@@ -12,10 +14,12 @@ namespace expar {
 
 struct TrainOptions {
   TextModelOptions model;
-  std::int64_t batch = 1024;  // tokens of a step, over all ranks
-  std::int64_t shards = 8;    // micro-shards of the batch: losses are the same for every number of ranks, not of shards
-  std::int64_t steps = 900;   // the step to stop at
+  std::string router = "softmax";  // what choose_router() made of the model's router
+  std::int64_t batch = 1024;       // tokens of a step, over all ranks
+  std::int64_t shards = 8;   // micro-shards of the batch: losses are the same for every number of ranks, not of shards
+  std::int64_t steps = 900;  // the step to stop at
   std::int64_t decay_steps = 900;  // over which the learning rate rises and falls, wherever the training stops
+  float bias_update_rate = 1e-3F;  // of a router with a selection bias, each step
   float lr = 8e-3F;                // at its peak: after a linear warm-up, before a cosine decay
   std::uint64_t seed = 1;
 
@@ -27,6 +31,12 @@ struct TrainOptions {
 
 /// Throws Error: bad_argument (naming the option and its value).
 void validate(const TrainOptions& options);
+
+/// "softmax" and router_presets(), as far as a text model trains them.
+std::span<const std::string_view> router_names();
+/// Makes the model's router the one of that name, for its E and K. A router with a selection bias is balanced by that
+/// and by no loss. Throws Error: bad_argument (an unknown name).
+void choose_router(TrainOptions& options, const std::string& name);
 
 /// Calls visit(name, value) for each extent of the model.
 template <class Options, class Visit>
@@ -46,6 +56,7 @@ void visit_settings(Options& options, Visit visit) {
   visit("batch", options.batch);
   visit("shards", options.shards);
   visit("decay_steps", options.decay_steps);
+  visit("bias_update_rate", options.bias_update_rate);
   visit("lr", options.lr);
   visit("seed", options.seed);
 }
@@ -57,8 +68,10 @@ struct TrainReport {
   double tokens_per_s = 0;         // of training alone
   PhaseTimes phase_ms;             // per step, mean over ranks
   double optimizer_ms = 0;         // likewise
-  double load_max_over_mean = 0;   // slots per expert over the last tenth of the steps; of the worst layer
-  std::int64_t dropped = 0;        // slots, over all steps
+  /// [layers, E] slots over the first and the last tenth of the steps.
+  std::vector<std::int64_t> first_loads, last_loads;
+  double load_max_over_mean = 0;  // slots per expert over the last tenth of the steps; of the worst layer
+  std::int64_t dropped = 0;       // slots, over all steps
 };
 
 inline constexpr std::int64_t kMaxHeldOut = 1 << 18;

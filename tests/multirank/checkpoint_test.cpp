@@ -32,7 +32,7 @@ class CheckpointCommand : public TrainCommand {
 };
 
 TEST_F(CheckpointCommand, goes_on_bit_by_bit_with_another_number_of_ranks) {
-  for (const std::string dtype : {" --dtype f32", " --dtype bf16"}) {
+  for (const std::string dtype : {" --dtype f32", " --dtype bf16", " --router deepseek_v3 --bias-update-rate 0.01"}) {
     const nlohmann::json whole = train(kSmall + dtype + " --steps 60 --ranks 3" + save("whole"));
     const nlohmann::json first = train(kSmall + dtype + " --steps 30 --ranks 4" + save("parts"));
     const nlohmann::json second = train(" --steps 60 --ranks 2" + save("parts") + resume("parts"));
@@ -116,6 +116,8 @@ TEST_F(CheckpointCommand, refuses_what_does_not_go_together) {
       {resume("small") + " --steps 3", 2, "--steps = '3' is not above the checkpoint's step 3"},
       {resume("small") + " --steps 5 --hidden 32", 2, "--hidden = '32' contradicts the checkpoint, which has 16"},
       {resume("small") + " --steps 5 --dtype f32", 2, "--dtype = 'f32' contradicts the checkpoint, which has bf16"},
+      {resume("small") + " --steps 5 --router olmoe", 2,
+       "--router = 'olmoe' contradicts the checkpoint, which has softmax"},
       {resume("small") + " --steps 5 --dense", 2, "--dense contradicts --resume"},
       {resume("empty"), 7, "empty/model.safetensors"},
       {resume("other"), 7, "not a checkpoint of expar train"},

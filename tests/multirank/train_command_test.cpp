@@ -27,6 +27,24 @@ TEST_F(TrainCommand, prints_the_same_losses_on_any_ranks_and_transport) {
   }
 }
 
+TEST_F(TrainCommand, trains_with_every_router_on_any_ranks) {
+  for (const std::string router : {"qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"}) {
+    const std::string flags = std::string(kSmall) + " --dtype f32 --router " + router;
+    const nlohmann::json one = train(flags);
+    ASSERT_GT(one["losses"].front(), one["losses"].back()) << router;
+    EXPECT_EQ(train(flags + " --ranks 3")["losses"].dump(), one["losses"].dump()) << router;
+  }
+}
+
+TEST_F(TrainCommand, evens_the_loads_out_without_a_loss) {
+  const std::string flags = " --hidden 16 --inner 16 --experts 8 --layers 1 --context 4 --batch 128 --steps 400";
+  const nlohmann::json biased = train(flags + " --router deepseek_v3 --bias-update-rate 0.01");
+  EXPECT_LT(biased["load_max_over_mean"], 1.2);
+  // What evens them out is the bias and nothing else.
+  const nlohmann::json left_alone = train(flags + " --router deepseek_v3 --bias-update-rate 1e-9");
+  EXPECT_GT(left_alone["load_max_over_mean"], 1.3);
+}
+
 TEST_F(TrainCommand, says_what_programs_want_to_know) {
   const nlohmann::json plain = train(std::string(kSmall) + " --ranks 2");
   EXPECT_FALSE(plain.contains("dense_heldout_bits_per_byte"));
@@ -37,7 +55,9 @@ TEST_F(TrainCommand, says_what_programs_want_to_know) {
         "phase_ms", "load_max_over_mean", "dropped"}) {
     EXPECT_TRUE(result.contains(key)) << key;
   }
-  EXPECT_EQ(result.size(), 10u);
+  EXPECT_EQ(result["loads"]["first"].size(), 2u) << "one row per layer";
+  EXPECT_EQ(result["loads"]["last"][1].size(), 5u) << "one number per expert";
+  EXPECT_EQ(result.size(), 11u);
   for (const std::string key : {"route", "dispatch", "experts", "combine", "backward", "optimizer"}) {
     EXPECT_GT(result["phase_ms"].value(key, 0.0), 0.0) << key;
   }
@@ -54,7 +74,7 @@ TEST_F(TrainCommand, shows_people_a_table) {
   const Finished table = expar("train --text " + path("text") + " --hidden 8 --inner 8 --batch 16 --steps 2 --dense");
   EXPECT_EQ(table.status, 0) << table.err;
   for (const std::string word : {"MoE", "dense", "held-out bits per byte", "tokens/s", "load max/mean", "dropped slots",
-                                 "ms/step", "route", "optimizer"}) {
+                                 "ms/step", "route", "optimizer", "layer 1", "max/mean", "█"}) {
     EXPECT_NE(table.out.find(word), std::string::npos) << word << " is not in\n" << table.out;
   }
 }
@@ -88,6 +108,9 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --seed -1", 2, "--seed = '-1'"},
       {text + " --dtype f64", 2, "--dtype = 'f64' is not one of f32, bf16"},
       {text + " --router sigmoid", 2, "--router = 'sigmoid' is not one of softmax"},
+      {text + " --bias-update-rate 0.01", 2, "is for a router with a selection bias, which softmax has not"},
+      {text + " --router deepseek_v3 --bias-update-rate 0", 2, "--bias-update-rate = '0'"},
+      {text + " --router gpt_oss --save " + path("gpt"), 2, "a router as Qwen3-MoE's or DeepSeek-V3's"},
       {text + " --sace here", 2, "unknown flag --sace"},
       {text + " --save-every 3", 2, "--save-every needs --save"},
       {text + " --save " + path("text") + "/here", 7, "cannot make this directory"},
