@@ -18,6 +18,7 @@ struct Options {
   std::int64_t topk = 8;
   DType dtype = DType::bf16;
   Activation activation = Activation::swiglu;
+  ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
   bool train = false;  // layer: also a training step
   Layout layout = Layout::indexed;

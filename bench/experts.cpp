@@ -112,6 +112,7 @@ std::vector<Row> measure_experts(const Context& context, const Options& options)
   const ExpertShape shape{.hidden = options.hidden,
                           .inner = options.inner,
                           .activation = options.activation,
+                          .numbers = options.numbers,
                           .bias = options.bias,
                           .dtype = options.dtype};
   const Weights weights(context, shape, plan.local().count);

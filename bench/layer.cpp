@@ -21,7 +21,7 @@ class Bench {
       : context_(context),
         options_(options),
         layer_(context, layer_options(options)),
-        shape_{options.hidden, options.inner, options.activation, options.bias, options.dtype},
+        shape_{options.hidden, options.inner, options.activation, options.numbers, options.bias, options.dtype},
         x_(options.dtype, Shape{options.tokens, options.hidden}),
         dout_(options.dtype, x_.view().shape()),
         out_(options.dtype, x_.view().shape()),
@@ -76,6 +76,7 @@ class Bench {
     layer.router.topk = options.topk;
     layer.router.balance = 0.01F;
     layer.activation = options.activation;
+    layer.numbers = options.numbers;
     layer.bias = options.bias;
     layer.dtype = options.dtype;
     return layer;

@@ -1,6 +1,7 @@
 // The formula of an expert, and how far from it a result may be.
 #include "bench/oracle.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace expar::bench {
@@ -12,9 +13,23 @@ double read(ConstTensor tensor, std::int64_t index) {
 }
 
 double activated(const ExpertShape& shape, const std::vector<double>& pre, std::int64_t f) {
-  const double g = pre[static_cast<std::size_t>(f)];
-  if (shape.activation == Activation::gelu) return 0.5 * g * (1 + std::erf(g / std::sqrt(2.0)));
-  return g / (1 + std::exp(-g)) * pre[static_cast<std::size_t>(f + shape.inner)];
+  const double alpha = double{shape.numbers.alpha}, limit = double{shape.numbers.limit};
+  double x = pre[static_cast<std::size_t>(f)], factor = 1;
+  if (gated(shape.activation)) {
+    x = std::min(x, limit);
+    factor = std::clamp(pre[static_cast<std::size_t>(f + shape.inner)], -limit, limit) + double{shape.numbers.offset};
+  }
+  switch (shape.activation) {
+    case Activation::swiglu:
+    case Activation::silu:
+      return x / (1 + std::exp(-alpha * x)) * factor;
+    case Activation::gelu:
+    case Activation::geglu:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))) * factor;
+    case Activation::relu2:
+      break;
+  }
+  return std::max(x, 0.0) * std::max(x, 0.0);
 }
 
 /// w x + bias, with the squares of the terms where wanted.

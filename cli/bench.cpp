@@ -28,6 +28,18 @@ std::vector<std::string> layout_names() {
   return names;
 }
 
+std::string joined(const std::vector<std::string>& names) {
+  std::string list;
+  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
+  return list;
+}
+
+std::vector<std::string> activation_names() {
+  std::vector<std::string> names;
+  for (const NamedActivation& named : kActivations) names.emplace_back(named.name);
+  return names;
+}
+
 void add_flags(CLI::App& app, Flags& flags) {
   bench::Options& o = flags.options;
   const auto size = whole_number(1, std::int64_t{1} << 24);
@@ -39,8 +51,8 @@ void add_flags(CLI::App& app, Flags& flags) {
   flags.experts = app.add_option("--experts", o.experts, "experts (default 64)")->check(size);
   flags.topk = app.add_option("--topk", o.topk, "experts of each token (default 8)")->check(size);
   app.add_option("--dtype", flags.dtype, "f32 or bf16 (default bf16)")->check(one_of({"f32", "bf16"}));
-  app.add_option("--activation", flags.activation, "swiglu or gelu (default swiglu)")
-      ->check(one_of({"swiglu", "gelu"}));
+  app.add_option("--activation", flags.activation, joined(activation_names()) + " (default swiglu)")
+      ->check(one_of(activation_names()));
   app.add_flag("--bias", o.bias, "experts with biases");
   app.add_flag("--train", o.train, "layer: also a training step with AdamW");
   app.add_option("--layout", flags.layout, "dispatch: indexed, expert_major, padded or rank_major (default indexed)")
@@ -53,13 +65,13 @@ void add_flags(CLI::App& app, Flags& flags) {
 
 void check_flags(Flags& flags) {
   if (flags.what.empty()) {
-    std::string list;
-    for (const std::string& name : bench::names()) list += (list.empty() ? "" : ", ") + name;
-    throw Error(ErrorCode::bad_argument, "name what to measure: " + list);
+    throw Error(ErrorCode::bad_argument, "name what to measure: " + joined(bench::names()));
   }
   bench::Options& o = flags.options;
   o.dtype = parse_dtype(flags.dtype);
-  o.activation = flags.activation == "gelu" ? Activation::gelu : Activation::swiglu;
+  for (const NamedActivation& named : kActivations) {
+    if (named.name == flags.activation) o.activation = named.activation, o.numbers = named.numbers;
+  }
   o.layout = *std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](Layout l) { return name(l) == flags.layout; });
   bench::check(o, flags.experts->count() > 0, flags.topk->count() > 0);
   for (const std::string& what : flags.what) {

@@ -62,11 +62,12 @@ class Arena {
   std::shared_ptr<Block::Owner> owner_;
 };
 
-/// What all ranks must agree on when they start an operation: its name and a few numbers. At most twelve numbers.
+/// What all ranks must agree on when they start an operation: its name and a few numbers. At most 24 numbers.
 class Signature {
  public:
   explicit Signature(std::string_view operation) : operation_(operation) {}
   Signature& with(std::string_view field, std::int64_t value);
+  Signature& with_real(std::string_view field, double value);
   std::string_view operation() const { return operation_; }
   std::uint64_t hash() const;
   std::string str() const;  // "dispatch (hidden 64, dtype 1)"
@@ -74,10 +75,11 @@ class Signature {
  private:
   struct Field {
     std::string_view name;
-    std::int64_t value;
+    std::int64_t value;  // or the bits of a double
+    bool is_real = false;
   };
   std::string_view operation_;
-  std::array<Field, 12> fields_{};
+  std::array<Field, 24> fields_{};
   std::size_t count_ = 0;
 };
 

@@ -13,11 +13,15 @@ struct ExpertShape {
   std::int64_t hidden = 0;  // H
   std::int64_t inner = 0;   // F
   Activation activation = Activation::swiglu;
+  ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
   DType dtype = DType::f32;  // of weights, rows and results: f32 or bf16
 
   std::int64_t up_rows() const { return gated(activation) ? 2 * inner : inner; }
 };
+
+/// Throws Error: bad_argument (naming the value that cannot be).
+void validate(const ExpertShape& shape);
 
 /// Biases are f32 and absent where the shape has none.
 struct ExpertWeights {

@@ -9,6 +9,8 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <string_view>
 
 #include <expar/pool.h>
 #include <expar/tensor.h>
@@ -76,13 +78,41 @@ struct GemmTN {
   bool accumulate = false;
 };
 
-/// The experts' activation. Gated ones read [R, 2F] (gate, then up) and give act(gate) * up; plain ones read [R, F].
-enum class Activation : std::uint8_t { swiglu, gelu };
-constexpr bool gated(Activation a) { return a == Activation::swiglu; }
+/// The experts' activation. Gated ones read [R, 2F] (gate g, then up u), plain ones [R, F].
+///   swiglu  g sigmoid(alpha g) (u + offset)      silu   x sigmoid(alpha x)
+///   geglu   g normal_integral(g) (u + offset)    gelu   x normal_integral(x): the exact one (erf)
+///                                                relu2  max(x, 0)^2
+enum class Activation : std::uint8_t { swiglu, gelu, geglu, silu, relu2 };
+constexpr bool gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
 
-/// h = act(pre), computed in f32, rounded once. gelu is the exact one (erf).
+/// The numbers in an activation's formula. Beyond a clamp the gradient is zero, at the limit it is not.
+struct ActivationNumbers {
+  float alpha = 1;                                       // of sigmoids
+  float limit = std::numeric_limits<float>::infinity();  // gated: g = min(g, limit), u = clamp(u, -limit, limit) first
+  float offset = 0;                                      // gated: added to u
+  friend bool operator==(const ActivationNumbers&, const ActivationNumbers&) = default;
+};
+
+/// Activations as they are called where models are described.
+struct NamedActivation {
+  std::string_view name;
+  Activation activation;
+  ActivationNumbers numbers = {};
+};
+inline constexpr NamedActivation kActivations[] = {
+    {"swiglu", Activation::swiglu},
+    {"clamped_swiglu", Activation::swiglu, {.alpha = 1.702F, .limit = 7, .offset = 1}},  // GPT-OSS
+    {"quick_geglu", Activation::swiglu, {.alpha = 1.702F}},  // the sigmoid that stands in for GELU
+    {"geglu", Activation::geglu},
+    {"gelu", Activation::gelu},
+    {"silu", Activation::silu},
+    {"relu2", Activation::relu2},
+};
+
+/// h = act(pre), computed in f32, rounded once.
 struct Activate {
   Activation act = Activation::swiglu;
+  ActivationNumbers numbers = {};
   std::int64_t rows = 0, inner = 0;  // R, F
   DType dtype = DType::f32;
   const void* pre = nullptr;  // [R, 2F] or [R, F]
@@ -92,6 +122,7 @@ struct Activate {
 /// dpre = dh * d act(pre) / d pre, computed in f32, rounded once.
 struct ActivateGrad {
   Activation act = Activation::swiglu;
+  ActivationNumbers numbers = {};
   std::int64_t rows = 0, inner = 0;
   DType dtype = DType::f32;
   const void* pre = nullptr;

@@ -19,10 +19,13 @@ struct MoeLayerOptions {
   std::int64_t inner = 0;   // F
   RouterOptions router;     // E, K, losses
   Activation activation = Activation::swiglu;
+  ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
   /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
   std::int64_t bound = 0;
+
+  ExpertShape expert_shape() const { return {hidden, inner, activation, numbers, bias, dtype}; }
 };
 
 /// Milliseconds that this rank spent, added up over calls.

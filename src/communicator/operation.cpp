@@ -2,6 +2,7 @@
 #include <expar/communicator.h>
 
 #include <algorithm>
+#include <bit>
 #include <exception>
 #include <new>
 
@@ -34,6 +35,11 @@ Signature& Signature::with(std::string_view field, std::int64_t value) {
   return *this;
 }
 
+Signature& Signature::with_real(std::string_view field, double value) {
+  fields_.at(count_++) = {field, std::bit_cast<std::int64_t>(value), true};
+  return *this;
+}
+
 std::uint64_t Signature::hash() const {
   std::uint64_t hash = mix(0, operation_);
   for (std::size_t i = 0; i < count_; ++i)
@@ -44,7 +50,9 @@ std::uint64_t Signature::hash() const {
 std::string Signature::str() const {
   std::string text(operation_);
   for (std::size_t i = 0; i < count_; ++i) {
-    text += (i == 0 ? " (" : ", ") + std::string(fields_[i].name) + " " + std::to_string(fields_[i].value);
+    const auto& [name, value, is_real] = fields_[i];
+    text += (i == 0 ? " (" : ", ") + std::string(name) + " " +
+            (is_real ? std::to_string(std::bit_cast<double>(value)) : std::to_string(value));
   }
   return count_ == 0 ? text : text + ")";
 }

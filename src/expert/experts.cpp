@@ -1,6 +1,7 @@
 // The experts' networks on the rows that dispatch brought: which GEMM reads what, forward and backward.
 #include <expar/experts.h>
 
+#include <cmath>
 #include <string>
 #include <utility>
 
@@ -15,14 +16,6 @@ void require(const std::string& what, const ConstTensor& tensor, DType dtype, co
   if (tensor.dtype() == dtype && tensor.shape() == shape) return;
   refuse(what + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
          std::string(name(dtype)) + " " + shape.str());
-}
-
-void check(const ExpertShape& shape) {
-  if (shape.hidden < 1) refuse("hidden is " + std::to_string(shape.hidden) + ", must be at least 1");
-  if (shape.inner < 1) refuse("inner is " + std::to_string(shape.inner) + ", must be at least 1");
-  if (shape.dtype != DType::f32 && shape.dtype != DType::bf16) {
-    refuse("experts compute in f32 or bf16, not " + std::string(name(shape.dtype)));
-  }
 }
 
 void check(const ExpertShape& shape, const ExpertWeights& weights, std::int64_t experts) {
@@ -131,6 +124,7 @@ class Pass {
     if (rows_ == 0) return;
     Activate call;
     call.act = shape_.activation;
+    call.numbers = shape_.numbers;
     call.rows = rows_;
     call.inner = shape_.inner;
     call.dtype = shape_.dtype;
@@ -143,6 +137,7 @@ class Pass {
     if (rows_ == 0) return;
     ActivateGrad call;
     call.act = shape_.activation;
+    call.numbers = shape_.numbers;
     call.rows = rows_;
     call.inner = shape_.inner;
     call.dtype = shape_.dtype;
@@ -175,9 +170,21 @@ class Pass {
 
 }  // namespace
 
+void validate(const ExpertShape& shape) {
+  if (shape.hidden < 1) refuse("hidden is " + std::to_string(shape.hidden) + ", must be at least 1");
+  if (shape.inner < 1) refuse("inner is " + std::to_string(shape.inner) + ", must be at least 1");
+  if (shape.dtype != DType::f32 && shape.dtype != DType::bf16) {
+    refuse("experts compute in f32 or bf16, not " + std::string(name(shape.dtype)));
+  }
+  const auto [alpha, limit, offset] = shape.numbers;
+  if (!std::isfinite(alpha)) refuse("alpha is " + std::to_string(alpha) + ", must be a number");
+  if (!(limit > 0)) refuse("limit is " + std::to_string(limit) + ", must be above 0");
+  if (!std::isfinite(offset)) refuse("offset is " + std::to_string(offset) + ", must be a number");
+}
+
 void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights, const Inbox& inbox,
                      Outbox& y, ExpertsRecord& record) {
-  check(shape);
+  validate(shape);
   check(shape, inbox);
   const Plan& plan = inbox.plan();
   check(shape, weights, plan.local().count);
@@ -196,7 +203,7 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
                       const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
                       const ExpertGradients& gradients, Outbox& dx, Outbox& dweights, ExpertsScratch& scratch) {
-  check(shape);
+  validate(shape);
   check(shape, inbox);
   check(shape, dout);
   const Plan& plan = inbox.plan();

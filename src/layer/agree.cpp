@@ -15,12 +15,8 @@ namespace {
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 void validate(const MoeLayerOptions& options) {
-  if (options.hidden < 1) refuse("hidden is " + std::to_string(options.hidden) + ", must be at least 1");
-  if (options.inner < 1) refuse("inner is " + std::to_string(options.inner) + ", must be at least 1");
+  validate(options.expert_shape());
   if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
-  if (options.dtype != DType::f32 && options.dtype != DType::bf16) {
-    refuse("a layer computes in f32 or bf16, not " + std::string(name(options.dtype)));
-  }
   validate(options.router);
   if (options.router.weights_on_input) {
     throw Error(ErrorCode::unsupported, "a layer cannot weigh what its experts read, only their results");
@@ -100,6 +96,8 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("hidden", options.hidden).with("inner", options.inner);
   signature.with("experts", options.router.experts).with("topk", options.router.topk);
   signature.with("activation", static_cast<std::int64_t>(options.activation)).with("bias", options.bias);
+  signature.with_real("alpha", options.numbers.alpha).with_real("limit", options.numbers.limit);
+  signature.with_real("offset", options.numbers.offset);
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   Operation operation(context.communicator(), signature, context.timeout());
   operation.ready([&] {

@@ -40,7 +40,7 @@ struct MoeLayer::State {
       range = experts_of(context.rank(), context.size(), options.router.experts);
       parameters.emplace(options, range);
     });
-    shape = {options.hidden, options.inner, options.activation, options.bias, options.dtype};
+    shape = options.expert_shape();
   }
 
   Context context;  // the one it was made with, for what is called without one

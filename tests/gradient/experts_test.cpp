@@ -126,9 +126,9 @@ class Rank {
   ExpertsRecord record_;
 };
 
-class ExpertsGradient : public testing::TestWithParam<Activation> {};
-INSTANTIATE_TEST_SUITE_P(all, ExpertsGradient, testing::Values(Activation::swiglu, Activation::gelu),
-                         [](const auto& test) { return gated(test.param) ? "swiglu" : "gelu"; });
+class ExpertsGradient : public testing::TestWithParam<NamedActivation> {};
+INSTANTIATE_TEST_SUITE_P(all, ExpertsGradient, testing::ValuesIn(kActivations),
+                         [](const auto& test) { return std::string(test.param.name); });
 
 void check(const ExpertShape& shape) {
   constexpr double kStep = 0.02;
@@ -164,11 +164,12 @@ void check(const ExpertShape& shape) {
 }
 
 TEST_P(ExpertsGradient, agrees_with_finite_differences) {
-  for (const bool bias : {false, true}) check({kHidden, kInner, GetParam(), bias, DType::f32});
+  for (const bool bias : {false, true})
+    check({kHidden, kInner, GetParam().activation, GetParam().numbers, bias, DType::f32});
 }
 
 TEST_P(ExpertsGradient, is_added_where_asked) {
-  const ExpertShape shape{kHidden, kInner, GetParam(), true, DType::f32};
+  const ExpertShape shape{kHidden, kInner, GetParam().activation, GetParam().numbers, true, DType::f32};
   Numbers numbers(shape);
   run_threads(1, [&](const Communicator& communicator) {
     const Context context(communicator, {.threads = 1, .backend = fastest_backend()});

@@ -321,6 +321,14 @@ TEST_F(CommandLine, measures_every_operation_on_every_transport) {
   }
 }
 
+TEST_F(CommandLine, measures_experts_of_every_activation) {
+  for (const char* activation : {"swiglu", "clamped_swiglu", "quick_geglu", "geglu", "gelu", "silu", "relu2"}) {
+    const Result result = run(bench({"experts", "-n", "2", "--transport", "threads", "--activation", activation}));
+    EXPECT_EQ(result.status, 0) << activation << ": " << result.err;
+  }
+  EXPECT_EQ(run(bench({"experts", "--activation", "swish"})).status, 2);
+}
+
 TEST_F(CommandLine, measures_every_way_to_route) {
   for (const char* routes : {"uniform", "zipf:1.5", "hot:1:0.9", "hot:6:1"}) {
     for (const char* layout : {"indexed", "expert_major", "padded", "rank_major"}) {

@@ -25,11 +25,17 @@ std::vector<float> drawn(const char* name, std::int64_t count, double deviation,
   return values;
 }
 
+std::string_view activation_name(Activation activation) {
+  for (const NamedActivation& named : kActivations)
+    if (named.activation == activation) return named.name;
+  return "";
+}
+
 }  // namespace
 
 std::string LayerSpec::name() const {
-  return "E" + std::to_string(experts) + "_K" + std::to_string(topk) + "_" + std::string(expar::name(dtype)) +
-         (gated(activation) ? "_swiglu" : "_gelu") + (bias ? "_bias" : "") + (renormalise ? "" : "_plain") +
+  return "E" + std::to_string(experts) + "_K" + std::to_string(topk) + "_" + std::string(expar::name(dtype)) + "_" +
+         std::string(activation_name(activation)) + (bias ? "_bias" : "") + (renormalise ? "" : "_plain") +
          (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
 }
 
@@ -59,6 +65,7 @@ MoeLayerOptions LayerCase::options() const {
   options.router.balance = 0.5F;
   options.router.z = 0.125F;
   options.activation = spec.activation;
+  options.numbers = spec.numbers;
   options.bias = spec.bias;
   options.dtype = spec.dtype;
   return options;

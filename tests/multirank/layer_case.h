@@ -13,6 +13,7 @@ namespace expar::test {
 struct LayerSpec {
   std::int64_t experts = 8, topk = 2;
   Activation activation = Activation::swiglu;
+  ActivationNumbers numbers = {};
   bool bias = false;
   DType dtype = DType::f32;
   bool renormalise = true;

@@ -166,6 +166,9 @@ TEST(LayerErrors, name_the_option_that_is_wrong) {
   refuse("experts is 0, must be at least 1", with([](auto& o) { o.router.experts = 0; }));
   refuse("hidden is -1, must be at least 1", with([](auto& o) { o.hidden = -1; }));
   refuse("inner is 0, must be at least 1", with([](auto& o) { o.inner = 0; }));
+  refuse("alpha is inf, must be a number", with([](auto& o) { o.numbers.alpha = INFINITY; }));
+  refuse("limit is -1.000000, must be above 0", with([](auto& o) { o.numbers.limit = -1; }));
+  refuse("offset is nan, must be a number", with([](auto& o) { o.numbers.offset = std::nanf(""); }));
   refuse("f32 or bf16, not int8", with([](auto& o) { o.dtype = DType::int8; }));
   refuse("balance is -1", with([](auto& o) { o.router.balance = -1.0F; }));
   refuse("z is nan", with([](auto& o) { o.router.z = std::nanf(""); }));

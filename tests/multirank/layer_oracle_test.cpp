@@ -30,7 +30,8 @@ oracle::Layer oracle_layer(const LayerCase& c) {
   layer.hidden = static_cast<std::size_t>(c.spec.hidden);
   layer.inner = static_cast<std::size_t>(c.spec.inner);
   layer.topk = static_cast<std::size_t>(c.spec.topk);
-  layer.gated = gated(c.spec.activation);
+  layer.activation = c.spec.activation;
+  layer.numbers = c.spec.numbers;
   layer.renormalise = c.spec.renormalise;
   layer.bf16 = c.spec.dtype == DType::bf16;
   layer.balance = c.options().router.balance;
@@ -240,6 +241,16 @@ TEST(LayerSkew, agrees_where_an_expert_gets_no_token) {
 
 TEST(LayerScores, agrees_without_renormalisation) {
   for (const DType dtype : {DType::f32, DType::bf16}) compare({.topk = 3, .dtype = dtype, .renormalise = false});
+}
+
+TEST(LayerActivations, agree) {
+  for (const NamedActivation& named : kActivations) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      LayerSpec spec{.experts = 5, .activation = named.activation, .numbers = named.numbers, .dtype = dtype};
+      if (named.name == "clamped_swiglu") spec.numbers.limit = 1;  // so that many numbers lie beyond it
+      compare(spec);
+    }
+  }
 }
 
 }  // namespace

@@ -12,6 +12,8 @@
 #include <numeric>
 #include <vector>
 
+#include <expar/kernels.h>
+
 namespace expar::oracle {
 
 inline constexpr double kF32 = 0x1p-24;  // half a unit in the last place
@@ -60,12 +62,14 @@ struct Network {  // one expert: up [N, H], down [H, F]; N is 2F (gate, then up)
 
 struct Layer {
   std::size_t hidden = 0, inner = 0, topk = 0;
-  bool gated = false, renormalise = true, bf16 = false;
+  Activation activation = Activation::swiglu;
+  ActivationNumbers numbers;
+  bool renormalise = true, bf16 = false;
   double balance = 0, z = 0;
   Vector router;  // [E, H]
   std::vector<Network> experts;
 
-  std::size_t wide() const { return gated ? 2 * inner : inner; }
+  std::size_t wide() const { return gated(activation) ? 2 * inner : inner; }
   /// What the library stores in the layer's dtype is rounded there.
   Real stored(Real a) const { return bf16 ? result(a.value, a.error, 0, kBf16 * std::abs(a.value)) : a; }
 };
@@ -95,6 +99,41 @@ inline Real dot(const Vector& a, const Vector& b) { return times(a, b)[0]; }
 inline Real sigmoid(Real a) { return Real(1) / (Real(1) + exp(Real(0) - a)); }
 inline Real normal_cdf(Real a) { return Real(0.5) * (Real(1) + erf(a * Real(std::sqrt(0.5)))); }
 inline Real normal_pdf(Real a) { return exp(Real(-0.5) * a * a) * Real(std::sqrt(0.5 / std::numbers::pi)); }
+
+/// max(x, low) or, with -1 for `side`, min(x, low); and 1 where x is not held there. Closer than the errors that the
+/// library may have made, it may be held or not.
+struct Held {
+  Held(Real x, double limit, double side) : value(side * (x.value - limit) < 0 ? Real(limit) : x) {
+    const bool free = side * (x.value - limit) >= 0;
+    moves = Real(free ? 1 : 0, std::abs(x.value - limit) < 4 * x.error ? 1 : 0);
+  }
+  Real value, moves;
+};
+
+/// An activation at (gate, up) or x, and its derivatives.
+struct Activated {
+  Activated(const Layer& layer, const Vector& pre, std::size_t f) {
+    const double limit = double{layer.numbers.limit}, alpha = double{layer.numbers.alpha};
+    Real x = pre[f], x_moves = Real(1), up = Real(1), up_moves;
+    if (gated(layer.activation)) {
+      const Held gate(x, limit, -1), high(pre[layer.inner + f], limit, -1), low(high.value, -limit, 1);
+      x = gate.value, x_moves = gate.moves, up_moves = high.moves * low.moves;
+      up = low.value + Real(double{layer.numbers.offset});
+    }
+    Real value, slope;
+    if (layer.activation == Activation::swiglu || layer.activation == Activation::silu) {
+      const Real s = sigmoid(Real(alpha) * x);
+      value = x * s, slope = s * (Real(1) + Real(alpha) * x * (Real(1) - s));
+    } else if (layer.activation == Activation::relu2) {
+      const Held positive(x, 0, 1);
+      value = positive.value * positive.value, slope = Real(2) * positive.value;
+    } else {
+      value = x * normal_cdf(x), slope = normal_cdf(x) + x * normal_pdf(x);
+    }
+    h = value * up, dx = slope * up * x_moves, dup = value * up_moves;
+  }
+  Real h, dx, dup;
+};
 
 /// What one token meets on its way.
 struct Token {
@@ -138,7 +177,7 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
     for (Real& p : pre) p = layer.stored(p);
     Vector h(layer.inner);
     for (std::size_t f = 0; f < h.size(); ++f) {
-      h[f] = layer.stored(layer.gated ? pre[f] * sigmoid(pre[f]) * pre[layer.inner + f] : pre[f] * normal_cdf(pre[f]));
+      h[f] = layer.stored(Activated(layer, pre, f).h);
     }
     Vector y = times(net.down, h);
     add(y, net.down_bias);
@@ -163,13 +202,10 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
     const Vector dh = transposed_times(net.down, dy);
     Vector dpre(layer.wide());
     for (std::size_t f = 0; f < layer.inner; ++f) {
-      const Real d = layer.stored(dh[f]), p = t.pre[k][f], s = sigmoid(p);
-      if (layer.gated) {
-        dpre[f] = layer.stored(d * t.pre[k][layer.inner + f] * s * (Real(1) + p * (Real(1) - s)));
-        dpre[layer.inner + f] = layer.stored(d * p * s);
-      } else {
-        dpre[f] = layer.stored(d * (normal_cdf(p) + p * normal_pdf(p)));
-      }
+      const Activated a(layer, t.pre[k], f);
+      const Real d = layer.stored(dh[f]);
+      dpre[f] = layer.stored(d * a.dx);
+      if (gated(layer.activation)) dpre[layer.inner + f] = layer.stored(d * a.dup);
     }
     add_outer(grad.down, dy, t.h[k]), add_outer(grad.up, dpre, t.x);
     if (!grad.up_bias.empty()) add(grad.down_bias, dy), add(grad.up_bias, dpre);

@@ -114,7 +114,6 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
 
     oracle::Layer layer;
     layer.hidden = kHidden, layer.inner = kInner, layer.topk = kTopk;
-    layer.gated = true;
     layer.renormalise = c.family.renormalises;
     layer.bf16 = c.weights == DType::bf16 && c.input == DType::bf16;
     layer.router.assign(router.begin(), router.end());

@@ -1,4 +1,5 @@
 // The kernels that work element by element or row by row, against double precision.
+#include <algorithm>
 #include <limits>
 
 #include "tests/unit/elementwise_testing.h"
@@ -12,7 +13,39 @@ double normal_density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_
 
 // ---- Activations ---------------------------------------------------------------------------------
 
-// About sixteen roundings of f32, and those of the exponent x^2 / 2 of GELU's tail, two of them before it is squared.
+/// An activation at one (gate, up) or one x, as its formula: h, dh/dx, dh/dup, and the magnitudes of the terms that are
+/// summed in dh/dx.
+struct Formula {
+  Formula(Activation act, const ActivationNumbers& numbers, double pre_x, double pre_up) : x(pre_x) {
+    const double alpha = double{numbers.alpha}, limit = double{numbers.limit};
+    const bool has_gate = gated(act), clamped_x = has_gate && x > limit,
+               clamped_up = has_gate && std::abs(pre_up) > limit;
+    if (clamped_x) x = limit;
+    const double up = has_gate ? std::clamp(pre_up, -limit, limit) + double{numbers.offset} : 1;
+    double value = x > 0 ? x * x : 0, slope = x > 0 ? 2 * x : 0, magnitude = slope;
+    if (act == Activation::swiglu || act == Activation::silu) {
+      const double s = sigmoid(alpha * x);
+      value = x * s, slope = s + alpha * x * s * (1 - s), magnitude = s + std::abs(alpha * x) * s;
+    } else if (act != Activation::relu2) {
+      value = x * normal_integral(x), slope = normal_integral(x) + x * normal_density(x);
+      magnitude = normal_integral(x) + std::abs(x) * normal_density(x);
+    }
+    h = value * up;
+    dx = clamped_x ? 0 : slope * up;
+    magnitude_dx = magnitude * std::abs(up);
+    dup = clamped_up ? 0 : value;
+  }
+  double x, h = 0, dx = 0, magnitude_dx = 0, dup = 0;
+};
+
+/// Of element i of h.
+Formula formula(const ActivationProblem& p, std::int64_t i) {
+  const std::int64_t at = i / p.inner * p.columns + i % p.inner;
+  return {p.act, p.numbers, p.pre[at], gated(p.act) ? p.pre[at + p.inner] : 1};
+}
+
+// About sixteen roundings of f32, and those of the exponent, alpha x or x^2 / 2 of GELU's tail, two of them before it
+// is squared.
 double relative(double x) { return (16 + 2 * x * x) * kEpsF32; }
 // A sigmoid or an exponential flushed to zero takes with it what it would have been multiplied by.
 double flushed(double x, double y) { return kFlushed * (1 + std::abs(x)) * (1 + std::abs(y)); }
@@ -25,13 +58,11 @@ TEST_P(Activations, are_their_formulas) {
     const Operand h = p.forward(kernels(), pool);
     Worst worst;
     for (std::int64_t at = 0; at < p.rows * p.inner; ++at) {
-      const std::int64_t row = at / p.inner, f = at % p.inner;
-      const double x = p.pre[row * p.columns + f];
-      const double up = gated(p.act) ? p.pre[row * p.columns + p.inner + f] : 1;
-      const double wanted = x * (gated(p.act) ? sigmoid(x) * up : normal_integral(x));
-      worst.see(at, h[at], wanted, (relative(x) + rounding(p.dtype)) * std::abs(wanted) + flushed(x, up));
+      const Formula wanted = formula(p, at);
+      worst.see(at, h[at], wanted.h,
+                (relative(wanted.x) + rounding(p.dtype)) * std::abs(wanted.h) + flushed(wanted.x, 100));
     }
-    EXPECT_TRUE(worst.good()) << worst << " in " << static_cast<int>(p.act) << " " << name(p.dtype);
+    EXPECT_TRUE(worst.good()) << worst << " in " << p.name << " " << name(p.dtype);
   });
 }
 
@@ -41,31 +72,34 @@ TEST_P(Activations, have_the_gradients_of_their_formulas) {
     const Operand dpre = p.backward(kernels(), pool);
     Worst worst;
     for (std::int64_t i = 0; i < p.rows * p.inner; ++i) {
-      const std::int64_t row = i / p.inner, f = i % p.inner, at = row * p.columns + f;
-      const double x = p.pre[at], dh = p.dh[i];
-      const auto see = [&](std::int64_t where, double wanted, double magnitude) {
-        worst.see(where, dpre[where], wanted,
-                  relative(x) * std::abs(dh) * magnitude + rounding(p.dtype) * std::abs(wanted) + flushed(x, 100));
+      const Formula wanted = formula(p, i);
+      const std::int64_t at = i / p.inner * p.columns + i % p.inner;
+      const double dh = p.dh[i];
+      const auto see = [&](std::int64_t where, double derivative, double magnitude) {
+        worst.see(where, dpre[where], dh * derivative,
+                  relative(wanted.x) * std::abs(dh) * magnitude + rounding(p.dtype) * std::abs(dh * derivative) +
+                      flushed(wanted.x, 100));
       };
-      if (p.act == Activation::swiglu) {
-        const double s = sigmoid(x), up = p.pre[at + p.inner];
-        see(at, dh * up * (s + x * s * (1 - s)), std::abs(up) * (s + std::abs(x) * s));
-        see(at + p.inner, dh * x * s, std::abs(x) * s);
-      } else {
-        const double both = normal_integral(x) + std::abs(x) * normal_density(x);
-        see(at, dh * (normal_integral(x) + x * normal_density(x)), both);
-      }
+      see(at, wanted.dx, wanted.magnitude_dx);
+      if (gated(p.act)) see(at + p.inner, wanted.dup, std::abs(wanted.dup));
     }
-    EXPECT_TRUE(worst.good()) << worst << " in " << static_cast<int>(p.act) << " " << name(p.dtype);
+    EXPECT_TRUE(worst.good()) << worst << " in " << p.name << " " << name(p.dtype);
   });
 }
 
 TEST_P(Activations, have_the_gradients_that_finite_differences_find) {
   Pool pool(1);
-  for (const Activation act : {Activation::swiglu, Activation::gelu}) {
-    ActivationProblem p(act, DType::f32, 5, 33, 4);
+  constexpr float kStep = 0x1p-7F;
+  for (const NamedActivation& named : kActivations) {
+    // Some numbers lie beyond a limit of 3, none closer to a kink than a step.
+    ActivationProblem p(named, DType::f32, 5, 33, 4);
+    if (named.name == "clamped_swiglu") p.numbers.limit = 3;
+    for (std::int64_t at = 0; at < p.rows * p.columns; ++at) {
+      for (const float kink : {-p.numbers.limit, 0.0F, p.numbers.limit}) {
+        if (std::abs(p.pre[at] - kink) < 2 * kStep) p.pre.set(at, p.pre[at] + 4 * kStep);
+      }
+    }
     const Operand dpre = p.backward(kernels(), pool);
-    constexpr float kStep = 0x1p-7F;
     for (std::int64_t at = 0; at < p.rows * p.columns; ++at) {
       const std::int64_t i = at / p.columns * p.inner + at % p.columns % p.inner;
       const float x = p.pre[at];
@@ -74,9 +108,49 @@ TEST_P(Activations, have_the_gradients_that_finite_differences_find) {
       p.pre.set(at, x - kStep);
       const float below = p.forward(kernels(), pool)[i];
       p.pre.set(at, x);
-      // The third derivative times step^2 / 6, and the f32 roundings of values below 16 divided by the step.
-      EXPECT_NEAR(dpre[at], p.dh[i] * (above - below) / (2 * kStep), 4 * 0x1p-14 + 16 * 16 * kEpsF32 / kStep);
+      // The third derivative times step^2 / 6, and the f32 roundings of values below 32 divided by the step.
+      EXPECT_NEAR(dpre[at], p.dh[i] * (above - below) / (2 * kStep), 8 * 0x1p-14 + 32 * 16 * kEpsF32 / kStep)
+          << named.name << " " << at;
     }
+  }
+}
+
+TEST_P(Activations, move_at_a_limit_and_stand_still_beyond_it) {
+  Pool pool(1);
+  ActivationProblem p(kActivations[1], DType::f32, 1, 4);
+  ASSERT_EQ(p.numbers.limit, 7);
+  const float gates[] = {7, 8, 1, -9}, ups[] = {-7, 7, -8, 8};
+  for (std::int64_t f = 0; f < 4; ++f) p.pre.set(f, gates[f]), p.pre.set(4 + f, ups[f]), p.dh.set(f, 1);
+  const Operand dpre = p.backward(kernels(), pool);
+  const bool moves[] = {true, false, true, true, true, true, false, false};
+  for (std::int64_t at = 0; at < 8; ++at) EXPECT_EQ(dpre[at] != 0, moves[at]) << at;
+}
+
+TEST_P(Activations, give_a_number_the_same_bits_at_any_place_of_a_vector) {
+  Pool pool(1);
+  for (const NamedActivation& named : kActivations) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const ActivationProblem row(named, dtype, 1, 37);
+      ActivationProblem one(named, dtype, 1, 1);
+      const Operand h = row.forward(kernels(), pool), dpre = row.backward(kernels(), pool);
+      for (std::int64_t f = 0; f < 37; ++f) {
+        for (std::int64_t half = 0; half < one.columns; ++half) one.pre.set(half, row.pre[half * 37 + f]);
+        one.dh.set(0, row.dh[f]);
+        EXPECT_EQ(one.forward(kernels(), pool)[0], h[f]) << named.name;
+        const Operand d = one.backward(kernels(), pool);
+        for (std::int64_t half = 0; half < one.columns; ++half) EXPECT_EQ(d[half], dpre[half * 37 + f]) << named.name;
+      }
+    }
+  }
+}
+
+TEST_P(Activations, keep_what_is_not_a_number) {
+  Pool pool(1);
+  for (const NamedActivation& named : kActivations) {
+    ActivationProblem p(named, DType::f32, 1, 3);
+    for (std::int64_t at = 0; at < p.columns; ++at) p.pre.set(at, at % 2 == 0 ? std::nanf("") : 1);
+    const Operand h = p.forward(kernels(), pool);
+    for (const std::int64_t at : {0, 2}) EXPECT_TRUE(std::isnan(h[at])) << named.name;
   }
 }
 

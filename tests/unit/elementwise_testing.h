@@ -10,38 +10,43 @@ namespace expar {
 inline constexpr std::int64_t kWidths[] = {1, 2, 3, 15, 16, 17, 64, 130};
 
 struct ActivationProblem {
-  ActivationProblem(Activation act_, DType dtype_, std::int64_t rows_, std::int64_t inner_, float range = 12)
-      : act(act_),
+  ActivationProblem(const NamedActivation& named, DType dtype_, std::int64_t rows_, std::int64_t inner_,
+                    float range = 12)
+      : name(named.name),
+        act(named.activation),
+        numbers(named.numbers),
         dtype(dtype_),
         rows(rows_),
         inner(inner_),
-        columns(gated(act_) ? 2 * inner_ : inner_),
+        columns(gated(act) ? 2 * inner_ : inner_),
         pre(Operand::random(dtype_, rows * columns, 11, range)),
         dh(Operand::random(dtype_, rows * inner, 12)) {}
 
   Operand forward(const Kernels& kernels, Pool& pool) const {
     Operand h(dtype, rows * inner);
-    kernels.activate({act, rows, inner, dtype, pre.data(), h.data()}, pool);
+    kernels.activate({act, numbers, rows, inner, dtype, pre.data(), h.data()}, pool);
     return h;
   }
   Operand backward(const Kernels& kernels, Pool& pool) const {
     Operand dpre(dtype, rows * columns);
-    kernels.activate_grad({act, rows, inner, dtype, pre.data(), dh.data(), dpre.data()}, pool);
+    kernels.activate_grad({act, numbers, rows, inner, dtype, pre.data(), dh.data(), dpre.data()}, pool);
     return dpre;
   }
 
+  std::string_view name;
   Activation act;
+  ActivationNumbers numbers;
   DType dtype;
   std::int64_t rows, inner, columns;
   Operand pre, dh;
 };
 
 inline void for_activations(const std::function<void(const ActivationProblem&)>& body) {
-  for (const Activation act : {Activation::swiglu, Activation::gelu}) {
+  for (const NamedActivation& named : kActivations) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
-      for (const std::int64_t inner : kWidths) body({act, dtype, inner % 4, inner});
-      body({act, dtype, 301, 67});
-      body({act, dtype, 3, 400, 100});  // far into both tails
+      for (const std::int64_t inner : kWidths) body({named, dtype, inner % 4, inner});
+      body({named, dtype, 301, 67});
+      body({named, dtype, 3, 400, 100});  // far into both tails
     }
   }
 }
