@@ -76,9 +76,11 @@ TextModel::TextModel(const Context& context, const TextModelOptions& options, st
   if (dtype() == DType::bf16) head_low_ = Array(dtype(), {kBytes, hidden()});
   std::fill_n(gains_.as<float>(), gains_.view().elements(), 1.0F);
   embedding_.initialise(context, seed);
+  MoeLayerOptions moe = options.moe;
+  moe.workspace = std::make_shared<ExpertsWorkspace>();  // blocks run one after another
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
-    Block& block = blocks_.emplace_back(MoeLayer(context, options.moe), std::vector<Parameter>{}, MoeRecord{});
+    Block& block = blocks_.emplace_back(MoeLayer(context, moe), std::vector<Parameter>{}, MoeRecord{});
     block.moe.initialise(seed, prefix(layer));
     block.router.push_back(block.moe.router_parameter(prefix(layer)));
     if (options.moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));

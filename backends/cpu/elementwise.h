@@ -176,6 +176,7 @@ void gather_rows(const Gather& p, std::int64_t first, std::int64_t last) {
       dot_rows<1>(rows, other + i * width, width, p.dot + i);
     }
   }
+  if (p.out == nullptr) return;
   for (std::int64_t i = first; i < last; ++i) {
     const E* const from = row(i);
     E* const to = static_cast<E*>(p.out) + i * width;
@@ -214,6 +215,11 @@ void reduce_token(const Reduce& p, std::int64_t t) {
       const E* const slot = static_cast<const E*>(slots[k]) + first;
       const float weight = weights ? weights[k] : 1.0F;  // a product with one is exact
       for (std::int64_t h = 0; h < columns; ++h) sum[h] = fma(weight, widen(slot[h]), sum[h]);
+    }
+    if (p.shared != nullptr) {
+      const float* const shared = p.shared + t * p.width + first;
+      const float weight = p.shared_weights ? p.shared_weights[t] : 1.0F;
+      for (std::int64_t h = 0; h < columns; ++h) sum[h] = fma(weight, shared[h], sum[h]);
     }
     if (residual != nullptr) {
       for (std::int64_t h = 0; h < columns; ++h) sum[h] += widen(residual[first + h]);

@@ -22,25 +22,29 @@ struct Result {
   DType dtype;
   std::int64_t width;
 
-  void write(const float* sums, const float* bias, std::int64_t count, std::int64_t row, std::int64_t column) const {
+  void write(const float* sums, const float* bias, float weight, std::int64_t count, std::int64_t row,
+             std::int64_t column) const {
     const std::int64_t at = row * width + column;
     if (dtype == DType::bf16) {
-      write_row(sums, bias, count, static_cast<std::uint16_t*>(data) + at);
+      write_row(sums, bias, weight, count, static_cast<std::uint16_t*>(data) + at);
     } else {
-      write_row(sums, bias, count, static_cast<float*>(data) + at);
+      write_row(sums, bias, weight, count, static_cast<float*>(data) + at);
     }
   }
 
  private:
   template <class E>
-  static void write_row(const float* sums, const float* bias, std::int64_t count, E* to) {
+  static void write_row(const float* sums, const float* bias, float weight, std::int64_t count, E* to) {
     if (bias == nullptr) {
       for (std::int64_t c = 0; c < count; ++c) to[c] = narrow<E>(sums[c]);
     } else {
-      for (std::int64_t c = 0; c < count; ++c) to[c] = narrow<E>(sums[c] + bias[c]);
+      for (std::int64_t c = 0; c < count; ++c) to[c] = narrow<E>(fma(weight, bias[c], sums[c]));
     }
   }
 };
+
+/// What row i's bias is multiplied by.
+inline float bias_weight(const GemmNT& p, std::int64_t i) { return p.weighted_bias ? p.rows.refs[i].weight : 1.0F; }
 
 /// Rows by pointer times one chunk of a panel. ahead(r, tile) tells what to fetch while rows from r on are summed.
 template <class Step, class Ahead>
@@ -94,7 +98,7 @@ void nt_packed(const GemmNT& p, Pool& pool) {
         }
         const float* const bias = p.bias ? p.bias + g * p.n + n : nullptr;
         for (std::int64_t r = 0; r < count; ++r) {
-          result.write(sums + r * kPanel, bias, smaller(kPanel, p.n - n), i + r, n);
+          result.write(sums + r * kPanel, bias, bias_weight(p, i + r), smaller(kPanel, p.n - n), i + r, n);
         }
       }
     }
@@ -152,7 +156,7 @@ void nt_plain(const GemmNT& p, Pool& pool) {
           }
           transpose(at, reinterpret_cast<Word*>(turned), kLanes);
           for (std::int64_t j = 0; j < smaller(kLanes, count - r); ++j) {
-            result.write(turned + j * kLanes, bias, some, i + r + j, n0 + n);
+            result.write(turned + j * kLanes, bias, bias_weight(p, i + r + j), some, i + r + j, n0 + n);
           }
         }
       }
@@ -204,7 +208,7 @@ void nn(const GemmNN& p, Pool& pool) {
           const Right right{.words = packed, .stride = kPanel, .ahead_stride = Step::kPerWord * p.k * size};
           sum_block<Step>(rows, count, chunk, kPanel / kLanes, right, ahead, sums, kPanel, c > 0);
         }
-        for (std::int64_t r = 0; r < count; ++r) result.write(sums + r * kPanel, nullptr, columns, i + r, k);
+        for (std::int64_t r = 0; r < count; ++r) result.write(sums + r * kPanel, nullptr, 1.0F, columns, i + r, k);
       }
     }
   });

@@ -31,7 +31,7 @@ void gemm_nt(const GemmNT& p, Pool& pool) {
       for (std::int64_t k = 0; k < p.k; ++k) {
         sum += load(p.rows, i, k) * weight(p.w, g, p.n, p.k, n, k);
       }
-      if (p.bias) sum += p.bias[g * p.n + n];
+      if (p.bias) sum += (p.weighted_bias ? p.rows.refs[i].weight : 1.0F) * p.bias[g * p.n + n];
       store(p.y, p.y_dtype, i * p.n + n, sum);
     }
   });

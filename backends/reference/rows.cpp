@@ -12,7 +12,7 @@ void gather(const Gather& p, Pool& pool) {
     float dot = 0;
     for (std::int64_t h = 0; h < width; ++h) {
       const float value = load(p.rows, i, h);
-      store(p.out, p.rows.dtype, i * width + h, p.scaled ? value * scale : value);
+      if (p.out) store(p.out, p.rows.dtype, i * width + h, p.scaled ? value * scale : value);
       if (p.other) dot += value * load(p.other, p.rows.dtype, i * width + h);
     }
     if (p.other) p.dot[i] = dot;
@@ -29,6 +29,7 @@ void reduce(const Reduce& p, Pool& pool) {
         if (slot == nullptr) continue;
         sum += (p.weights ? p.weights[t * p.topk + k] : 1.0F) * load(slot, p.dtype, h);
       }
+      if (p.shared) sum += (p.shared_weights ? p.shared_weights[t] : 1.0F) * p.shared[t * p.width + h];
       if (p.residual) sum += load(p.residual, p.dtype, t * p.width + h);
       store(p.out, p.dtype, t * p.width + h, sum);
     }

@@ -2,10 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include <expar/dispatch.h>
 
 namespace expar {
+
+/// Where the router's weight w of a row meets its expert.
+enum class WeightsOn : std::uint8_t {
+  output,  // on the result, by combine: w (down h + down_bias)
+  inner,   // before the second product: down (w h) + w down_bias, the same but for rounding; combined unweighted
+  input,   // on the row: act(up (w x) + up_bias) and so on; combined unweighted (Llama 4)
+};
 
 /// L local experts. Gated: up [L, 2F, H] holds gate then up; plain: [L, F, H]. down [L, H, F].
 ///   y = down(act(up x + up_bias)) + down_bias
@@ -15,6 +23,7 @@ struct ExpertShape {
   Activation activation = Activation::swiglu;
   ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
+  WeightsOn weights_on = WeightsOn::output;
   DType dtype = DType::f32;  // of weights, rows and results: f32 or bf16
 
   std::int64_t up_rows() const { return gated(activation) ? 2 * inner : inner; }
@@ -41,17 +50,21 @@ struct ExpertsRecord {
   Tensor pre;  // [R, up_rows] before the activation
   Tensor h;    // [R, F] after it
   Buffer pre_memory, h_memory;
+  Buffer weighted;              // room for rows that were weighted before a product
+  std::vector<RowRef> weights;  // of the rows in order
 };
 
-/// y[i] = expert(row i) for the R rows of the inbox. Not collective.
+/// y[i] = expert(row i) for the R rows of the inbox, whose weights count where weights_on says. Not collective.
 /// Throws Error: bad_argument (hidden or dtype of the inbox disagree with the shape).
-/// Cost: each weight is read once per block of rows; the rows are gathered by list, not copied.
+/// Cost: each weight is read once per block of rows; the rows are gathered by list, not copied, but for rows that are
+/// weighted before a product: one read and one write each.
 void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights, const Inbox& inbox,
                      Outbox& y, ExpertsRecord& record);
 
 /// What backward works in. Reuse one object.
 struct ExpertsScratch {
-  Buffer dy, dh, dpre;
+  Buffer dy, weighted_dy, dh, dpre, x, dx;
+  std::vector<RowRef> weights;
 };
 
 /// The gradient of experts_forward, weighted by the router.

@@ -45,13 +45,14 @@ struct GroupWeights {
   bool packed = false;
 };
 
-/// y[i, n] = sum_k rows[i, k] * w[g(i)][n, k] + bias[g(i)][n]
+/// y[i, n] = sum_k rows[i, k] * w[g(i)][n, k] + (weighted_bias ? refs[i].weight : 1) * bias[g(i)][n]
 struct GemmNT {
   Groups groups;
   std::int64_t n = 0, k = 0;
   Rows rows;  // [R, K], dtype of w
   GroupWeights w;
   const float* bias = nullptr;  // [G, N] or null
+  bool weighted_bias = false;   // with refs
   void* y = nullptr;            // [R, N]
   DType y_dtype = DType::f32;   // f32 or the dtype of w
 };
@@ -130,26 +131,28 @@ struct ActivateGrad {
   void* dpre = nullptr;      // shape of pre
 };
 
-/// out[i] = rows[i] (scaled: * refs[i].weight, in f32, rounded once). `dot`, where given, gets the f32
+/// out[i] = rows[i] (scaled: * refs[i].weight, in f32, rounded once), where given. `dot`, where given, gets the f32
 /// inner product rows[i] . other[i], summed in index order, of the unscaled row.
 struct Gather {
   Rows rows;
   std::int64_t count = 0;
   bool scaled = false;
-  void* out = nullptr;          // [count, width], dtype of rows
+  void* out = nullptr;          // [count, width], dtype of rows; or null
   const void* other = nullptr;  // [count, width], dtype of rows; or null
   float* dot = nullptr;         // [count]; with `other`
 };
 
-/// out[t] = sum_k weight[t, k] * slot[t, k] + residual[t], in slot order, in f32, rounded once.
-/// A null slot is skipped. Without weights every weight is one.
+/// out[t] = sum_k weight[t, k] * slot[t, k] + shared_weight[t] * shared[t] + residual[t], in this order, in f32,
+/// rounded once. A null slot is skipped. Without weights every weight is one.
 struct Reduce {
   std::int64_t tokens = 0, topk = 0, width = 0;
   DType dtype = DType::f32;
-  const void* const* slots = nullptr;  // [T, K] rows of `width` elements, or null
-  const float* weights = nullptr;      // [T, K] or null
-  const void* residual = nullptr;      // [T, width] or null
-  void* out = nullptr;                 // [T, width]
+  const void* const* slots = nullptr;     // [T, K] rows of `width` elements, or null
+  const float* weights = nullptr;         // [T, K] or null
+  const float* shared = nullptr;          // [T, width] or null
+  const float* shared_weights = nullptr;  // [T] or null
+  const void* residual = nullptr;         // [T, width] or null
+  void* out = nullptr;                    // [T, width]
 };
 
 /// scores = softmax(logits) over E; then the K largest, descending, ties to the lower index.

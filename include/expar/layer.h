@@ -14,6 +14,12 @@
 
 namespace expar {
 
+/// Memory of the experts between the calls of one pass, none of it needed afterwards.
+struct ExpertsWorkspace {
+  ExpertsRecord record;
+  ExpertsScratch scratch;
+};
+
 struct MoeLayerOptions {
   std::int64_t hidden = 0;  // H
   std::int64_t inner = 0;   // F
@@ -21,11 +27,20 @@ struct MoeLayerOptions {
   Activation activation = Activation::swiglu;
   ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
+  WeightsOn weights_on = WeightsOn::output;
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
   /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
   std::int64_t bound = 0;
+  /// A record then keeps the rows that arrived and nothing that the experts made of them; backward makes it again, to
+  /// the same bytes, at the cost of one more forward pass of the experts. Nothing travels twice.
+  bool recompute = false;
+  /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
+  std::shared_ptr<ExpertsWorkspace> workspace = {};
 
-  ExpertShape expert_shape() const { return {hidden, inner, activation, numbers, bias, dtype}; }
+  ExpertShape expert_shape() const {
+    const WeightsOn on = router.weights_on_input ? WeightsOn::input : weights_on;
+    return {hidden, inner, activation, numbers, bias, on, dtype};
+  }
 };
 
 /// Milliseconds that this rank spent, added up over calls.
@@ -65,8 +80,8 @@ struct MoeRecord {
   RouterLosses losses;
   Plan plan;
   Inbox inbox;
-  Outbox y;
-  ExpertsRecord experts;
+  Outbox y;               // empty where the layer recomputes
+  ExpertsRecord experts;  // the same
 };
 
 /// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,

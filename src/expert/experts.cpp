@@ -7,8 +7,13 @@
 
 #include <expar/error.h>
 
+#include "src/expert/pass.h"
+#include "src/util/processor.h"
+
 namespace expar {
 namespace {
+
+std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 [[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
 
@@ -62,111 +67,34 @@ void check(const ExpertShape& shape, const ExpertGradients& gradients, std::int6
 const float* data_of(bool present, const ConstTensor& bias) { return present ? bias.as<float>() : nullptr; }
 float* data_of(bool present, const Tensor& bias) { return present ? bias.as<float>() : nullptr; }
 
-/// The kernels on the R rows of one plan: [R, up_rows] is wide, [R, F] is h, [R, H] is x, y and their gradients.
-class Pass {
- public:
-  Pass(const Context& context, const ExpertShape& shape, const Plan& plan)
-      : kernels_(context.kernels()),
-        pool_(context.pool()),
-        shape_(shape),
-        groups_{static_cast<int>(plan.local().count), plan.offsets().data()},
-        rows_(plan.received()) {}
+Groups groups_of(const Plan& plan) { return {static_cast<int>(plan.local().count), plan.offsets().data()}; }
 
-  /// Row i of `tensor` is row i of the group's rows.
-  Rows in_order(const ConstTensor& tensor) const {
-    return {.base = {tensor.data(), nullptr}, .dtype = shape_.dtype, .width = tensor.size(1)};
+/// The weights of the inbox's rows, for rows that stand in order.
+const RowRef* in_order(const Inbox& inbox, std::vector<RowRef>& weights) {
+  weights.resize(inbox.refs().size());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    weights[i] = {.base = 0, .row = static_cast<std::int32_t>(i), .weight = inbox.refs()[i].weight};
   }
+  return weights.data();
+}
 
-  /// out = in w^T + bias
-  void nt(const Rows& in, const GroupWeights& w, const float* bias, const Tensor& out) const {
-    if (rows_ == 0) return;
-    GemmNT call;
-    call.groups = groups_;
-    call.n = out.size(1);
-    call.k = in.width;
-    call.rows = in;
-    call.w = w;
-    call.bias = bias;
-    call.y = out.data();
-    call.y_dtype = shape_.dtype;
-    kernels_.gemm_nt(call, pool_);
-  }
-
-  /// din = dout w
-  void nn(const ConstTensor& dout, const GroupWeights& w, const Tensor& din) const {
-    if (rows_ == 0) return;
-    GemmNN call;
-    call.groups = groups_;
-    call.n = dout.size(1);
-    call.k = din.size(1);
-    call.dy = dout.data();
-    call.w = w;
-    call.dx = din.data();
-    call.dx_dtype = shape_.dtype;
-    kernels_.gemm_nn(call, pool_);
-  }
-
-  /// dw = dout^T in, dbias = the sum of dout; experts without rows get zeros.
-  void tn(const ConstTensor& dout, const Rows& in, const Tensor& dw, float* dbias, bool accumulate) const {
-    GemmTN call;
-    call.groups = groups_;
-    call.n = dout.size(1);
-    call.k = in.width;
-    call.dy = dout.data();
-    call.rows = in;
-    call.dw = dw.as<float>();
-    call.dbias = dbias;
-    call.accumulate = accumulate;
-    kernels_.gemm_tn(call, pool_);
-  }
-
-  void activate(const ConstTensor& pre, const Tensor& h) const {
-    if (rows_ == 0) return;
-    Activate call;
-    call.act = shape_.activation;
-    call.numbers = shape_.numbers;
-    call.rows = rows_;
-    call.inner = shape_.inner;
-    call.dtype = shape_.dtype;
-    call.pre = pre.data();
-    call.h = h.data();
-    kernels_.activate(call, pool_);
-  }
-
-  void activate_grad(const ConstTensor& pre, const ConstTensor& dh, const Tensor& dpre) const {
-    if (rows_ == 0) return;
-    ActivateGrad call;
-    call.act = shape_.activation;
-    call.numbers = shape_.numbers;
-    call.rows = rows_;
-    call.inner = shape_.inner;
-    call.dtype = shape_.dtype;
-    call.pre = pre.data();
-    call.dh = dh.data();
-    call.dpre = dpre.data();
-    kernels_.activate_grad(call, pool_);
-  }
-
-  /// out = rows, each times its weight; dot = rows . other, unweighted.
-  void weigh(const Rows& rows, const ConstTensor& other, const Tensor& out, const Tensor& dot) const {
-    if (rows_ == 0) return;
-    Gather call;
-    call.rows = rows;
-    call.count = rows_;
-    call.scaled = true;
-    call.out = out.data();
-    call.other = other.data();
-    call.dot = dot.as<float>();
-    kernels_.gather(call, pool_);
-  }
-
- private:
-  const Kernels& kernels_;
-  Pool& pool_;
-  const ExpertShape& shape_;
-  Groups groups_;
-  std::int64_t rows_;
-};
+/// dots[i] += dout[i] . bias of row i's expert: in double, where products of two f32 are exact, and in index order.
+void add_dots_with_bias(const Context& context, const Plan& plan, const ConstTensor& dout, const ConstTensor& bias,
+                        const Tensor& dots) {
+  const std::int64_t hidden = bias.size(1);
+  const auto element = [&](std::int64_t at) {
+    return dout.dtype() == DType::f32 ? double{dout.as<float>()[at]} : double{static_cast<float>(dout.as<bf16>()[at])};
+  };
+  context.pool().run(plan.local().count, [&](std::int64_t e, int) {
+    const FloatMode mode;
+    const float* const b = bias.as<float>() + e * hidden;
+    for (std::int64_t i = plan.offsets()[at(e)]; i < plan.offsets()[at(e + 1)]; ++i) {
+      double sum = 0;
+      for (std::int64_t n = 0; n < hidden; ++n) sum += element(i * hidden + n) * double{b[n]};
+      dots.as<float>()[i] += static_cast<float>(sum);
+    }
+  });
+}
 
 }  // namespace
 
@@ -188,16 +116,28 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
   check(shape, inbox);
   const Plan& plan = inbox.plan();
   check(shape, weights, plan.local().count);
+  if (y.layout() == Layout::rank_major) refuse("the experts write results expert by expert; y is rank_major");
   const std::int64_t rows = plan.received();
   require("y", y.rows(), shape.dtype, {rows, shape.hidden});
-  if (y.layout() == Layout::rank_major) refuse("the experts write results expert by expert; y is rank_major");
+  const float* const up_bias = data_of(shape.bias, weights.up_bias);
+  const float* const down_bias = data_of(shape.bias, weights.down_bias);
 
   record.pre = record.pre_memory.view(shape.dtype, {rows, shape.up_rows()});
   record.h = record.h_memory.view(shape.dtype, {rows, shape.inner});
-  const Pass pass(context, shape, plan);
-  pass.nt(inbox.gathered(), weights.up, data_of(shape.bias, weights.up_bias), record.pre);
+  const Pass pass(context, shape, groups_of(plan));
+  Rows x = inbox.gathered();
+  if (shape.weights_on == WeightsOn::input) {
+    const Tensor weighted = record.weighted.view(shape.dtype, {rows, shape.hidden});
+    pass.weigh(x, weighted);
+    x = Pass::in_order(weighted);
+  }
+  pass.nt(x, weights.up, up_bias, record.pre);
   pass.activate(record.pre, record.h);
-  pass.nt(pass.in_order(record.h), weights.down, data_of(shape.bias, weights.down_bias), y.rows());
+  if (shape.weights_on != WeightsOn::inner) return pass.nt(Pass::in_order(record.h), weights.down, down_bias, y.rows());
+  const Tensor weighted = record.weighted.view(shape.dtype, {rows, shape.inner});
+  const RowRef* const by_row = in_order(inbox, record.weights);
+  pass.weigh(Pass::in_order(record.h, by_row), weighted);
+  pass.nt(Pass::in_order(weighted, by_row), weights.down, down_bias, y.rows(), true);
 }
 
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
@@ -212,7 +152,6 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   if (weights.up.packed || weights.down.packed) refuse("the backward pass takes weights that are not packed");
   if (dout.plan().id() != plan.id()) refuse("dout was dispatched with another plan than the inbox");
   const std::int64_t rows = plan.received();
-  require("y", y.rows(), shape.dtype, {rows, shape.hidden});
   require("pre of the record", record.pre, shape.dtype, {rows, shape.up_rows()});
   require("h of the record", record.h, shape.dtype, {rows, shape.inner});
   require("dx", dx.rows(), shape.dtype, {rows, shape.hidden});
@@ -225,14 +164,47 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   dout_rows.refs = inbox.refs().data();  // the weights came with the forward dispatch
   float* const up_bias = data_of(shape.bias, gradients.up_bias);
   float* const down_bias = data_of(shape.bias, gradients.down_bias);
+  const Rows h = Pass::in_order(record.h);
+  const bool accumulate = gradients.accumulate;
 
-  const Pass pass(context, shape, plan);
-  pass.weigh(dout_rows, y.rows(), dy, dweights.rows());
-  pass.tn(dy, pass.in_order(record.h), gradients.down, down_bias, gradients.accumulate);
-  pass.nn(dy, weights.down, dh);
+  const Pass pass(context, shape, groups_of(plan));
+  switch (shape.weights_on) {
+    case WeightsOn::output:
+      require("y", y.rows(), shape.dtype, {rows, shape.hidden});
+      pass.weigh_and_dot(dout_rows, y.rows(), dy, dweights.rows());
+      pass.tn(dy, h, gradients.down, down_bias, accumulate);
+      pass.nn(dy, weights.down, dh);
+      break;
+    case WeightsOn::inner: {
+      // y / w may be a division by zero, so the weight's gradient is taken where h meets it.
+      const Tensor weighted = scratch.weighted_dy.view(shape.dtype, {rows, shape.hidden});
+      pass.weigh(dout_rows, weighted);
+      pass.tn(weighted, h, gradients.down, down_bias, accumulate);
+      pass.copy(dout_rows, dy);
+      const Tensor dweighted = scratch.dx.view(shape.dtype, {rows, shape.inner});
+      pass.nn(dy, weights.down, dweighted);
+      pass.weigh_and_dot(Pass::in_order(dweighted, in_order(inbox, scratch.weights)), record.h, dh, dweights.rows());
+      if (shape.bias) add_dots_with_bias(context, plan, dy, weights.down_bias, dweights.rows());
+      break;
+    }
+    case WeightsOn::input:
+      pass.copy(dout_rows, dy);
+      pass.tn(dy, h, gradients.down, down_bias, accumulate);
+      pass.nn(dy, weights.down, dh);
+      break;
+  }
   pass.activate_grad(record.pre, dh, dpre);
-  pass.tn(dpre, inbox.gathered(), gradients.up, up_bias, gradients.accumulate);
-  pass.nn(dpre, weights.up, dx.rows());
+  if (shape.weights_on != WeightsOn::input) {
+    pass.tn(dpre, inbox.gathered(), gradients.up, up_bias, accumulate);
+    return pass.nn(dpre, weights.up, dx.rows());
+  }
+  const Tensor x = scratch.x.view(shape.dtype, {rows, shape.hidden});
+  const Tensor dweighted = scratch.dx.view(shape.dtype, {rows, shape.hidden});
+  pass.weigh(inbox.gathered(), x);
+  pass.tn(dpre, Pass::in_order(x), gradients.up, up_bias, accumulate);
+  pass.nn(dpre, weights.up, dweighted);
+  pass.dot(inbox.gathered(), dweighted, dweights.rows());
+  pass.weigh(Pass::in_order(dweighted, in_order(inbox, scratch.weights)), dx.rows());
 }
 
 }  // namespace expar

@@ -18,9 +18,6 @@ void validate(const MoeLayerOptions& options) {
   validate(options.expert_shape());
   if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
   validate(options.router);
-  if (options.router.weights_on_input) {
-    throw Error(ErrorCode::unsupported, "a layer cannot weigh what its experts read, only their results");
-  }
 }
 
 struct Setting {
@@ -98,6 +95,7 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("activation", static_cast<std::int64_t>(options.activation)).with("bias", options.bias);
   signature.with_real("alpha", options.numbers.alpha).with_real("limit", options.numbers.limit);
   signature.with_real("offset", options.numbers.offset);
+  signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   Operation operation(context.communicator(), signature, context.timeout());
   operation.ready([&] {

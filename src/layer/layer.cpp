@@ -41,6 +41,7 @@ struct MoeLayer::State {
       parameters.emplace(options, range);
     });
     shape = options.expert_shape();
+    workspace = options.workspace ? options.workspace : std::make_shared<ExpertsWorkspace>();
   }
 
   Context context;  // the one it was made with, for what is called without one
@@ -51,7 +52,7 @@ struct MoeLayer::State {
   PhaseTimes times;
 
   MoeRecord inference;
-  ExpertsScratch scratch;
+  std::shared_ptr<ExpertsWorkspace> workspace;
   Buffer wide_x, jittered_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
   Tensor shard_gradients, bias_shard_gradients;
 
@@ -65,6 +66,8 @@ struct MoeLayer::State {
               MoeRecord& record);
   void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
                std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
+  void run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan, Outbox& y,
+                   ExpertsRecord& record);
 
   // ---- backward
   void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
@@ -156,6 +159,7 @@ void MoeLayer::State::choose(const Context& c, ConstTensor x, const MoeInputs& i
 void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
                               std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs,
                               MoeRecord& record) {
+  const bool keeps = shards && !options.recompute;
   record.plan = {};  // until this call has succeeded there is nothing to go backward from
   record.inbox = {};
   record.y = {};
@@ -201,16 +205,23 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   }
   {
     const Phase phase(c.trace(), "experts", &times.experts);
-    alone(c, [&] {
-      record.y = make_outbox(c, plan, options.hidden, options.dtype);
-      experts_forward(c, shape, weights, record.inbox, record.y, record.experts);
-    });
+    alone(c,
+          [&] { run_experts(c, weights, record.inbox, plan, record.y, keeps ? record.experts : workspace->record); });
   }
   {
     const Phase phase(c.trace(), "combine", &times.combine);
-    combine(c, plan, record.y, record.routing.weights, out, {.residual = residual});
+    std::optional<ConstTensor> by_slot = unweighted;
+    if (shape.weights_on == WeightsOn::output) by_slot = record.routing.weights;
+    combine(c, plan, record.y, by_slot, out, {.residual = residual});
   }
+  if (!keeps) record.y = {};
   record.plan = std::move(plan);
+}
+
+void MoeLayer::State::run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan,
+                                  Outbox& y, ExpertsRecord& record) {
+  y = make_outbox(c, plan, options.hidden, options.dtype);
+  experts_forward(c, shape, weights, inbox, y, record);
 }
 
 // ---- backward
@@ -284,8 +295,13 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     const Phase part(c.trace(), "experts");
     dx_rows = make_outbox(c, record.plan, options.hidden, options.dtype);
     dweights_rows = make_outbox(c, record.plan, 1, DType::f32);
-    experts_backward(c, shape, parameters->plain(), record.inbox, gradients, record.y, record.experts,
-                     parameters->gradients(), dx_rows, dweights_rows, scratch);
+    const ExpertWeights weights = parameters->plain();
+    Outbox y_again;
+    if (options.recompute) run_experts(c, weights, record.inbox, record.plan, y_again, workspace->record);
+    const Outbox& y = options.recompute ? y_again : record.y;
+    const ExpertsRecord& made = options.recompute ? workspace->record : record.experts;
+    experts_backward(c, shape, weights, record.inbox, gradients, y, made, parameters->gradients(), dx_rows,
+                     dweights_rows, workspace->scratch);
     fetched = dweights.view(DType::f32, {record.plan.tokens(), record.plan.topk(), 1});
   });
   fetch_slots(c, record.plan, dweights_rows, fetched);
@@ -338,7 +354,6 @@ void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstT
   MoeRecord& record = state_->inference;
   state_->forward(context, x, out, residual, std::nullopt, inputs, record);
   record.inbox = {};  // nothing is kept but memory
-  record.y = {};
 }
 
 void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,

@@ -110,7 +110,9 @@ class Rank {
     inbox_ = dispatch(context_, x_, weights_, plan_);
     y_ = make_outbox(context_, plan_, kHidden, DType::f32);
     experts_forward(context_, shape_, weights(), inbox_, y_, record_);
-    combine(context_, plan_, y_, weights_, out_);
+    std::optional<ConstTensor> by_slot = unweighted;
+    if (shape_.weights_on == WeightsOn::output) by_slot = weights_;
+    combine(context_, plan_, y_, by_slot, out_);
   }
 
   Context context_;
@@ -163,13 +165,27 @@ void check(const ExpertShape& shape) {
   }
 }
 
+ExpertShape shape_of(const NamedActivation& named, WeightsOn on, bool bias) {
+  return {.hidden = kHidden,
+          .inner = kInner,
+          .activation = named.activation,
+          .numbers = named.numbers,
+          .bias = bias,
+          .weights_on = on};
+}
+
 TEST_P(ExpertsGradient, agrees_with_finite_differences) {
-  for (const bool bias : {false, true})
-    check({kHidden, kInner, GetParam().activation, GetParam().numbers, bias, DType::f32});
+  for (const bool bias : {false, true}) check(shape_of(GetParam(), WeightsOn::output, bias));
+}
+
+TEST(ExpertsGradients, agree_with_finite_differences_wherever_the_weights_count) {
+  for (const WeightsOn on : {WeightsOn::inner, WeightsOn::input}) {
+    for (const bool bias : {false, true}) check(shape_of(kActivations[0], on, bias));
+  }
 }
 
 TEST_P(ExpertsGradient, is_added_where_asked) {
-  const ExpertShape shape{kHidden, kInner, GetParam().activation, GetParam().numbers, true, DType::f32};
+  const ExpertShape shape = shape_of(GetParam(), WeightsOn::output, true);
   Numbers numbers(shape);
   run_threads(1, [&](const Communicator& communicator) {
     const Context context(communicator, {.threads = 1, .backend = fastest_backend()});

@@ -25,7 +25,9 @@ std::vector<LayerSpec> specs() {
   // Wide enough for several tiles and tasks per kernel.
   return {{.experts = 8, .topk = 2, .bias = true, .hidden = 136, .inner = 72},
           {.experts = 8, .topk = 2, .dtype = DType::bf16, .hidden = 136, .inner = 72},
-          {.experts = 5, .topk = 3, .activation = Activation::gelu, .bias = true, .dtype = DType::bf16, .hot = 1}};
+          {.experts = 5, .topk = 3, .activation = Activation::gelu, .bias = true, .dtype = DType::bf16, .hot = 1},
+          {.experts = 8, .bias = true, .weights_on = WeightsOn::inner, .dtype = DType::bf16},
+          {.experts = 8, .weights_on = WeightsOn::input, .dtype = DType::bf16, .recompute = true}};
 }
 
 class LayerBits : public testing::TestWithParam<LayerSpec> {};
@@ -52,6 +54,15 @@ TEST_P(LayerBits, do_not_depend_on_the_number_of_threads) {
           << ranks << " ranks of " << threads << " threads";
     }
   }
+}
+
+TEST_P(LayerBits, do_not_depend_on_what_is_kept_for_the_backward_pass) {
+  const LayerSpec spec = GetParam();
+  LayerSpec other = spec;
+  other.recompute = !spec.recompute;
+  const RankSetup setup{.ranks = 3};
+  const ContextOptions options{.threads = 1, .backend = fastest_backend()};
+  EXPECT_EQ(run_on(LayerCase(other), setup, options).difference(run_on(LayerCase(spec), setup, options)), "");
 }
 
 /// Sets EXPAR_ISA until its end.

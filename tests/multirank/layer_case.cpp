@@ -36,7 +36,10 @@ std::string_view activation_name(Activation activation) {
 std::string LayerSpec::name() const {
   return "E" + std::to_string(experts) + "_K" + std::to_string(topk) + "_" + std::string(expar::name(dtype)) + "_" +
          std::string(activation_name(activation)) + (bias ? "_bias" : "") + (renormalise ? "" : "_plain") +
-         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
+         (weights_on == WeightsOn::inner   ? "_inner"
+          : weights_on == WeightsOn::input ? "_input"
+                                           : "") +
+         (recompute ? "_recompute" : "") + (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
 }
 
 LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
@@ -67,6 +70,8 @@ MoeLayerOptions LayerCase::options() const {
   options.activation = spec.activation;
   options.numbers = spec.numbers;
   options.bias = spec.bias;
+  options.weights_on = spec.weights_on;
+  options.recompute = spec.recompute;
   options.dtype = spec.dtype;
   return options;
 }

@@ -15,7 +15,9 @@ struct LayerSpec {
   Activation activation = Activation::swiglu;
   ActivationNumbers numbers = {};
   bool bias = false;
+  WeightsOn weights_on = WeightsOn::output;
   DType dtype = DType::f32;
+  bool recompute = false;
   bool renormalise = true;
   int hot = -1, cold = -1;               // an expert that every token chooses, and one that none does
   std::int64_t hidden = 35, inner = 19;  // no multiples of any vector

@@ -32,6 +32,7 @@ oracle::Layer oracle_layer(const LayerCase& c) {
   layer.topk = static_cast<std::size_t>(c.spec.topk);
   layer.activation = c.spec.activation;
   layer.numbers = c.spec.numbers;
+  layer.weights_on = c.spec.weights_on;
   layer.renormalise = c.spec.renormalise;
   layer.bf16 = c.spec.dtype == DType::bf16;
   layer.balance = c.options().router.balance;
@@ -241,6 +242,14 @@ TEST(LayerSkew, agrees_where_an_expert_gets_no_token) {
 
 TEST(LayerScores, agrees_without_renormalisation) {
   for (const DType dtype : {DType::f32, DType::bf16}) compare({.topk = 3, .dtype = dtype, .renormalise = false});
+}
+
+TEST(LayerWeights, agree_before_the_second_product_and_on_the_input) {
+  for (const WeightsOn on : {WeightsOn::inner, WeightsOn::input}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      compare({.experts = 5, .topk = 3, .bias = true, .weights_on = on, .dtype = dtype, .renormalise = false});
+    }
+  }
 }
 
 TEST(LayerActivations, agree) {

@@ -158,6 +158,30 @@ TEST_P(LayerOf, keeps_several_passes_in_flight) {
   });
 }
 
+TEST(Layer, keeps_nothing_of_the_experts_where_it_recomputes) {
+  const LayerCase c({.recompute = true});
+  run(2, [&](const Context& context) {
+    MoeLayerOptions options = c.options();
+    options.workspace = std::make_shared<ExpertsWorkspace>();
+    MoeLayer first(context, options), second(context, options);
+    c.fill(first), c.fill(second);
+    Tokens a(c, context), b(c, context), alone(c, context);
+    second.forward(context, alone.x, alone.out, {}, alone.shards, alone.record);
+    second.backward(context, alone.record, alone.dout, alone.dx);
+    // Two layers, one workspace: what the second makes of other tokens must not reach the first.
+    first.forward(context, a.x, a.out, {}, a.shards, a.record);
+    for (std::size_t i = 0; i < b.x.view().byte_size(); ++i) b.x.view().bytes()[i] = std::byte{0};
+    second.forward(context, b.x, b.out, {}, b.shards, b.record);
+    EXPECT_TRUE(a.record.experts.pre.absent());
+    EXPECT_TRUE(a.record.experts.h.absent());
+    EXPECT_TRUE(a.record.y.rows().absent());
+    second.backward(context, b.record, b.dout, b.dx);
+    first.backward(context, a.record, a.dout, a.dx);
+    EXPECT_TRUE(same_bytes(a.out, alone.out));
+    EXPECT_TRUE(same_bytes(a.dx, alone.dx));
+  });
+}
+
 TEST(Layer, infers_in_place) {
   const LayerCase c({});
   run(3, [&](const Context& context) {

@@ -12,7 +12,7 @@
 #include <numeric>
 #include <vector>
 
-#include <expar/kernels.h>
+#include <expar/experts.h>
 
 namespace expar::oracle {
 
@@ -65,6 +65,7 @@ struct Layer {
   Activation activation = Activation::swiglu;
   ActivationNumbers numbers;
   bool renormalise = true, bf16 = false;
+  WeightsOn weights_on = WeightsOn::output;
   double balance = 0, z = 0;
   Vector router;  // [E, H]
   std::vector<Network> experts;
@@ -72,6 +73,10 @@ struct Layer {
   std::size_t wide() const { return gated(activation) ? 2 * inner : inner; }
   /// What the library stores in the layer's dtype is rounded there.
   Real stored(Real a) const { return bf16 ? result(a.value, a.error, 0, kBf16 * std::abs(a.value)) : a; }
+  Vector weighed(Vector v, Real weight) const {
+    for (Real& a : v) a = stored(weight * a);
+    return v;
+  }
 };
 
 /// y [rows] = w [rows, columns] v, or with the other extent x [columns] = w^T v.
@@ -140,8 +145,8 @@ struct Token {
   Vector x, scores, weights, out;
   Real lse, sum = Real(1);
   std::vector<std::size_t> ids;
-  std::vector<Vector> pre, h, y;  // [K]
-  double gap = INFINITY;          // between the last chosen score and the best one left, in errors of this difference
+  std::vector<Vector> row, pre, h, y;  // [K]: what the expert reads and makes of it
+  double gap = INFINITY;  // between the last chosen score and the best one left, in errors of this difference
 };
 
 inline Token forward(const Layer& layer, const Vector& x, const Vector& residual) {
@@ -172,17 +177,23 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
   for (const std::size_t e : t.ids) {
     const Network& net = layer.experts[e];
     t.weights.push_back(t.scores[e] / t.sum);
-    Vector pre = times(net.up, x);
+    const Real weight = t.weights.back();
+    const bool on_input = layer.weights_on == WeightsOn::input, on_inner = layer.weights_on == WeightsOn::inner;
+    Vector row = x;
+    if (on_input) row = layer.weighed(row, weight);
+    Vector pre = times(net.up, row);
     add(pre, net.up_bias);
     for (Real& p : pre) p = layer.stored(p);
     Vector h(layer.inner);
     for (std::size_t f = 0; f < h.size(); ++f) {
       h[f] = layer.stored(Activated(layer, pre, f).h);
     }
-    Vector y = times(net.down, h);
-    add(y, net.down_bias);
-    for (std::size_t i = 0; i < y.size(); ++i) t.out[i] += t.weights.back() * (y[i] = layer.stored(y[i]));
-    t.pre.push_back(pre), t.h.push_back(h), t.y.push_back(y);
+    Vector y = times(net.down, on_inner ? layer.weighed(h, weight) : h);
+    for (std::size_t i = 0; i < net.down_bias.size(); ++i)
+      y[i] += on_inner ? weight * net.down_bias[i] : net.down_bias[i];
+    const Real outer = on_input || on_inner ? Real(1) : weight;
+    for (std::size_t i = 0; i < y.size(); ++i) t.out[i] += outer * (y[i] = layer.stored(y[i]));
+    t.row.push_back(row), t.pre.push_back(pre), t.h.push_back(h), t.y.push_back(y);
   }
   add(t.out, residual);
   for (Real& o : t.out) o = layer.stored(o);
@@ -196,10 +207,18 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
   for (std::size_t k = 0; k < layer.topk; ++k) {
     const Network& net = layer.experts[t.ids[k]];
     Network& grad = dexperts[t.ids[k]];
-    dweights.push_back(dot(dout, t.y[k]));
-    Vector dy;
-    for (const Real& d : dout) dy.push_back(layer.stored(t.weights[k] * d));
-    const Vector dh = transposed_times(net.down, dy);
+    const bool on_input = layer.weights_on == WeightsOn::input, on_inner = layer.weights_on == WeightsOn::inner;
+    const Vector dy = on_input ? dout : layer.weighed(dout, t.weights[k]);
+    Vector dh = transposed_times(net.down, on_inner ? dout : dy);
+    if (on_inner) {
+      for (Real& d : dh) d = layer.stored(d);
+      Real dweight = dot(dh, t.h[k]);
+      if (!net.down_bias.empty()) dweight += dot(dout, net.down_bias);
+      dweights.push_back(dweight);
+      dh = layer.weighed(dh, t.weights[k]);
+    } else if (!on_input) {
+      dweights.push_back(dot(dout, t.y[k]));
+    }
     Vector dpre(layer.wide());
     for (std::size_t f = 0; f < layer.inner; ++f) {
       const Activated a(layer, t.pre[k], f);
@@ -207,9 +226,14 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
       dpre[f] = layer.stored(d * a.dx);
       if (gated(layer.activation)) dpre[layer.inner + f] = layer.stored(d * a.dup);
     }
-    add_outer(grad.down, dy, t.h[k]), add_outer(grad.up, dpre, t.x);
+    add_outer(grad.down, dy, t.h[k]), add_outer(grad.up, dpre, t.row[k]);
     if (!grad.up_bias.empty()) add(grad.down_bias, dy), add(grad.up_bias, dpre);
     Vector row = transposed_times(net.up, dpre);
+    if (on_input) {
+      for (Real& d : row) d = layer.stored(d);
+      dweights.push_back(dot(row, t.x));
+      row = layer.weighed(row, t.weights[k]);
+    }
     for (std::size_t i = 0; i < row.size(); ++i) dx[i] += layer.stored(row[i]);
   }
 

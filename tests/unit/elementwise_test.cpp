@@ -188,6 +188,14 @@ TEST_P(GatherRows, copies_scales_and_multiplies_the_rows_of_its_list) {
   }
 }
 
+TEST_P(GatherRows, multiplies_without_copying) {
+  Pool pool(1);
+  const GatherProblem p(DType::bf16, 23, 77);
+  const auto both = p.run(kernels(), pool, true, true, true), dots = p.run(kernels(), pool, true, true, true, false);
+  EXPECT_EQ(dots.dot.bytes(), both.dot.bytes());
+  EXPECT_EQ(dots.rows.bytes(), Operand(DType::bf16, 23 * 77).bytes()) << "something was written";
+}
+
 TEST_P(GatherRows, gives_a_dot_product_that_other_rows_do_not_change) {
   Pool pool(1);
   const GatherProblem many(DType::bf16, 23, 77);
@@ -210,13 +218,18 @@ TEST_P(ReduceSlots, sums_the_slots_of_a_token_by_weight) {
       for (const std::int64_t topk : {1, 2, 8}) {
         for (const std::int64_t tokens : {0, 1, 3, 70}) {
           const ReduceProblem p(dtype, tokens, topk, width);
-          for (int flags = 0; flags < 4; ++flags) {
-            const bool weighted = (flags & 1) != 0, with_residual = (flags & 2) != 0;
-            const Operand out = p.run(kernels(), pool, weighted, with_residual);
+          for (int flags = 0; flags < 8; ++flags) {
+            const bool weighted = (flags & 1) != 0, with_residual = (flags & 2) != 0, with_shared = (flags & 4) != 0;
+            const Operand out = p.run(kernels(), pool, weighted, with_residual, with_shared);
             Worst worst;
             for (std::int64_t at = 0; at < tokens * width; ++at) {
               const std::int64_t t = at / width, h = at % width;
               double sum = with_residual ? p.residual[at] : 0, magnitude = std::abs(sum);
+              if (with_shared) {
+                const double term = (weighted ? p.shared_weights[t] : 1.0) * p.shared[at];
+                sum += term;
+                magnitude += std::abs(term);
+              }
               for (std::int64_t k = 0; k < topk; ++k) {
                 const std::int64_t slot = t * topk + k;
                 if (p.slots[static_cast<std::size_t>(slot)] == nullptr) continue;
@@ -226,7 +239,7 @@ TEST_P(ReduceSlots, sums_the_slots_of_a_token_by_weight) {
               }
               worst.see(
                   at, out[at], sum,
-                  static_cast<double>(topk + 2) * kEpsF32 * magnitude + rounding(dtype) * std::abs(sum) + kFlushed);
+                  static_cast<double>(topk + 3) * kEpsF32 * magnitude + rounding(dtype) * std::abs(sum) + kFlushed);
             }
             EXPECT_TRUE(worst.good()) << worst;
           }
@@ -351,7 +364,7 @@ std::string bytes_of(const Kernels& kernels, Pool& pool) {
       const GatherProblem gathered(dtype, 100, width);
       const auto out = gathered.run(kernels, pool, true, true, true);
       all += out.rows.bytes() + out.dot.bytes() +
-             ReduceProblem(dtype, 40, 4, width).run(kernels, pool, true, true).bytes();
+             ReduceProblem(dtype, 40, 4, width).run(kernels, pool, true, true, true).bytes();
     }
   }
   for (const std::int64_t experts : {1, 5, 64, 67}) {

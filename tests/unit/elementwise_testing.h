@@ -63,12 +63,12 @@ struct GatherProblem {
   struct Out {
     Operand rows, dot;
   };
-  Out run(const Kernels& kernels, Pool& pool, bool listed, bool scaled, bool dotted) const {
+  Out run(const Kernels& kernels, Pool& pool, bool listed, bool scaled, bool dotted, bool copied = true) const {
     Out out{Operand(dtype, count * width), Operand(DType::f32, count)};
     kernels.gather({{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
                     count,
                     scaled,
-                    out.rows.data(),
+                    copied ? out.rows.data() : nullptr,
                     dotted ? other.data() : nullptr,
                     dotted ? out.dot.f32() : nullptr},
                    pool);
@@ -94,15 +94,19 @@ struct ReduceProblem {
         width(width_),
         rows(Operand::random(dtype_, tokens * topk * width, 31)),
         weights(Operand::random(DType::f32, tokens * topk, 32)),
-        residual(Operand::random(dtype_, tokens * width, 33)) {
+        residual(Operand::random(dtype_, tokens * width, 33)),
+        shared(Operand::random(DType::f32, tokens * width, 34)),
+        shared_weights(Operand::random(DType::f32, tokens, 35)) {
     for (std::int64_t i = 0; i < tokens * topk; ++i) {
       const auto offset = static_cast<std::size_t>(i * width) * size_of(dtype);
       slots.push_back(i % 5 == 3 ? nullptr : rows.memory.view().bytes() + offset);
     }
   }
-  Operand run(const Kernels& kernels, Pool& pool, bool weighted, bool with_residual) const {
+  Operand run(const Kernels& kernels, Pool& pool, bool weighted, bool with_residual, bool with_shared = false) const {
     Operand out(dtype, tokens * width);
     kernels.reduce({tokens, topk, width, dtype, slots.data(), weighted ? weights.memory.as<float>() : nullptr,
+                    with_shared ? shared.memory.as<float>() : nullptr,
+                    with_shared && weighted ? shared_weights.memory.as<float>() : nullptr,
                     with_residual ? residual.data() : nullptr, out.data()},
                    pool);
     return out;
@@ -110,7 +114,7 @@ struct ReduceProblem {
 
   DType dtype;
   std::int64_t tokens, topk, width;
-  Operand rows, weights, residual;
+  Operand rows, weights, residual, shared, shared_weights;
   std::vector<const void*> slots;
 };
 

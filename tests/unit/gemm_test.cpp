@@ -20,6 +20,19 @@ TEST_P(Gemm, multiplies_rows_by_weights) {
   }
 }
 
+TEST_P(Gemm, weighs_the_bias_of_each_row_where_asked) {
+  Pool pool(2);
+  for (const GemmShape& shape : odd_shapes()) {
+    if (!shape.gathered) continue;
+    EXPAR_TRACE(kernels(), shape);
+    const GemmProblem problem(shape);
+    for (const bool packed : {false, true}) {
+      const GemmOptions options{.packed = packed, .weighted_bias = true, .out = shape.dtype};
+      problem.check_nt(problem.nt(kernels(), pool, options), options);
+    }
+  }
+}
+
 TEST_P(Gemm, multiplies_gradients_by_weights) {
   Pool pool(2);
   for (const GemmShape& shape : odd_shapes()) {
@@ -58,6 +71,9 @@ std::string bytes_of(const GemmProblem& problem, const Kernels& kernels, Pool& p
   for (const bool flag : {false, true}) {
     const GemmOptions o{.packed = flag, .accumulate = flag, .out = flag ? problem.shape.dtype : DType::f32};
     const auto gradient = problem.tn(kernels, pool, o);
+    if (problem.shape.gathered) {
+      all += problem.nt(kernels, pool, {.packed = flag, .weighted_bias = true}).bytes();
+    }
     all += problem.nt(kernels, pool, o).bytes() + problem.nn(kernels, pool, o).bytes() + gradient.dw.bytes() +
            gradient.dbias.bytes();
   }

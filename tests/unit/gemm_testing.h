@@ -26,7 +26,7 @@ inline std::ostream& operator<<(std::ostream& out, const GemmShape& s) {
   SCOPED_TRACE(traced_text.str())
 
 struct GemmOptions {
-  bool packed = false, with_bias = true, accumulate = false;
+  bool packed = false, with_bias = true, accumulate = false, weighted_bias = false;
   DType out = DType::f32;
 };
 
@@ -41,7 +41,7 @@ class GemmProblem {
     refs.resize(static_cast<std::size_t>(total()));
     for (std::int64_t i = 0; i < total(); ++i) {
       refs[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(total() - 1 - i),
-                                           1.0F};
+                                           0.3F * static_cast<float>(i % 7)};
     }
     for (unsigned b = 0; b < 2; ++b) x[b] = Operand::random(shape.dtype, total() * shape.k, seed + b);
     w = Operand::random(shape.dtype, groups * shape.n * shape.k, seed + 2);
@@ -64,7 +64,8 @@ class GemmProblem {
 
   Operand nt(const Kernels& kernels, Pool& pool, const GemmOptions& o = {}) const {
     Operand y(o.out, total() * shape.n);
-    GemmNT p{groups(), shape.n, shape.k, rows(), {w.data(), shape.dtype, false}, nullptr, y.data(), o.out};
+    GemmNT p{groups(), shape.n,         shape.k,  rows(), {w.data(), shape.dtype, false},
+             nullptr,  o.weighted_bias, y.data(), o.out};
     if (o.with_bias) p.bias = bias.memory.as<float>();
     Array packed;
     if (o.packed) {
@@ -117,7 +118,8 @@ class GemmProblem {
       for (std::int64_t n = 0; n < shape.n; ++n) {
         Sum sum;
         for (std::int64_t k = 0; k < shape.k; ++k) sum.add(x_at(i, k) * w[(g * shape.n + n) * shape.k + k]);
-        if (o.with_bias) sum.add(bias[g * shape.n + n]);
+        const double weight = o.weighted_bias ? refs[static_cast<std::size_t>(i)].weight : 1.0F;
+        if (o.with_bias) sum.add(weight * bias[g * shape.n + n]);
         const std::int64_t at = i * shape.n + n;
         worst.see(at, y[at], sum.value, sum.tolerance(shape.k, o.out));
       }
