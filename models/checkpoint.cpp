@@ -189,10 +189,10 @@ class Description {
 enum class Family : std::uint8_t { qwen3_moe, deepseek_v3, none };
 
 Family family_of(const MoeLayerOptions& moe) {
-  RouterOptions router = moe.router;
-  if (moe.bias || moe.activation != Activation::swiglu || router.bias || router.choice != Choice::scores) {
-    return Family::none;
-  }
+  const RouterOptions& router = moe.router;
+  const bool plain_experts = !moe.bias && moe.activation == Activation::swiglu && moe.numbers == ActivationNumbers{} &&
+                             moe.shared_inner == 0 && moe.weights_on == WeightsOn::output;
+  if (!plain_experts || router.bias || router.choice != Choice::scores) return Family::none;
   if (router.score == Score::sigmoid && router.selection_bias) return Family::deepseek_v3;
   const bool is_plain = router.score == Score::softmax && !router.selection_bias && router.scaling == 1.0F &&
                         router.groups_used == router.groups;
@@ -334,7 +334,9 @@ SavedTraining read_checkpoint(const std::string& directory) {
 void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model) {
   if (family_of(model.moe) == Family::none) {
     throw Error(ErrorCode::bad_argument,
-                "a checkpoint holds SwiGLU experts without biases and a router as Qwen3-MoE's or DeepSeek-V3's");
+                "a checkpoint holds routed SwiGLU experts without biases, weighted on their output, and a router as "
+                "Qwen3-MoE's or "
+                "DeepSeek-V3's");
   }
   std::error_code error;
   std::filesystem::create_directories(directory, error);

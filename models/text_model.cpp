@@ -58,7 +58,8 @@ void validate(const TextModelOptions& options) {
 }
 
 TextModelOptions dense_twin(TextModelOptions options) {
-  options.moe.inner *= options.moe.router.topk;
+  options.moe.inner = options.moe.inner * options.moe.router.topk + std::exchange(options.moe.shared_inner, 0);
+  options.moe.shared_gate = false;
   const RouterOptions& router = options.moe.router;
   options.moe.router = {.experts = 1, .topk = 1, .balance = router.balance, .z = router.z};
   return options;
@@ -80,10 +81,12 @@ TextModel::TextModel(const Context& context, const TextModelOptions& options, st
   moe.workspace = std::make_shared<ExpertsWorkspace>();  // blocks run one after another
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
-    Block& block = blocks_.emplace_back(MoeLayer(context, moe), std::vector<Parameter>{}, MoeRecord{});
+    Block& block =
+        blocks_.emplace_back(MoeLayer(context, moe), std::vector<Parameter>{}, std::vector<Parameter>{}, MoeRecord{});
     block.moe.initialise(seed, prefix(layer));
     block.router.push_back(block.moe.router_parameter(prefix(layer)));
-    if (options.moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));
+    if (moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));
+    block.shared = block.moe.shared_parameters(prefix(layer));
   }
 }
 
@@ -91,6 +94,7 @@ std::vector<Parameter> TextModel::parameters() {
   std::vector<Parameter> all{embedding_.parameter()};
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
     all.insert(all.end(), blocks_[layer].router.begin(), blocks_[layer].router.end());
+    all.insert(all.end(), blocks_[layer].shared.begin(), blocks_[layer].shared.end());
     auto experts = blocks_[layer].moe.expert_parameters(prefix(layer));
     std::move(experts.begin(), experts.end(), std::back_inserter(all));
   }
@@ -215,6 +219,10 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router[0].gradient));
     if (options_.moe.router.bias)
       all_reduce(context, block.moe.router_bias_shard_gradients(), block.router[1].gradient);
+    const std::vector<ConstTensor> shared = block.moe.shared_shard_gradients();
+    for (std::size_t i = 0; i < shared.size(); ++i) {
+      all_reduce(context, flat_rows(shared[i]), flat(block.shared[i].gradient));
+    }
     norm_backward(context, layer, dnormed, dx, sharding, dx);
   }
   all_reduce(context, gain_rows_, dgains_and_loss_);

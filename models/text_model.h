@@ -22,8 +22,8 @@ struct TextModelOptions {
 /// Throws Error: bad_argument (an extent below 1, K > E, a dtype that layers do not have), naming the value.
 void validate(const TextModelOptions& options);
 
-/// The same model with nothing to choose: one expert of inner size K F that takes every token, so that as many
-/// parameters work on each token.
+/// The same model with nothing to choose: one expert of inner size K F, and that of the shared ones, that takes every
+/// token, so that as many parameters work on each token.
 TextModelOptions dense_twin(TextModelOptions options);
 
 /// context [C] -> embedding [H] -> layers of x + moe(norm(x)) -> norm -> head [256, H] -> logits [256]
@@ -75,6 +75,7 @@ class TextModel {
   struct Block {
     MoeLayer moe;
     std::vector<Parameter> router;  // its weight and, if it has one, its bias
+    std::vector<Parameter> shared;
     MoeRecord record;
   };
   enum class Pass : std::uint8_t { training, inference };

@@ -124,8 +124,12 @@ Outbox make_outbox(const Context& context, const Inbox& inbox, std::int64_t widt
 inline constexpr std::nullopt_t unweighted = std::nullopt;
 
 struct CombineOptions {
+  /// [T, H] f32 added after the slots, each token's times shared_weights [T] f32 or, without them, as it is; absent:
+  /// nothing. What every rank computes for its own tokens, as shared experts.
+  ConstTensor shared = {};
+  ConstTensor shared_weights = {};
   /// [T, H] added last, same dtype; absent: nothing.
-  ConstTensor residual;
+  ConstTensor residual = {};
 };
 
 class PendingCombine {
@@ -141,8 +145,8 @@ class PendingCombine {
   std::unique_ptr<State> state_;
 };
 
-/// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then the residual,
-/// in f32, rounded once. Slots with id -1 are left out.
+/// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then what is
+/// shared, then the residual, in f32, rounded once. Slots with id -1 are left out.
 ///   y       : [R, H]  from make_outbox, filled, of the same layout on all ranks; it may be destroyed as soon as
 ///   combine
 ///             returns

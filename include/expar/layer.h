@@ -14,10 +14,19 @@
 
 namespace expar {
 
+/// What the shared experts leave for backward.
+struct SharedRecord {
+  ExpertsRecord experts;  // of T rows
+  Tensor y;               // [T, H] f32
+  Tensor gate;            // [T] f32, or absent
+  Buffer y_memory, gate_memory;
+};
+
 /// Memory of the experts between the calls of one pass, none of it needed afterwards.
 struct ExpertsWorkspace {
   ExpertsRecord record;
   ExpertsScratch scratch;
+  SharedRecord shared;
 };
 
 struct MoeLayerOptions {
@@ -28,6 +37,10 @@ struct MoeLayerOptions {
   ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
   WeightsOn weights_on = WeightsOn::output;
+  /// Experts that every token visits, of this inner size together, without biases; 0: none. Every rank holds them and
+  /// runs them on its own tokens while those of others arrive.
+  std::int64_t shared_inner = 0;
+  bool shared_gate = false;  // their output is multiplied by sigmoid(x . shared.gate) (Qwen2-MoE)
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
   /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
   std::int64_t bound = 0;
@@ -40,6 +53,9 @@ struct MoeLayerOptions {
   ExpertShape expert_shape() const {
     const WeightsOn on = router.weights_on_input ? WeightsOn::input : weights_on;
     return {hidden, inner, activation, numbers, bias, on, dtype};
+  }
+  ExpertShape shared_shape() const {
+    return {hidden, shared_inner, activation, numbers, false, WeightsOn::output, dtype};
   }
 };
 
@@ -82,10 +98,12 @@ struct MoeRecord {
   Inbox inbox;
   Outbox y;               // empty where the layer recomputes
   ExpertsRecord experts;  // the same
+  SharedRecord shared;    // the same
 };
 
 /// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,
-/// experts.down (and biases) of this rank's experts, f32 masters with bf16 copies where dtype is bf16.
+/// experts.down (and biases) of this rank's experts, f32 masters with bf16 copies where dtype is bf16; shared.up [2F,
+/// H] or [F, H], shared.down [H, F] and shared.gate [H], the same on all ranks, where there are shared experts.
 class MoeLayer {
  public:
   /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
@@ -120,7 +138,13 @@ class MoeLayer {
   Tensor selection_bias();
   Tensor token_table();
 
-  /// out = moe(x) + residual, for inference: nothing is kept.
+  /// shared.up, shared.down and shared.gate, those that there are; as the router's, their gradients are to be summed
+  /// over shards and ranks by the caller.
+  std::vector<Parameter> shared_parameters(std::string_view prefix);
+  /// [S, ...] f32 of each of shared_parameters(), after backward and until the next one.
+  std::vector<ConstTensor> shared_shard_gradients() const;
+
+  /// out = moe(x) + shared(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype
   ///   residual : [T, H] or absent
   /// Collective. Throws Error: bad_argument (shapes; NaN logits), mismatch, timeout, peer_lost.

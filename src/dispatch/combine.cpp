@@ -74,12 +74,13 @@ Outbox make_outbox(const Context& context, const Inbox& inbox, std::int64_t widt
 }
 
 struct PendingCombine::State final : InFlight {
-  State(const Context& c, const Plan& p, Outbox& y_, Tensor out_, ConstTensor residual_, const Signature& signature)
+  State(const Context& c, const Plan& p, Outbox& y_, Tensor out_, const CombineOptions& options_,
+        const Signature& signature)
       : context(c),
         plan(p),
         y(y_),
         out(out_),
-        residual(residual_),
+        options(options_),
         order(p, c.rank(), y_.layout(), capacity_of(y_)),
         operation(c.communicator(), signature, c.timeout()) {}
 
@@ -96,7 +97,7 @@ struct PendingCombine::State final : InFlight {
   Outbox& y;
   const float* weights = nullptr;
   Tensor out;
-  ConstTensor residual;
+  CombineOptions options;
   RowOrder order;
   std::optional<Results> results;
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
@@ -115,12 +116,16 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   signature.with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
   signature.with("plan", static_cast<std::int64_t>(plan.id())).with("weighted", weights.has_value());
   with_layout(signature, y);
-  auto state = std::make_unique<PendingCombine::State>(context, plan, y, out, options.residual, signature);
+  auto state = std::make_unique<PendingCombine::State>(context, plan, y, out, options, signature);
   state->operation.ready([&] {
     if (dtype != DType::f32 && dtype != DType::bf16)
       refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
     require("out", out, dtype, Shape{plan.tokens(), width});
     if (weights) require("weights", *weights, DType::f32, Shape{plan.tokens(), plan.topk()});
+    if (!options.shared.absent()) require("shared", options.shared, DType::f32, out.shape());
+    if (!options.shared_weights.absent()) {
+      require("shared_weights", options.shared_weights, DType::f32, Shape{plan.tokens()});
+    }
     if (!options.residual.absent()) require("residual", options.residual, dtype, out.shape());
     if (weights) state->weights = weights->as<float>();
     return show_outbox(y, state->order, state->operation);
@@ -143,7 +148,9 @@ void PendingCombine::finish() {
                                    .dtype = out.dtype(),
                                    .slots = slots,
                                    .weights = state->weights,
-                                   .residual = state->residual.data(),
+                                   .shared = static_cast<const float*>(state->options.shared.data()),
+                                   .shared_weights = static_cast<const float*>(state->options.shared_weights.data()),
+                                   .residual = state->options.residual.data(),
                                    .out = out.data()},
                                   state->context.pool());
   state->operation.complete();

@@ -17,6 +17,12 @@ namespace {
 void validate(const MoeLayerOptions& options) {
   validate(options.expert_shape());
   if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
+  if (options.shared_inner < 0) {
+    refuse("shared_inner is " + std::to_string(options.shared_inner) + ", must be at least 0");
+  }
+  if (options.shared_gate && options.shared_inner == 0) {
+    refuse("shared_gate asks for shared experts, but shared_inner is 0");
+  }
   validate(options.router);
 }
 
@@ -95,6 +101,7 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("activation", static_cast<std::int64_t>(options.activation)).with("bias", options.bias);
   signature.with_real("alpha", options.numbers.alpha).with_real("limit", options.numbers.limit);
   signature.with_real("offset", options.numbers.offset);
+  signature.with("shared_inner", options.shared_inner).with("shared_gate", options.shared_gate);
   signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   Operation operation(context.communicator(), signature, context.timeout());

@@ -11,6 +11,7 @@
 #include "src/layer/convert.h"
 #include "src/layer/jitter.h"
 #include "src/layer/parameters.h"
+#include "src/layer/shared_expert.h"
 
 namespace expar {
 namespace {
@@ -32,6 +33,19 @@ std::int64_t valid_tokens(const ConstTensor& x, const ConstTensor& mask) {
   return x.size(0) - std::count(valid, valid + x.size(0), std::int8_t{0});
 }
 
+/// The rows with zeros in place of padding, of which shared experts make zeros, forwards and backwards.
+ConstTensor without_padding(const ConstTensor& rows, const ConstTensor& mask, Buffer& memory) {
+  if (mask.absent()) return rows;
+  const Tensor copy = memory.view(rows.dtype(), rows.shape());
+  std::memset(copy.data(), 0, copy.byte_size());
+  for (std::int64_t t = 0; t < rows.size(0); ++t) {
+    if (mask.as<std::int8_t>()[t] == 0) continue;
+    const ConstTensor row = rows.rows(t, 1);
+    std::memcpy(copy.rows(t, 1).data(), row.data(), row.byte_size());
+  }
+  return copy;
+}
+
 }  // namespace
 
 struct MoeLayer::State {
@@ -41,12 +55,13 @@ struct MoeLayer::State {
       parameters.emplace(options, range);
     });
     shape = options.expert_shape();
+    shared_shape = options.shared_shape();
     workspace = options.workspace ? options.workspace : std::make_shared<ExpertsWorkspace>();
   }
 
   Context context;  // the one it was made with, for what is called without one
   MoeLayerOptions options;
-  ExpertShape shape;
+  ExpertShape shape, shared_shape;
   ExpertRange range;
   std::optional<LayerParameters> parameters;
   PhaseTimes times;
@@ -55,6 +70,9 @@ struct MoeLayer::State {
   std::shared_ptr<ExpertsWorkspace> workspace;
   Buffer wide_x, jittered_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
   Tensor shard_gradients, bias_shard_gradients;
+  Buffer shared_up_memory, shared_down_memory, shared_gate_memory, shared_x, shared_dout;
+  SharedGradients shared_gradients;
+  SharedScratch shared_scratch;
 
   // ---- forward
   void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual, const MoeInputs& inputs) const;
@@ -66,11 +84,16 @@ struct MoeLayer::State {
               MoeRecord& record);
   void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
                std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
+  Inbox dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
+                        const DispatchOptions& dispatch_options, double* ms, FunctionRef<void()> work);
+  ConstTensor gate_input(const Context& c, ConstTensor x) { return options.shared_gate ? wide(c, x) : ConstTensor(); }
+  bool has_shared() const { return options.shared_inner > 0; }
   void run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan, Outbox& y,
                    ExpertsRecord& record);
 
   // ---- backward
   void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
+  Tensor shared_backward(const Context& c, const MoeRecord& record, ConstTensor dout);
   ConstTensor router_backward(const Context& c, const MoeRecord& record, ConstTensor by_slot);
   void backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx);
 
@@ -164,6 +187,8 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   record.inbox = {};
   record.y = {};
   ExpertWeights weights;
+  SharedWeights shared_weights;
+  SharedRecord& shared = keeps ? record.shared : workspace->shared;
   PlanOptions plan_options;
   plan_options.experts = options.router.experts;
   plan_options.bound = shards ? 0 : options.bound;
@@ -173,6 +198,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
       check_forward(c, x, out, residual, inputs);
       if (shards) check_training(x, out, *shards);
       weights = shards ? parameters->plain() : parameters->for_inference(c.kernels(), c.pool());
+      shared_weights = shards ? parameters->shared() : parameters->shared_for_inference(c.kernels(), c.pool());
       record.seed = inputs.seed;
       record.stream = inputs.stream;
     });
@@ -198,11 +224,11 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     record.shards.assign(shards->begin(), shards->end());
     record.losses = router_losses(c, options.router, record.routing, plan.expert_totals(), *shards);
   }
-  {
-    const Phase phase(c.trace(), "dispatch", &times.dispatch);
-    record.inbox = dispatch(c, x, record.routing.weights, plan);
-    plan = record.inbox.plan();
-  }
+  record.inbox = dispatch_beside(c, x, record.routing.weights, plan, {}, &times.dispatch, [&] {
+    const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
+    shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
+  });
+  plan = record.inbox.plan();
   {
     const Phase phase(c.trace(), "experts", &times.experts);
     alone(c,
@@ -212,10 +238,26 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
     if (shape.weights_on == WeightsOn::output) by_slot = record.routing.weights;
-    combine(c, plan, record.y, by_slot, out, {.residual = residual});
+    combine(c, plan, record.y, by_slot, out,
+            {.shared = has_shared() ? shared.y : Tensor(),
+             .shared_weights = has_shared() ? shared.gate : Tensor(),
+             .residual = residual});
   }
   if (!keeps) record.y = {};
   record.plan = std::move(plan);
+}
+
+/// Dispatches; the shared experts' `work` is done while rows are on their way.
+Inbox MoeLayer::State::dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
+                                       const DispatchOptions& dispatch_options, double* ms, FunctionRef<void()> work) {
+  std::optional<Phase> phase(std::in_place, c.trace(), "dispatch", ms);
+  PendingDispatch pending = start_dispatch(c, rows, weights, plan, dispatch_options);
+  if (has_shared() && !dispatch_options.failure) {
+    phase.emplace(c.trace(), "shared experts", ms == nullptr ? nullptr : &times.experts);
+    alone(c, work);
+    phase.emplace(c.trace(), "dispatch", ms);
+  }
+  return pending.finish();
 }
 
 void MoeLayer::State::run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan,
@@ -274,6 +316,22 @@ ConstTensor MoeLayer::State::router_backward(const Context& c, const MoeRecord& 
   return low;
 }
 
+/// Returns the shared experts' part of dx, [T, H] f32.
+Tensor MoeLayer::State::shared_backward(const Context& c, const MoeRecord& record, ConstTensor dout) {
+  const ConstTensor x = without_padding(record.x, record.routing.mask, shared_x);
+  const ConstTensor for_gate = gate_input(c, x);
+  const SharedWeights weights = parameters->shared();
+  if (options.recompute) shared_forward(c, shared_shape, weights, x, for_gate, workspace->shared);
+  const auto shards = static_cast<std::int64_t>(record.shards.size()) - 1;
+  SharedGradients& to = shared_gradients;
+  to.up = shared_up_memory.view(DType::f32, {shards, shared_shape.up_rows(), options.hidden});
+  to.down = shared_down_memory.view(DType::f32, {shards, options.hidden, options.shared_inner});
+  if (options.shared_gate) to.gate = shared_gate_memory.view(DType::f32, {shards, options.hidden});
+  return expar::shared_backward(c, shared_shape, weights, x, for_gate, record.shards,
+                                without_padding(dout, record.routing.mask, shared_dout),
+                                options.recompute ? workspace->shared : record.shared, to, shared_scratch);
+}
+
 void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx) {
   const Phase phase(c.trace(), "backward", &times.backward);
   parameters->expect_step();
@@ -283,10 +341,9 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     if (!record.plan) refuse("the record holds no forward pass for training");
     check_backward(c, record, dout, dx);
   });
-  const Inbox gradients = [&] {
-    const Phase part(c.trace(), "dispatch");
-    return dispatch(c, dout, {}, record.plan, dispatch_options);
-  }();
+  CombineOptions combine_options;
+  const Inbox gradients = dispatch_beside(c, dout, {}, record.plan, dispatch_options, nullptr,
+                                          [&] { combine_options.shared = shared_backward(c, record, dout); });
 
   Outbox dx_rows;
   Outbox dweights_rows;
@@ -308,7 +365,6 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
 
   // The router's part of dx is rounded to dtype and then added last to the experts' rows: an order that is the same
   // for every P.
-  CombineOptions combine_options;
   alone(c, [&] {
     const Phase part(c.trace(), "route");
     const ConstTensor by_slot(fetched.data(), DType::f32, record.routing.weights.shape());
@@ -348,6 +404,16 @@ ConstTensor MoeLayer::router_bias_shard_gradients() const {
 }
 Tensor MoeLayer::selection_bias() { return state_->parameters->selection_bias(); }
 Tensor MoeLayer::token_table() { return state_->parameters->token_table(); }
+std::vector<Parameter> MoeLayer::shared_parameters(std::string_view prefix) {
+  return state_->parameters->shared(prefix);
+}
+std::vector<ConstTensor> MoeLayer::shared_shard_gradients() const {
+  if (!state_->has_shared()) return {};
+  const SharedGradients& of = state_->shared_gradients;
+  std::vector<ConstTensor> all = {of.up, of.down};
+  if (state_->options.shared_gate) all.push_back(of.gate);
+  return all;
+}
 
 void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
                        const MoeInputs& inputs) {

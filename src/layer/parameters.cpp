@@ -68,9 +68,14 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
   }
   matrix(up_, {range.count, wide, options.hidden});
   matrix(down_, {range.count, options.hidden, options.inner});
-  if (!bias_) return;
-  up_bias_.value = Array(DType::f32, {range.count, wide});
-  down_bias_.value = Array(DType::f32, {range.count, options.hidden});
+  if (bias_) {
+    up_bias_.value = Array(DType::f32, {range.count, wide});
+    down_bias_.value = Array(DType::f32, {range.count, options.hidden});
+  }
+  if (options.shared_inner == 0) return;
+  matrix(shared_up_, {1, options.shared_shape().up_rows(), options.hidden});
+  matrix(shared_down_, {1, options.hidden, options.shared_inner});
+  if (options.shared_gate) shared_gate_.value = Array(DType::f32, {options.hidden});
 }
 
 void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
@@ -92,11 +97,14 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
   if (selection_bias_) zero(selection_bias_);
   if (token_table_)
     draw_token_table(token_table_, router_.value.view().size(0), seed, join(prefix, "router.token_table"));
+  if (shared_up_.value) draw(shared_up_.value, seed, join(prefix, "shared.up"), pool);
+  if (shared_down_.value) draw(shared_down_.value, seed, join(prefix, "shared.down"), pool);
+  if (shared_gate_.value) draw(shared_gate_.value, seed, join(prefix, "shared.gate"), pool);
   refresh(pool);
 }
 
 void LayerParameters::refresh(Pool& pool) {
-  for (const Matrix* m : {&up_, &down_}) {
+  for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
     if (m->low) to_bf16(m->value, m->low, pool);
   }
   packed_by_ = nullptr;
@@ -116,16 +124,39 @@ ExpertWeights LayerParameters::plain() const {
 
 ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool) {
   ExpertWeights weights = plain();
-  if (watched_ || up_.value.view().size(0) == 0) return weights;
-  if (packed_by_ != kernels.pack) {
-    packed_by_ = nullptr;
-    pack(up_, kernels, pool);
-    pack(down_, kernels, pool);
-    packed_by_ = kernels.pack;
-  }
+  if (up_.value.view().size(0) == 0 || !packs(kernels, pool)) return weights;
   weights.up = {up_.packed.view().data(), dtype_, true};
   weights.down = {down_.packed.view().data(), dtype_, true};
   return weights;
+}
+
+SharedWeights LayerParameters::shared() const {
+  SharedWeights weights;
+  if (!shared_up_.value) return weights;
+  weights.expert.up = {read(shared_up_).view().data(), dtype_, false};
+  weights.expert.down = {read(shared_down_).view().data(), dtype_, false};
+  if (shared_gate_.value) weights.gate = shared_gate_.value;
+  return weights;
+}
+
+SharedWeights LayerParameters::shared_for_inference(const Kernels& kernels, Pool& pool) {
+  SharedWeights weights = shared();
+  if (!shared_up_.value || !packs(kernels, pool)) return weights;
+  weights.expert.up = {shared_up_.packed.view().data(), dtype_, true};
+  weights.expert.down = {shared_down_.packed.view().data(), dtype_, true};
+  return weights;
+}
+
+/// Whether packed copies may be read; makes them where they are stale.
+bool LayerParameters::packs(const Kernels& kernels, Pool& pool) {
+  if (watched_) return false;
+  if (packed_by_ == kernels.pack) return true;
+  packed_by_ = nullptr;
+  for (Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
+    if (m->value && m->value.view().size(0) > 0) pack(*m, kernels, pool);
+  }
+  packed_by_ = kernels.pack;
+  return true;
 }
 
 void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const {
@@ -165,6 +196,26 @@ std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
     all.push_back(parameter("experts.up_bias", up_bias_, nullptr, false));
     all.push_back(parameter("experts.down_bias", down_bias_, nullptr, false));
   }
+  return all;
+}
+
+std::vector<Parameter> LayerParameters::shared(std::string_view prefix) {
+  watched_ = true;
+  std::vector<Parameter> all;
+  const auto add = [&](const char* what, Trained& t, const Array* low) {
+    if (!t.value) return;
+    if (!t.gradient) t.gradient = Array(DType::f32, t.value.view().shape());
+    const auto plain = [](const Tensor& tensor) {
+      return tensor.shape().rank() < 3 ? tensor
+                                       : Tensor(tensor.data(), tensor.dtype(), {tensor.size(1), tensor.size(2)});
+    };
+    Parameter p{join(prefix, what), plain(t.value), plain(t.gradient), {}, true};
+    if (low != nullptr && *low) p.low = plain(*low);
+    all.push_back(p);
+  };
+  add("shared.up", shared_up_, &shared_up_.low);
+  add("shared.down", shared_down_, &shared_down_.low);
+  add("shared.gate", shared_gate_, nullptr);
   return all;
 }
 

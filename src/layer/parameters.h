@@ -7,6 +7,8 @@
 
 #include <expar/layer.h>
 
+#include "src/layer/shared_expert.h"
+
 namespace expar {
 
 class LayerParameters {
@@ -22,6 +24,8 @@ class LayerParameters {
   Tensor selection_bias() const { return selection_bias_; }
   /// [V, K] int32, or absent.
   Tensor token_table() const { return token_table_; }
+  SharedWeights shared() const;
+  SharedWeights shared_for_inference(const Kernels& kernels, Pool& pool);
   /// The weights as they are now.
   ExpertWeights plain() const;
   /// The same in the backend's layout, packed anew when they may have changed; plain where they may change unseen.
@@ -31,6 +35,7 @@ class LayerParameters {
   std::vector<Parameter> experts(std::string_view prefix);
   Parameter router(std::string_view prefix);
   Parameter router_bias(std::string_view prefix);
+  std::vector<Parameter> shared(std::string_view prefix);
   /// A step of the optimizer is to be expected: packed copies are out of use until the next refresh().
   void expect_step() { watched_ = true; }
 
@@ -43,15 +48,16 @@ class LayerParameters {
     Array packed;  // in the layout of packed_by_
   };
 
+  bool packs(const Kernels& kernels, Pool& pool);
   const Array& read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
   void pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const;
 
   std::int64_t first_;  // global number of the first expert
   DType dtype_;
   bool bias_;
-  Trained router_, router_bias_, up_bias_, down_bias_;
+  Trained router_, router_bias_, up_bias_, down_bias_, shared_gate_;
   Array selection_bias_, token_table_;
-  Matrix up_, down_;
+  Matrix up_, down_, shared_up_, shared_down_;   // those of shared experts are of one group
   decltype(Kernels::pack) packed_by_ = nullptr;  // null: the packed copies are stale or absent
   bool watched_ = false;                         // somebody may write the weights without telling
 };

@@ -39,7 +39,8 @@ std::string LayerSpec::name() const {
          (weights_on == WeightsOn::inner   ? "_inner"
           : weights_on == WeightsOn::input ? "_input"
                                            : "") +
-         (recompute ? "_recompute" : "") + (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
+         (recompute ? "_recompute" : "") + (shared_inner > 0 ? "_shared" : "") + (shared_gate ? "_gate" : "") +
+         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
 }
 
 LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
@@ -54,6 +55,11 @@ LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
   if (spec.cold >= 0) router[static_cast<std::size_t>(spec.cold * H)] = -20.0F;
   up = drawn("up", E * wide() * H, root(H), spec.dtype);
   down = drawn("down", E * H * F, root(F), spec.dtype);
+  if (const std::int64_t shared = spec.shared_inner; shared > 0) {
+    shared_up = drawn("shared_up", wide() / spec.inner * shared * H, root(H), spec.dtype);
+    shared_down = drawn("shared_down", H * shared, root(shared), spec.dtype);
+    if (spec.shared_gate) shared_gate = drawn("shared_gate", H, 2.0 * root(H), DType::f32);
+  }
   up_bias = drawn("up_bias", E * wide(), 0.5, DType::f32);
   down_bias = drawn("down_bias", E * H, 0.5, DType::f32);
 }
@@ -72,6 +78,8 @@ MoeLayerOptions LayerCase::options() const {
   options.bias = spec.bias;
   options.weights_on = spec.weights_on;
   options.recompute = spec.recompute;
+  options.shared_inner = spec.shared_inner;
+  options.shared_gate = spec.shared_gate;
   options.dtype = spec.dtype;
   return options;
 }
@@ -100,6 +108,9 @@ void LayerCase::fill(MoeLayer& layer) const {
                                                      : down_bias;
     copy(from, first * (from.size() / static_cast<std::size_t>(spec.experts)), p.value);
   }
+  const std::vector<float>* const shared[] = {&shared_up, &shared_down, &shared_gate};
+  const std::vector<Parameter> shared_parameters = layer.shared_parameters("");
+  for (std::size_t i = 0; i < shared_parameters.size(); ++i) copy(*shared[i], 0, shared_parameters[i].value);
   layer.refresh();
 }
 
@@ -116,6 +127,12 @@ LayerResult::LayerResult(const LayerCase& c) {
   add("down", c.down.size());
   add("up_bias", c.spec.bias ? c.up_bias.size() : 0);
   add("down_bias", c.spec.bias ? c.down_bias.size() : 0);
+  for (const auto* shared : {&c.shared_up, &c.shared_down, &c.shared_gate}) {
+    const char* const name = shared == &c.shared_up     ? "shared_up"
+                             : shared == &c.shared_down ? "shared_down"
+                                                        : "shared_gate";
+    add(name, (c.shards.size() - 1) * shared->size());
+  }
   add("losses", 2);
   void* memory = mmap(nullptr, total_ * sizeof(float), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -193,6 +210,14 @@ void run_layer(const LayerCase& c, const Context& context, const LayerResult& re
       << "training and inference differ";
   const auto per_shard = static_cast<std::size_t>(c.spec.experts * c.spec.hidden);
   to_f32(layer.router_shard_gradients(), result.at("router") + held.first * per_shard);
+  const char* const shared[] = {"shared_up", "shared_down", "shared_gate"};
+  const std::vector<ConstTensor> shared_gradients = layer.shared_shard_gradients();
+  for (std::size_t i = 0; i < shared_gradients.size(); ++i) {
+    const auto rows = static_cast<std::int64_t>(held.count);
+    EXPECT_EQ(shared_gradients[i].size(0), rows);
+    if (rows == 0) continue;
+    to_f32(shared_gradients[i], result.at(shared[i]) + held.first * (shared_gradients[i].elements() / rows));
+  }
   for (const Parameter& p : layer.expert_parameters("")) {
     const std::int64_t local = layer.local_experts().count;
     if (local == 0) continue;

@@ -18,6 +18,8 @@ struct LayerSpec {
   WeightsOn weights_on = WeightsOn::output;
   DType dtype = DType::f32;
   bool recompute = false;
+  std::int64_t shared_inner = 0;
+  bool shared_gate = false;
   bool renormalise = true;
   int hot = -1, cold = -1;               // an expert that every token chooses, and one that none does
   std::int64_t hidden = 35, inner = 19;  // no multiples of any vector
@@ -35,6 +37,7 @@ struct LayerCase {
   std::vector<std::int64_t> shards{0, 3, 3, 11, 12, 20, 26, 31, 37};  // of the global batch; one is empty
   std::vector<float> x, residual, dout;                               // [T, H]
   std::vector<float> router, up, down, up_bias, down_bias;            // [E, ...]
+  std::vector<float> shared_up, shared_down, shared_gate;
 
   std::int64_t tokens() const { return shards.back(); }
   std::int64_t wide() const { return gated(spec.activation) ? 2 * spec.inner : spec.inner; }

@@ -38,6 +38,10 @@ oracle::Layer oracle_layer(const LayerCase& c) {
   layer.balance = c.options().router.balance;
   layer.z = c.options().router.z;
   layer.router = part(c.router, 0, 1);
+  if (c.spec.shared_inner > 0) {
+    layer.shared = {part(c.shared_up, 0, 1), part(c.shared_down, 0, 1), {}, {}};
+    layer.shared_gate = part(c.shared_gate, 0, 1);
+  }
   for (std::int64_t e = 0; e < c.spec.experts; ++e) {
     layer.experts.push_back({part(c.up, e, c.spec.experts), part(c.down, e, c.spec.experts), {}, {}});
     if (!c.spec.bias) continue;
@@ -80,21 +84,25 @@ Expected::Expected(const LayerCase& c) {
     gradients.push_back(
         {Vector(net.up.size()), Vector(net.down.size()), Vector(net.up_bias.size()), Vector(net.down_bias.size())});
   }
-  Vector out, dx, router;
+  Vector out, dx, router, shared_up, shared_down, shared_gate;
   for (std::size_t s = 0; s + 1 < c.shards.size(); ++s) {
     Vector shard(layer.router.size());
+    const oracle::Network& s_net = layer.shared;
+    oracle::SharedGradient shared{{Vector(s_net.up.size()), Vector(s_net.down.size()), {}, {}},
+                                  Vector(layer.shared_gate.size())};
     for (std::int64_t t = c.shards[s]; t < c.shards[s + 1]; ++t) {
       const oracle::Token& walk = walks[static_cast<std::size_t>(t)];
       append(out, walk.out);
-      append(dx, oracle::backward(layer, walk, part(c.dout, t, c.tokens()), load, tokens, shard, gradients));
+      append(dx, oracle::backward(layer, walk, part(c.dout, t, c.tokens()), load, tokens, shard, gradients, shared));
     }
     append(router, shard);
+    append(shared_up, shared.expert.up), append(shared_down, shared.expert.down), append(shared_gate, shared.gate);
   }
   Vector up, down, up_bias, down_bias;
   for (const oracle::Network& g : gradients) {
     append(up, g.up), append(down, g.down), append(up_bias, g.up_bias), append(down_bias, g.down_bias);
   }
-  sections = {out, out, dx, router, up, down, up_bias, down_bias, {balance, z}};
+  sections = {out, out, dx, router, up, down, up_bias, down_bias, shared_up, shared_down, shared_gate, {balance, z}};
 }
 
 /// The layer for one token, in twenty lines that anyone can check by eye: softmax, top-k, renormalisation, SwiGLU.
@@ -250,6 +258,15 @@ TEST(LayerWeights, agree_before_the_second_product_and_on_the_input) {
       compare({.experts = 5, .topk = 3, .bias = true, .weights_on = on, .dtype = dtype, .renormalise = false});
     }
   }
+}
+
+TEST(LayerShared, agrees_with_and_without_a_gate) {
+  for (const bool gate : {false, true}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      compare({.experts = 5, .topk = 2, .dtype = dtype, .shared_inner = 29, .shared_gate = gate});
+    }
+  }
+  compare({.experts = 5, .activation = Activation::gelu, .recompute = true, .shared_inner = 70, .shared_gate = true});
 }
 
 TEST(LayerActivations, agree) {

@@ -60,6 +60,11 @@ struct Network {  // one expert: up [N, H], down [H, F]; N is 2F (gate, then up)
   Vector up, down, up_bias, down_bias;
 };
 
+struct SharedGradient {
+  Network expert;
+  Vector gate;
+};
+
 struct Layer {
   std::size_t hidden = 0, inner = 0, topk = 0;
   Activation activation = Activation::swiglu;
@@ -69,6 +74,8 @@ struct Layer {
   double balance = 0, z = 0;
   Vector router;  // [E, H]
   std::vector<Network> experts;
+  Network shared;      // empty: none
+  Vector shared_gate;  // [H], or empty: its output counts as it is
 
   std::size_t wide() const { return gated(activation) ? 2 * inner : inner; }
   /// What the library stores in the layer's dtype is rounded there.
@@ -121,7 +128,7 @@ struct Activated {
     const double limit = double{layer.numbers.limit}, alpha = double{layer.numbers.alpha};
     Real x = pre[f], x_moves = Real(1), up = Real(1), up_moves;
     if (gated(layer.activation)) {
-      const Held gate(x, limit, -1), high(pre[layer.inner + f], limit, -1), low(high.value, -limit, 1);
+      const Held gate(x, limit, -1), high(pre[pre.size() / 2 + f], limit, -1), low(high.value, -limit, 1);
       x = gate.value, x_moves = gate.moves, up_moves = high.moves * low.moves;
       up = low.value + Real(double{layer.numbers.offset});
     }
@@ -143,7 +150,8 @@ struct Activated {
 /// What one token meets on its way.
 struct Token {
   Vector x, scores, weights, out;
-  Real lse, sum = Real(1);
+  Real lse, sum = Real(1), gate = Real(1);
+  Vector shared_pre, shared_h, shared_y;
   std::vector<std::size_t> ids;
   std::vector<Vector> row, pre, h, y;  // [K]: what the expert reads and makes of it
   double gap = INFINITY;  // between the last chosen score and the best one left, in errors of this difference
@@ -195,6 +203,16 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
     for (std::size_t i = 0; i < y.size(); ++i) t.out[i] += outer * (y[i] = layer.stored(y[i]));
     t.row.push_back(row), t.pre.push_back(pre), t.h.push_back(h), t.y.push_back(y);
   }
+  if (!layer.shared.up.empty()) {
+    t.shared_pre = times(layer.shared.up, x);
+    for (Real& p : t.shared_pre) p = layer.stored(p);
+    t.shared_h.resize(layer.shared.down.size() / layer.hidden);
+    for (std::size_t f = 0; f < t.shared_h.size(); ++f)
+      t.shared_h[f] = layer.stored(Activated(layer, t.shared_pre, f).h);
+    t.shared_y = times(layer.shared.down, t.shared_h);
+    if (!layer.shared_gate.empty()) t.gate = sigmoid(dot(layer.shared_gate, x));
+    for (std::size_t i = 0; i < t.out.size(); ++i) t.out[i] += t.gate * t.shared_y[i];
+  }
   add(t.out, residual);
   for (Real& o : t.out) o = layer.stored(o);
   return t;
@@ -202,7 +220,7 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
 
 /// Adds to the gradients and returns dx. `load` [E]: the fraction of all slots each expert got; `tokens`: of the batch.
 inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, const std::vector<double>& load,
-                       double tokens, Vector& drouter, std::vector<Network>& dexperts) {
+                       double tokens, Vector& drouter, std::vector<Network>& dexperts, SharedGradient& dshared) {
   Vector dx(layer.hidden), dweights;
   for (std::size_t k = 0; k < layer.topk; ++k) {
     const Network& net = layer.experts[t.ids[k]];
@@ -235,6 +253,27 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
       row = layer.weighed(row, t.weights[k]);
     }
     for (std::size_t i = 0; i < row.size(); ++i) dx[i] += layer.stored(row[i]);
+  }
+
+  if (!layer.shared.up.empty()) {
+    const bool has_gate = !layer.shared_gate.empty();
+    const Vector dy = has_gate ? layer.weighed(dout, t.gate) : dout;
+    const Vector dh = transposed_times(layer.shared.down, dy);
+    Vector dpre(t.shared_pre.size());
+    for (std::size_t f = 0; f < dh.size(); ++f) {
+      const Activated a(layer, t.shared_pre, f);
+      dpre[f] = layer.stored(layer.stored(dh[f]) * a.dx);
+      if (gated(layer.activation)) dpre[dh.size() + f] = layer.stored(layer.stored(dh[f]) * a.dup);
+    }
+    add_outer(dshared.expert.down, dy, t.shared_h), add_outer(dshared.expert.up, dpre, t.x);
+    add(dx, transposed_times(layer.shared.up, dpre));
+    if (has_gate) {
+      const Real dgate = dot(dout, t.shared_y) * t.gate * (Real(1) - t.gate);
+      for (std::size_t i = 0; i < dx.size(); ++i) {
+        dshared.gate[i] += dgate * t.x[i];
+        dx[i] += dgate * layer.shared_gate[i];
+      }
+    }
   }
 
   Vector dscores(t.scores.size()), dz(t.scores.size());
