@@ -118,10 +118,7 @@ void draw(const RunFlags& flags, DType dtype, std::int64_t first_row, const Tens
 
 MoeLayer load(const Context& context, const Files& files) {
   MoeLayer layer(context, io::layer_options(files.config, files.working()));
-  const Tensor router = layer.router_parameter("").value;
-  const std::vector<Parameter> experts = layer.expert_parameters("");
-  files.block.load(layer.local_experts(), router, experts[0].value, experts[1].value);
-  layer.refresh();
+  files.block.load(layer);
   return layer;
 }
 

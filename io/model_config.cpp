@@ -182,10 +182,7 @@ std::vector<std::string> missing_features(const ModelConfig& config) {
       "groups of experts (" + std::to_string(config.groups_used) + " of " + std::to_string(config.groups) + ")");
   add(config.scaling != 1.0, "routed_scaling_factor " + number(config.scaling));
   add(config.router_bias, "a router bias");
-  add(config.activation != "silu", "hidden_act " + in_quotes(config.activation));
-  add(config.limit.has_value(), "a clamped activation");
-  add(config.expert_bias, "expert biases");
-  add(config.shared_inner > 0, "shared experts");
+  add(config.activation != "silu" && config.activation != "gelu", "hidden_act " + in_quotes(config.activation));
   return missing;
 }
 
@@ -246,7 +243,13 @@ MoeLayerOptions layer_options(const ModelConfig& config, DType dtype) {
   options.router.experts = config.experts;
   options.router.topk = config.topk;
   options.router.renormalise = config.norm_topk;
-  options.activation = Activation::swiglu;
+  options.activation = config.activation == "gelu" ? Activation::geglu : Activation::swiglu;
+  if (config.limit) {
+    options.numbers = {.alpha = 1.702F, .limit = static_cast<float>(*config.limit), .offset = 1};
+  }
+  options.bias = config.expert_bias;
+  options.shared_inner = config.shared_inner;
+  options.shared_gate = config.shared_gate;
   options.dtype = dtype;
   return options;
 }

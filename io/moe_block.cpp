@@ -61,11 +61,53 @@ void check_target(const char* what, const Tensor& target, const Shape& shape) {
               std::string(what) + " has shape " + target.shape().str() + ", not " + shape.str());
 }
 
+/// Row `index` of the outermost axis, without that axis.
+Tensor part(const Tensor& all, std::int64_t index) {
+  const Tensor row = all.rows(index, 1);
+  return all.shape().rank() == 3 ? Tensor(row.data(), all.dtype(), {all.size(1), all.size(2)})
+                                 : Tensor(row.data(), all.dtype(), {all.size(1)});
+}
+
+/// to[c, r] = from[r, c]; with `pairs` the even columns come first, then the odd ones.
+template <class T>
+void transpose(const T* from, std::int64_t rows, std::int64_t columns, bool pairs, T* to) {
+  for (std::int64_t c = 0; c < columns; ++c) {
+    const std::int64_t source = !pairs ? c : c < columns / 2 ? 2 * c : 2 * (c - columns / 2) + 1;
+    for (std::int64_t r = 0; r < rows; ++r) to[c * rows + r] = from[r * columns + source];
+  }
+}
+
+/// Reads expert `first` and those behind it, each transposed, into the parts of `to`.
+void read_transposed(const StoredTensor& stored, std::int64_t first, bool pairs, const Tensor& to) {
+  const bool is_matrix = to.shape().rank() == 3;
+  const std::int64_t columns = to.size(1), rows = is_matrix ? to.size(2) : 1;
+  const Array staged(to.dtype(), is_matrix ? Shape{1, rows, columns} : Shape{1, columns});
+  for (std::int64_t e = 0; e < to.size(0); ++e) {
+    stored.read_rows(first + e, staged);
+    const Tensor target = part(to, e);
+    switch (to.dtype()) {
+      case DType::f32:
+        transpose(staged.as<float>(), rows, columns, pairs, target.as<float>());
+        break;
+      case DType::bf16:
+        transpose(staged.as<bf16>(), rows, columns, pairs, target.as<bf16>());
+        break;
+      default:
+        transpose(staged.as<f16>(), rows, columns, pairs, target.as<f16>());
+        break;
+    }
+  }
+}
+
 }  // namespace
 
 MoeNames moe_names(std::string_view family, std::int64_t layer) {
-  const bool is_mixtral = family == "mixtral";
-  return {"model.layers." + std::to_string(layer) + (is_mixtral ? ".block_sparse_moe." : ".mlp."), is_mixtral};
+  MoeNames names;
+  names.is_mixtral = family == "mixtral";
+  names.is_gpt_oss = family == "gpt_oss";
+  names.block = "model.layers." + std::to_string(layer) + (names.is_mixtral ? ".block_sparse_moe." : ".mlp.");
+  names.shared = family.starts_with("deepseek") ? "shared_experts." : "shared_expert.";
+  return names;
 }
 
 MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std::int64_t layer) : config_(config) {
@@ -87,7 +129,11 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
     return weights.emplace_back(take(name, extents));
   };
   router_ = take(names.router(), {e, h});
-  if (checkpoint.find(names.fused_up()) != nullptr) {
+  is_transposed_ = names.is_gpt_oss;
+  if (is_transposed_) {
+    fused_up_ = take_weight(names.fused_up(), {e, h, 2 * f});
+    fused_down_ = take_weight(names.fused_down(), {e, f, h});
+  } else if (checkpoint.find(names.fused_up()) != nullptr) {
     fused_up_ = take_weight(names.fused_up(), {e, 2 * f, h});
     fused_down_ = take_weight(names.fused_down(), {e, h, f});
   } else {
@@ -96,12 +142,22 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
           {take_weight(names.gate(i), {f, h}), take_weight(names.up(i), {f, h}), take_weight(names.down(i), {h, f})});
     }
   }
+  if (config.expert_bias) {
+    up_bias_ = take(names.fused_up_bias(), {e, 2 * f});
+    down_bias_ = take(names.fused_down_bias(), {e, h});
+  }
+  if (const std::int64_t inner = config.shared_inner; inner > 0) {
+    shared_ = {take_weight(names.shared_matrix("gate_proj"), {inner, h}),
+               take_weight(names.shared_matrix("up_proj"), {inner, h}),
+               take_weight(names.shared_matrix("down_proj"), {h, inner})};
+    if (config.shared_gate) shared_gate_ = take(names.shared_gate(), {1, h});
+  }
   const bool all_bf16 =
       std::all_of(weights.begin(), weights.end(), [](const StoredTensor* t) { return t->dtype_name() == "BF16"; });
   dtype_ = all_bf16 ? DType::bf16 : DType::f32;
 
   // A bias, a scale or a shared expert that config.json does not mention would make the result wrong in silence.
-  const std::string gate_of_nothing = config.family == "qwen2_moe" ? names.block + "shared_expert_gate.weight" : "";
+  const std::string gate_of_nothing = config.family == "qwen2_moe" ? names.shared_gate() : "";
   for (const SafetensorsFile& file : checkpoint.files()) {
     for (const StoredTensor& tensor : file.tensors()) {
       const bool is_nothing = tensor.bytes().empty() || tensor.name() == gate_of_nothing;
@@ -113,7 +169,7 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
   }
 }
 
-void MoeBlock::load(ExpertRange experts, Tensor router, Tensor up, Tensor down) const {
+void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
   const std::int64_t h = config_.hidden, f = config_.inner;
   if (experts.first < 0 || experts.count < 0 || experts.first > config_.experts ||
       experts.count > config_.experts - experts.first) {
@@ -121,24 +177,69 @@ void MoeBlock::load(ExpertRange experts, Tensor router, Tensor up, Tensor down) 
                                              std::to_string(experts.first) + " do not lie inside the model's " +
                                              std::to_string(config_.experts));
   }
-  check_target("the router", router, {config_.experts, h});
-  check_target("the array of gate and up", up, {experts.count, 2 * f, h});
-  check_target("the array of down", down, {experts.count, h, f});
-  router_->read_rows(0, router);
-  if (fused_up_ != nullptr) {
-    fused_up_->read_rows(experts.first, up);
-    fused_down_->read_rows(experts.first, down);
+  check_target("the router", to.router, {config_.experts, h});
+  check_target("the array of gate and up", to.up, {experts.count, 2 * f, h});
+  check_target("the array of down", to.down, {experts.count, h, f});
+  if (up_bias_ != nullptr) {
+    check_target("the bias of gate and up", to.up_bias, {experts.count, 2 * f});
+    check_target("the bias of down", to.down_bias, {experts.count, h});
+  }
+  router_->read_rows(0, to.router);
+  load_shared(to);
+  if (up_bias_ != nullptr) {
+    read_transposed(*up_bias_, experts.first, true, to.up_bias);
+    down_bias_->read_rows(experts.first, to.down_bias);
+  }
+  if (is_transposed_) {
+    read_transposed(*fused_up_, experts.first, true, to.up);
+    read_transposed(*fused_down_, experts.first, false, to.down);
     return;
   }
-  const auto matrix = [](const Tensor& all, std::int64_t expert) {
-    return Tensor(all.rows(expert, 1).data(), all.dtype(), {all.size(1), all.size(2)});
-  };
+  if (fused_up_ != nullptr) {
+    fused_up_->read_rows(experts.first, to.up);
+    fused_down_->read_rows(experts.first, to.down);
+    return;
+  }
   for (std::int64_t i = 0; i < experts.count; ++i) {
     const Expert& expert = experts_[static_cast<std::size_t>(experts.first + i)];
-    expert.gate->read_rows(0, matrix(up, i).rows(0, f));
-    expert.up->read_rows(0, matrix(up, i).rows(f, f));
-    expert.down->read_rows(0, matrix(down, i));
+    expert.gate->read_rows(0, part(to.up, i).rows(0, f));
+    expert.up->read_rows(0, part(to.up, i).rows(f, f));
+    expert.down->read_rows(0, part(to.down, i));
   }
+}
+
+void MoeBlock::load_shared(const BlockTargets& to) const {
+  const std::int64_t h = config_.hidden, inner = config_.shared_inner;
+  if (inner == 0) return;
+  check_target("gate and up of the shared experts", to.shared_up, {2 * inner, h});
+  check_target("down of the shared experts", to.shared_down, {h, inner});
+  shared_.gate->read_rows(0, to.shared_up.rows(0, inner));
+  shared_.up->read_rows(0, to.shared_up.rows(inner, inner));
+  shared_.down->read_rows(0, to.shared_down);
+  if (shared_gate_ == nullptr) return;
+  check_target("the gate of the shared experts", to.shared_gate, {h});
+  shared_gate_->read_rows(0, Tensor(to.shared_gate.data(), to.shared_gate.dtype(), {1, h}));
+}
+
+void MoeBlock::load(MoeLayer& layer) const {
+  BlockTargets to;
+  to.router = layer.router_parameter("").value;
+  const struct {
+    std::string_view name;
+    Tensor* target;
+  } targets[] = {{"experts.up", &to.up},           {"experts.down", &to.down},
+                 {"experts.up_bias", &to.up_bias}, {"experts.down_bias", &to.down_bias},
+                 {"shared.up", &to.shared_up},     {"shared.down", &to.shared_down},
+                 {"shared.gate", &to.shared_gate}};
+  std::vector<Parameter> parameters = layer.expert_parameters("");
+  for (const Parameter& shared : layer.shared_parameters("")) parameters.push_back(shared);
+  for (const Parameter& parameter : parameters) {
+    for (const auto& [name, target] : targets) {
+      if (name == parameter.name) *target = parameter.value;
+    }
+  }
+  load(layer.local_experts(), to);
+  layer.refresh();
 }
 
 }  // namespace expar::io

@@ -16,18 +16,27 @@ namespace expar::io {
 
 /// Names as transformers writes them: each expert on its own, or fused by its version 5 as it holds them in memory.
 ///   router   [E, H]
-///   gate, up [F, H], down [H, F] of expert e
+///   gate, up [F, H], down [H, F] of expert e, and of all shared experts side by side
 ///   fused_up [E, 2F, H], gate above up; fused_down [E, H, F]
+///   shared_gate [1, H]
+/// GPT-OSS's are transposed and interleaved: fused_up [E, H, 2F], column 2f of the gate and 2f + 1 of up; fused_down
+/// [E, F, H]; fused_up_bias [E, 2F], interleaved too; fused_down_bias [E, H].
 struct MoeNames {
   std::string block;        // "model.layers.3.mlp."
   bool is_mixtral = false;  // w1, w3, w2 for gate_proj, up_proj, down_proj
+  bool is_gpt_oss = false;
+  std::string shared = {};  // "shared_expert."
 
-  std::string router() const { return block + "gate.weight"; }
+  std::string router() const { return block + (is_gpt_oss ? "router.weight" : "gate.weight"); }
   std::string gate(std::int64_t expert) const { return name(expert, is_mixtral ? "w1" : "gate_proj"); }
   std::string up(std::int64_t expert) const { return name(expert, is_mixtral ? "w3" : "up_proj"); }
   std::string down(std::int64_t expert) const { return name(expert, is_mixtral ? "w2" : "down_proj"); }
   std::string fused_up() const { return block + "experts.gate_up_proj"; }
   std::string fused_down() const { return block + "experts.down_proj"; }
+  std::string fused_up_bias() const { return fused_up() + "_bias"; }
+  std::string fused_down_bias() const { return fused_down() + "_bias"; }
+  std::string shared_matrix(const char* matrix) const { return block + shared + matrix + ".weight"; }
+  std::string shared_gate() const { return block + "shared_expert_gate.weight"; }
 
  private:
   std::string name(std::int64_t expert, const char* matrix) const {
@@ -36,6 +45,15 @@ struct MoeNames {
 };
 /// As checkpoints of the family have them on disk.
 MoeNames moe_names(std::string_view family, std::int64_t layer);
+
+/// Where the parameters of a block go, as MoeLayer has them; what a model has not is absent.
+struct BlockTargets {
+  Tensor router = {};                       // [E, H]
+  Tensor up = {}, down = {};                // [L, 2F, H], gate above up; [L, H, F]
+  Tensor up_bias = {}, down_bias = {};      // [L, 2F], [L, H]
+  Tensor shared_up = {}, shared_down = {};  // [2F, H], [H, F] with the F of the shared experts
+  Tensor shared_gate = {};                  // [H]
+};
 
 /// The tensors of a block, found and checked. Valid as long as the checkpoint.
 class MoeBlock {
@@ -49,14 +67,15 @@ class MoeBlock {
   /// bf16 where all weights of the experts are, else f32, which holds every other dtype exactly.
   DType dtype() const { return dtype_; }
 
-  /// Reads the weights of `experts` and the router, and no other byte of the file, in whatever floating dtype the
-  /// targets have (for MoeLayer: the values of router_parameter and expert_parameters; then refresh()).
-  ///   router : [E, H]
-  ///   up     : [L, 2F, H], gate above up;  down : [L, H, F]
-  /// Throws Error: bad_argument (a target's shape; experts out of range), io.
-  void load(ExpertRange experts, Tensor router, Tensor up, Tensor down) const;
+  /// Reads the weights of `experts` and what all ranks hold, and no other byte of the file, in whatever floating dtype
+  /// the targets have. Throws Error: bad_argument (a target's shape; experts out of range), io.
+  void load(ExpertRange experts, const BlockTargets& to) const;
+  /// The same into a layer that was made with layer_options(); refreshes it. Not collective.
+  void load(MoeLayer& layer) const;
 
  private:
+  void load_shared(const BlockTargets& to) const;
+
   struct Expert {
     const StoredTensor *gate, *up, *down;
   };
@@ -66,7 +85,12 @@ class MoeBlock {
   const StoredTensor* router_ = nullptr;
   const StoredTensor* fused_up_ = nullptr;  // null: experts_ instead
   const StoredTensor* fused_down_ = nullptr;
+  const StoredTensor* up_bias_ = nullptr;  // null: no biases
+  const StoredTensor* down_bias_ = nullptr;
+  bool is_transposed_ = false;  // fused_up_, fused_down_ and up_bias_ are as GPT-OSS has them
   std::vector<Expert> experts_;
+  Expert shared_{};  // null: none
+  const StoredTensor* shared_gate_ = nullptr;
 };
 
 }  // namespace expar::io

@@ -107,6 +107,15 @@ TEST_P(TextModelOn, differentiates_every_parameter) {
   });
 }
 
+TEST_P(TextModelOn, differentiates_shared_experts) {
+  run_threads(2, [&](const Communicator& communicator) {
+    TextModelOptions options = small(DType::f32);
+    options.moe.shared_inner = 6;
+    options.moe.shared_gate = true;
+    expect_gradients_match(Context(communicator, one_thread()), options);
+  });
+}
+
 TEST_P(TextModelOn, leaves_the_dense_twin_nothing_to_choose) {
   run_threads(1, [&](const Communicator& communicator) {
     TextModelOptions twin = dense_twin(small(DType::f32));

@@ -48,6 +48,10 @@ std::vector<double> doubles_of(const ConstTensor& tensor) {
 struct Family {
   std::string name, config;
   bool renormalises = false;
+  std::int64_t shared = 0;  // inner size of the shared experts
+  bool shared_gate = false;
+  Activation activation = Activation::swiglu;
+  std::string variant = {};
 };
 
 // What each family's own config says of H, F, E, K and of what it could have besides.
@@ -71,6 +75,21 @@ const Family kFamilies[] = {
         "n_shared_experts": null, "topk_method": "greedy", "norm_topk_prob": false, "routed_scaling_factor": 1.0,
         "first_k_dense_replace": 0, "moe_layer_freq": 1)",
      false},
+    {.name = "olmoe",
+     .config = R"("intermediate_size": 33, "num_experts": 7, "num_experts_per_tok": 3, "hidden_act": "gelu")",
+     .activation = Activation::geglu,
+     .variant = "_geglu"},
+    {.name = "qwen2_moe",
+     .config = R"("moe_intermediate_size": 33, "num_experts": 7, "num_experts_per_tok": 3,
+                  "shared_expert_intermediate_size": 21)",
+     .shared = 21,
+     .shared_gate = true,
+     .variant = "_shared"},
+    {.name = "deepseek_v2",
+     .config = R"("moe_intermediate_size": 33, "n_routed_experts": 7, "num_experts_per_tok": 3,
+                  "n_shared_experts": 2)",
+     .shared = 66,
+     .variant = "_shared"},
 };
 
 struct Case {
@@ -93,7 +112,7 @@ std::vector<Case> cases() {
 
 std::string case_name(const testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
-  return c.family.name + (c.fused ? "_fused_" : "_") + std::string(name(c.weights)) + "_weights_" +
+  return c.family.name + c.family.variant + (c.fused ? "_fused_" : "_") + std::string(name(c.weights)) + "_weights_" +
          std::string(name(c.input)) + "_input";
 }
 
@@ -114,6 +133,7 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
 
     oracle::Layer layer;
     layer.hidden = kHidden, layer.inner = kInner, layer.topk = kTopk;
+    layer.activation = c.family.activation;
     layer.renormalise = c.family.renormalises;
     layer.bf16 = c.weights == DType::bf16 && c.input == DType::bf16;
     layer.router.assign(router.begin(), router.end());
@@ -144,6 +164,22 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
     if (c.fused) {
       add(names.fused_up(), all_up, {kExperts, 2 * kInner, kHidden});
       add(names.fused_down(), all_down, {kExperts, kHidden, kInner});
+    }
+    if (const std::int64_t inner = c.family.shared; inner > 0) {
+      const auto g = draw("shared gate", inner * kHidden, 0.2, c.weights),
+                 u = draw("shared up", inner * kHidden, 0.2, c.weights);
+      const auto d = draw("shared down", inner * kHidden, 0.2, c.weights);
+      add(names.shared_matrix("gate_proj"), g, {inner, kHidden});
+      add(names.shared_matrix("up_proj"), u, {inner, kHidden});
+      add(names.shared_matrix("down_proj"), d, {kHidden, inner});
+      layer.shared.up.assign(g.begin(), g.end());
+      layer.shared.up.insert(layer.shared.up.end(), u.begin(), u.end());
+      layer.shared.down.assign(d.begin(), d.end());
+    }
+    if (c.family.shared_gate) {
+      const auto gate = draw("gate of the shared", kHidden, 0.4, c.weights);
+      add(names.shared_gate(), gate, {1, kHidden});
+      layer.shared_gate.assign(gate.begin(), gate.end());
     }
     io::write_safetensors(path("model/model.safetensors"), tensors, {{"format", "pt"}});
     return layer;

@@ -130,11 +130,6 @@ TEST_F(ModelConfig, names_the_family_and_every_feature_that_is_missing) {
   const auto missing = [](const std::string& what) {
     return "unsupported: config.json: " + what + " cannot be computed by this version of expar";
   };
-  EXPECT_EQ(refusal(qwen("qwen2_moe")), missing("qwen2_moe with shared experts"));
-  EXPECT_EQ(refusal(with(qwen("qwen2_moe"), "shared_expert_intermediate_size", 20)),
-            missing("qwen2_moe with shared experts"));
-  EXPECT_EQ(refusal(with(qwen("qwen2_moe"), "shared_expert_intermediate_size", 0)), "accepted");
-  EXPECT_EQ(refusal(with(deepseek("deepseek_v2"), "n_shared_experts", 2)), missing("deepseek_v2 with shared experts"));
   EXPECT_EQ(refusal(with(deepseek("deepseek_v2"), "routed_scaling_factor", 16.5)),
             missing("deepseek_v2 with routed_scaling_factor 16.5"));
   EXPECT_EQ(refusal(with(deepseek("deepseek_v2"), "scoring_func", "sigmoid")),
@@ -146,11 +141,27 @@ TEST_F(ModelConfig, names_the_family_and_every_feature_that_is_missing) {
   v3["quantization_config"] = {{"quant_method", "fp8"}};
   EXPECT_EQ(refusal(v3),
             missing("deepseek_v3 with weights quantised as 'fp8', sigmoid scores, a bias for the selection of experts, "
-                    "groups of experts (2 of 4), routed_scaling_factor 2.5 and shared experts"));
+                    "groups of experts (2 of 4) and routed_scaling_factor 2.5"));
   EXPECT_EQ(refusal(deepseek("deepseek_v3")),
             missing("deepseek_v3 with sigmoid scores and a bias for the selection of experts"));
-  EXPECT_EQ(refusal(gpt_oss()), missing("gpt_oss with a router bias, a clamped activation and expert biases"));
-  EXPECT_EQ(refusal(with(mixtral(), "hidden_act", "gelu")), missing("mixtral with hidden_act 'gelu'"));
+  EXPECT_EQ(refusal(gpt_oss()), missing("gpt_oss with a router bias"));
+  EXPECT_EQ(refusal(with(mixtral(), "hidden_act", "relu")), missing("mixtral with hidden_act 'relu'"));
+}
+
+TEST_F(ModelConfig, describes_the_experts_of_each_family) {
+  MoeLayerOptions options = io::layer_options(read(with(mixtral(), "hidden_act", "gelu")), DType::f32);
+  EXPECT_EQ(options.activation, Activation::geglu);
+  EXPECT_EQ(options.shared_inner, 0);
+  options = io::layer_options(read(with(qwen("qwen2_moe"), "shared_expert_intermediate_size", 20)), DType::f32);
+  EXPECT_EQ(options.shared_inner, 20);
+  EXPECT_TRUE(options.shared_gate);
+  options = io::layer_options(read(with(qwen("qwen2_moe"), "shared_expert_intermediate_size", 0)), DType::f32);
+  EXPECT_EQ(options.shared_inner, 0);
+  EXPECT_FALSE(options.shared_gate);
+  EXPECT_EQ(io::layer_options(read(qwen("qwen2_moe")), DType::f32).shared_inner, 5632) << "transformers' default";
+  options = io::layer_options(read(with(deepseek("deepseek_v2"), "n_shared_experts", 2)), DType::f32);
+  EXPECT_EQ(options.shared_inner, 2 * options.inner);
+  EXPECT_FALSE(options.shared_gate);
 }
 
 TEST_F(ModelConfig, of_another_family_is_refused_by_name) {

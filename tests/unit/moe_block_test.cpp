@@ -116,7 +116,7 @@ class MoeBlock : public testing::Test {
         const ExpertRange range = experts_of(rank, ranks, kExperts);
         Array router(DType::f32, {kExperts, kHidden}), up(target, {range.count, 2 * kInner, kHidden}),
             down(target, {range.count, kHidden, kInner});
-        block.load(range, router, up, down);
+        block.load(range, {router, up, down});
         const auto expect = [&](const Array& array, std::int64_t at, const std::string& what, std::int64_t count) {
           for (std::int64_t i = 0; i < count; ++i) {
             const float got =
@@ -213,7 +213,7 @@ TEST_F(MoeBlock, costs_a_rank_its_own_experts_and_the_router) {
     const std::int64_t first = bytes_read();
     const std::int64_t before = bytes_read();
     const std::int64_t itself = before - first;  // what looking costs, a few digits more or less
-    block.load({3, 2}, router, up, down);
+    block.load({3, 2}, {router, up, down});
     const auto wanted =
         static_cast<std::int64_t>(router.view().byte_size() + up.view().byte_size() + down.view().byte_size());
     EXPECT_NEAR(static_cast<double>(bytes_read() - before - itself), static_cast<double>(wanted), 32);
@@ -319,7 +319,7 @@ TEST_F(MoeBlock, loads_only_into_arrays_that_fit) {
   const Array router(DType::f32, {kExperts, kHidden}), up(DType::f32, {2, 2 * kInner, kHidden}),
       down(DType::f32, {2, kHidden, kInner});
   const auto refused = [&](ExpertRange range, const Array& r, const Array& u, const Array& d) {
-    return refusal_of(directory_, [&] { block.load(range, r, u, d); });
+    return refusal_of(directory_, [&] { block.load(range, {r, u, d}); });
   };
   EXPECT_EQ(refused({0, 2}, router, up, down), "accepted");
   EXPECT_EQ(refused({6, 2}, router, up, down), "bad_argument: 2 experts from expert 6 do not lie inside the model's 7");
