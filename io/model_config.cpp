@@ -181,7 +181,6 @@ std::vector<std::string> missing_features(const ModelConfig& config) {
   add(config.groups_used < config.groups,
       "groups of experts (" + std::to_string(config.groups_used) + " of " + std::to_string(config.groups) + ")");
   add(config.scaling != 1.0, "routed_scaling_factor " + number(config.scaling));
-  add(config.router_bias, "a router bias");
   add(config.activation != "silu" && config.activation != "gelu", "hidden_act " + in_quotes(config.activation));
   return missing;
 }
@@ -243,6 +242,7 @@ MoeLayerOptions layer_options(const ModelConfig& config, DType dtype) {
   options.router.experts = config.experts;
   options.router.topk = config.topk;
   options.router.renormalise = config.norm_topk;
+  options.router.bias = config.router_bias;
   options.activation = config.activation == "gelu" ? Activation::geglu : Activation::swiglu;
   if (config.limit) {
     options.numbers = {.alpha = 1.702F, .limit = static_cast<float>(*config.limit), .offset = 1};

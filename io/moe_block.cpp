@@ -129,6 +129,7 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
     return weights.emplace_back(take(name, extents));
   };
   router_ = take(names.router(), {e, h});
+  if (config.router_bias) router_bias_ = take(names.router_bias(), {e});
   is_transposed_ = names.is_gpt_oss;
   if (is_transposed_) {
     fused_up_ = take_weight(names.fused_up(), {e, h, 2 * f});
@@ -185,6 +186,10 @@ void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
     check_target("the bias of down", to.down_bias, {experts.count, h});
   }
   router_->read_rows(0, to.router);
+  if (router_bias_ != nullptr) {
+    check_target("the router's bias", to.router_bias, {config_.experts});
+    router_bias_->read_rows(0, to.router_bias);
+  }
   load_shared(to);
   if (up_bias_ != nullptr) {
     read_transposed(*up_bias_, experts.first, true, to.up_bias);
@@ -224,6 +229,7 @@ void MoeBlock::load_shared(const BlockTargets& to) const {
 void MoeBlock::load(MoeLayer& layer) const {
   BlockTargets to;
   to.router = layer.router_parameter("").value;
+  if (layer.options().router.bias) to.router_bias = layer.router_bias_parameter("").value;
   const struct {
     std::string_view name;
     Tensor* target;

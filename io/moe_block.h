@@ -15,7 +15,7 @@
 namespace expar::io {
 
 /// Names as transformers writes them: each expert on its own, or fused by its version 5 as it holds them in memory.
-///   router   [E, H]
+///   router   [E, H], router_bias [E]
 ///   gate, up [F, H], down [H, F] of expert e, and of all shared experts side by side
 ///   fused_up [E, 2F, H], gate above up; fused_down [E, H, F]
 ///   shared_gate [1, H]
@@ -28,6 +28,7 @@ struct MoeNames {
   std::string shared = {};  // "shared_expert."
 
   std::string router() const { return block + (is_gpt_oss ? "router.weight" : "gate.weight"); }
+  std::string router_bias() const { return block + "router.bias"; }
   std::string gate(std::int64_t expert) const { return name(expert, is_mixtral ? "w1" : "gate_proj"); }
   std::string up(std::int64_t expert) const { return name(expert, is_mixtral ? "w3" : "up_proj"); }
   std::string down(std::int64_t expert) const { return name(expert, is_mixtral ? "w2" : "down_proj"); }
@@ -48,8 +49,8 @@ MoeNames moe_names(std::string_view family, std::int64_t layer);
 
 /// Where the parameters of a block go, as MoeLayer has them; what a model has not is absent.
 struct BlockTargets {
-  Tensor router = {};                       // [E, H]
-  Tensor up = {}, down = {};                // [L, 2F, H], gate above up; [L, H, F]
+  Tensor router = {}, up = {}, down = {};   // [E, H]; [L, 2F, H], gate above up; [L, H, F]
+  Tensor router_bias = {};                  // [E]
   Tensor up_bias = {}, down_bias = {};      // [L, 2F], [L, H]
   Tensor shared_up = {}, shared_down = {};  // [2F, H], [H, F] with the F of the shared experts
   Tensor shared_gate = {};                  // [H]
@@ -83,7 +84,8 @@ class MoeBlock {
   ModelConfig config_;
   DType dtype_ = DType::f32;
   const StoredTensor* router_ = nullptr;
-  const StoredTensor* fused_up_ = nullptr;  // null: experts_ instead
+  const StoredTensor* router_bias_ = nullptr;  // null: none
+  const StoredTensor* fused_up_ = nullptr;     // null: experts_ instead
   const StoredTensor* fused_down_ = nullptr;
   const StoredTensor* up_bias_ = nullptr;  // null: no biases
   const StoredTensor* down_bias_ = nullptr;

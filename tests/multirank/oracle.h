@@ -72,7 +72,8 @@ struct Layer {
   bool renormalise = true, bf16 = false;
   WeightsOn weights_on = WeightsOn::output;
   double balance = 0, z = 0;
-  Vector router;  // [E, H]
+  Vector router;       // [E, H]
+  Vector router_bias;  // [E], or empty
   std::vector<Network> experts;
   Network shared;      // empty: none
   Vector shared_gate;  // [H], or empty: its output counts as it is
@@ -161,6 +162,7 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
   Token t;
   t.x = x;
   t.scores = times(layer.router, x);
+  add(t.scores, layer.router_bias);
   const Real most =
       *std::max_element(t.scores.begin(), t.scores.end(), [](Real a, Real b) { return a.value < b.value; });
   Real total;

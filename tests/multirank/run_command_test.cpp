@@ -51,6 +51,7 @@ struct Family {
   std::int64_t shared = 0;  // inner size of the shared experts
   bool shared_gate = false;
   Activation activation = Activation::swiglu;
+  ActivationNumbers numbers = {};
   std::string variant = {};
 };
 
@@ -90,6 +91,10 @@ const Family kFamilies[] = {
                   "n_shared_experts": 2)",
      .shared = 66,
      .variant = "_shared"},
+    {.name = "gpt_oss",
+     .config = R"("intermediate_size": 33, "num_local_experts": 7, "num_experts_per_tok": 3, "swiglu_limit": 0.75)",
+     .renormalises = true,
+     .numbers = {.alpha = 1.702F, .limit = 0.75F, .offset = 1}},
 };
 
 struct Case {
@@ -102,6 +107,7 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   for (const Family& family : kFamilies) {
     for (const bool fused : {false, true}) {
+      if (family.name == "gpt_oss" && !fused) continue;
       for (const DType weights : {DType::f32, DType::bf16}) {
         for (const DType input : {DType::f32, DType::bf16}) all.push_back({family, weights, input, fused});
       }
@@ -134,6 +140,7 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
     oracle::Layer layer;
     layer.hidden = kHidden, layer.inner = kInner, layer.topk = kTopk;
     layer.activation = c.family.activation;
+    layer.numbers = c.family.numbers;
     layer.renormalise = c.family.renormalises;
     layer.bf16 = c.weights == DType::bf16 && c.input == DType::bf16;
     layer.router.assign(router.begin(), router.end());
@@ -161,7 +168,9 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
       all_down.insert(all_down.end(), d.begin(), d.end());
       layer.experts.push_back({{both.begin(), both.end()}, {d.begin(), d.end()}, {}, {}});
     }
-    if (c.fused) {
+    if (c.family.name == "gpt_oss") {
+      add_biases(c, layer, all_up, all_down, add);
+    } else if (c.fused) {
       add(names.fused_up(), all_up, {kExperts, 2 * kInner, kHidden});
       add(names.fused_down(), all_down, {kExperts, kHidden, kInner});
     }
@@ -183,6 +192,40 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
     }
     io::write_safetensors(path("model/model.safetensors"), tensors, {{"format", "pt"}});
     return layer;
+  }
+  /// GPT-OSS: everything has a bias, and matrices are stored transposed, gate and up in alternate columns.
+  template <class Add>
+  static void add_biases(const Case& c, oracle::Layer& layer, const std::vector<float>& up,
+                         const std::vector<float>& down, const Add& add) {
+    const auto at = [](std::int64_t i) { return static_cast<std::size_t>(i); };
+    const io::MoeNames names = io::moe_names(c.family.name, 1);
+    const auto router_bias = draw("router bias", kExperts, 0.4, c.weights);
+    const auto up_bias = draw("up bias", kExperts * 2 * kInner, 0.4, c.weights);
+    const auto down_bias = draw("down bias", kExperts * kHidden, 0.4, c.weights);
+    std::vector<float> up_stored(up.size()), down_stored(down.size()), up_bias_stored(up_bias.size());
+    for (std::int64_t e = 0; e < kExperts; ++e) {
+      for (std::int64_t n = 0; n < 2 * kInner; ++n) {
+        const std::int64_t column = n < kInner ? 2 * n : 2 * (n - kInner) + 1;
+        up_bias_stored[at(e * 2 * kInner + column)] = up_bias[at(e * 2 * kInner + n)];
+        for (std::int64_t h = 0; h < kHidden; ++h) {
+          up_stored[at((e * kHidden + h) * 2 * kInner + column)] = up[at((e * 2 * kInner + n) * kHidden + h)];
+        }
+      }
+      for (std::int64_t f = 0; f < kInner; ++f) {
+        for (std::int64_t h = 0; h < kHidden; ++h) {
+          down_stored[at((e * kInner + f) * kHidden + h)] = down[at((e * kHidden + h) * kInner + f)];
+        }
+      }
+      oracle::Network& expert = layer.experts[at(e)];
+      expert.up_bias.assign(up_bias.begin() + e * 2 * kInner, up_bias.begin() + (e + 1) * 2 * kInner);
+      expert.down_bias.assign(down_bias.begin() + e * kHidden, down_bias.begin() + (e + 1) * kHidden);
+    }
+    layer.router_bias.assign(router_bias.begin(), router_bias.end());
+    add(names.router_bias(), router_bias, Shape{kExperts});
+    add(names.fused_up(), up_stored, Shape{kExperts, kHidden, 2 * kInner});
+    add(names.fused_down(), down_stored, Shape{kExperts, kInner, kHidden});
+    add(names.fused_up_bias(), up_bias_stored, Shape{kExperts, 2 * kInner});
+    add(names.fused_down_bias(), down_bias, Shape{kExperts, kHidden});
   }
   std::vector<float> write_input(DType dtype) const {
     const auto x = draw("x", kTokens * kHidden, 1.0, dtype);

@@ -144,8 +144,17 @@ TEST_F(ModelConfig, names_the_family_and_every_feature_that_is_missing) {
                     "groups of experts (2 of 4) and routed_scaling_factor 2.5"));
   EXPECT_EQ(refusal(deepseek("deepseek_v3")),
             missing("deepseek_v3 with sigmoid scores and a bias for the selection of experts"));
-  EXPECT_EQ(refusal(gpt_oss()), missing("gpt_oss with a router bias"));
   EXPECT_EQ(refusal(with(mixtral(), "hidden_act", "relu")), missing("mixtral with hidden_act 'relu'"));
+}
+
+TEST_F(ModelConfig, of_gpt_oss_has_biases_and_a_clamped_activation) {
+  const MoeLayerOptions options = io::layer_options(read(with(gpt_oss(), "swiglu_limit", 5)), DType::f32);
+  EXPECT_EQ(options.activation, Activation::swiglu);
+  EXPECT_EQ(options.numbers, (ActivationNumbers{.alpha = 1.702F, .limit = 5, .offset = 1}));
+  EXPECT_EQ(io::layer_options(read(gpt_oss()), DType::f32).numbers.limit, 7) << "transformers' default";
+  EXPECT_TRUE(options.bias);
+  EXPECT_TRUE(options.router.bias);
+  EXPECT_TRUE(options.router.renormalise);
 }
 
 TEST_F(ModelConfig, describes_the_experts_of_each_family) {
