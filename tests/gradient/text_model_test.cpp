@@ -108,7 +108,7 @@ TEST_P(TextModelOn, differentiates_every_parameter) {
 }
 
 TEST_P(TextModelOn, differentiates_shared_experts) {
-  run_threads(2, [&](const Communicator& communicator) {
+  run_threads(1, [&](const Communicator& communicator) {
     TextModelOptions options = small(DType::f32);
     options.moe.shared_inner = 6;
     options.moe.shared_gate = true;

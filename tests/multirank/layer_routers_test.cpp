@@ -35,9 +35,7 @@ std::vector<NamedRouter> routers() {
     all.push_back({name, options});
   };
   for (const std::string_view name : router_presets()) {
-    RouterOptions options = router_preset(name, kExperts, kTopk);
-    options.weights_on_input = false;
-    add(std::string(name), options);
+    add(std::string(name), router_preset(name, kExperts, kTopk));
   }
   add("sqrt_softplus", {.score = Score::sqrt_softplus, .scaling = 1.5F, .double_scores = true});
   add("groups", {.score = Score::sigmoid, .groups = 4, .groups_used = 2, .selection_bias = true, .bias = true});
@@ -81,9 +79,12 @@ Batch without_padding(const Batch& batch, std::int64_t hidden) {
   return rest;
 }
 
+/// With shared experts, which must not see padding either.
+LayerSpec spec() { return {.experts = kExperts, .topk = kTopk, .shared_inner = 9, .shared_gate = true}; }
+
 /// What a training step and an inference gave, in global order.
 struct Result {
-  std::vector<float> out, inference, dx, router, router_bias, up, down, losses;
+  std::vector<float> out, inference, dx, router, router_bias, up, down, shared, losses;
   std::vector<std::int64_t> loads;
 };
 
@@ -100,6 +101,8 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
   result.router_bias.resize(static_cast<std::size_t>(S * kExperts));
   result.up.resize(c.up.size());
   result.down.resize(c.down.size());
+  result.shared.resize(static_cast<std::size_t>(S) *
+                       (c.shared_up.size() + c.shared_down.size() + c.shared_gate.size()));
   result.losses.resize(2);
   expect_success(run_communicators({.ranks = ranks}, [&](const Communicator& communicator) {
     const Context context(communicator, {.threads = ranks == 1 ? 2 : 1, .backend = fastest_backend()});
@@ -134,6 +137,12 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
     const auto from = static_cast<std::int64_t>(held.first);
     copy(layer.router_shard_gradients(), result.router, from * kExperts * H);
     if (router.bias) copy(layer.router_bias_shard_gradients(), result.router_bias, from * kExperts);
+    std::int64_t section = 0;
+    for (const ConstTensor& gradient : layer.shared_shard_gradients()) {
+      const std::int64_t each = gradient.shape().rank() == 3 ? gradient.size(1) * gradient.size(2) : gradient.size(1);
+      copy(gradient, result.shared, section + from * each);
+      section += S * each;
+    }
     const ExpertRange local = layer.local_experts();
     const std::vector<Parameter> experts = layer.expert_parameters("");
     copy(experts[0].gradient, result.up, local.first * c.wide() * H);
@@ -158,6 +167,7 @@ void expect_same(const Result& a, const Result& b, const std::string& where) {
   EXPECT_TRUE(same(a.router_bias, b.router_bias)) << where << ": gradient of the router's bias";
   EXPECT_TRUE(same(a.up, b.up)) << where << ": gradient of up";
   EXPECT_TRUE(same(a.down, b.down)) << where << ": gradient of down";
+  EXPECT_TRUE(same(a.shared, b.shared)) << where << ": gradients of the shared experts";
   EXPECT_TRUE(same(a.losses, b.losses)) << where << ": losses";
   EXPECT_EQ(a.loads, b.loads) << where;
 }
@@ -175,7 +185,7 @@ INSTANTIATE_TEST_SUITE_P(all, LayerRouters, testing::ValuesIn(routers()),
                          [](const auto& test) { return test.param.name; });
 
 TEST_P(LayerRouters, give_the_same_bytes_on_any_number_of_ranks) {
-  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  const LayerCase c(spec());
   Batch batch = batch_of(c);
   for (const bool padded : {false, true}) {
     if (padded) batch.mask = some_padding(batch.words.size());
@@ -188,7 +198,7 @@ TEST_P(LayerRouters, give_the_same_bytes_on_any_number_of_ranks) {
 }
 
 TEST_P(LayerRouters, treat_padding_as_if_it_were_not_there) {
-  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  const LayerCase c(spec());
   const std::int64_t H = c.spec.hidden;
   Batch batch = batch_of(c);
   batch.mask = some_padding(batch.words.size());

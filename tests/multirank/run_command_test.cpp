@@ -186,9 +186,9 @@ class RunCommand : public Command, public testing::WithParamInterface<Case> {
       layer.shared.down.assign(d.begin(), d.end());
     }
     if (c.family.shared_gate) {
-      const auto gate = draw("gate of the shared", kHidden, 0.4, c.weights);
-      add(names.shared_gate(), gate, {1, kHidden});
-      layer.shared_gate.assign(gate.begin(), gate.end());
+      const auto g = draw("gate of the shared", kHidden, 0.4, c.weights);
+      add(names.shared_gate(), g, {1, kHidden});
+      layer.shared_gate.assign(g.begin(), g.end());
     }
     io::write_safetensors(path("model/model.safetensors"), tensors, {{"format", "pt"}});
     return layer;
