@@ -46,6 +46,8 @@ Kernels filled(Kernels table, const Kernels& other) {
   fill(table.reduce, other.reduce);
   fill(table.softmax_topk, other.softmax_topk);
   fill(table.adamw, other.adamw);
+  fill(table.quantise, other.quantise);
+  fill(table.dequantise, other.dequantise);
   if (table.pack == nullptr) {  // a packed layout belongs to the GEMM that reads it
     table.packed_bytes = other.packed_bytes;
     table.pack = other.pack;

@@ -3,6 +3,7 @@
 
 #include "backends/cpu/elementwise.h"
 #include "backends/cpu/gemm_tn.h"
+#include "backends/cpu/quantise.h"
 #include "backends/cpu/tables.h"
 
 namespace expar::cpu::EXPAR_CPU_ISA {
@@ -23,6 +24,8 @@ constexpr Kernels kTable = {
     .reduce = reduce,
     .softmax_topk = softmax_topk,
     .adamw = adamw,
+    .quantise = quantise,
+    .dequantise = dequantise,
     .packed_bytes = packed_bytes,
     .pack = pack,
 };

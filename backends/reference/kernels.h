@@ -33,6 +33,8 @@ void gather(const Gather& p, Pool& pool);
 void reduce(const Reduce& p, Pool& pool);
 void softmax_topk(const SoftmaxTopK& p, Pool& pool);
 void adamw(const AdamWStep& p, Pool& pool);
+void quantise(const Quantise& p, Pool& pool);
+void dequantise(const Dequantise& p, Pool& pool);
 std::int64_t packed_bytes(DType dtype, std::int64_t n, std::int64_t k);
 void pack(DType dtype, int groups, std::int64_t n, std::int64_t k, const void* w, void* packed, Pool& pool);
 

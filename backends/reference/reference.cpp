@@ -33,6 +33,8 @@ const Kernels& reference_kernels() {
       .reduce = reduce,
       .softmax_topk = softmax_topk,
       .adamw = adamw,
+      .quantise = quantise,
+      .dequantise = dequantise,
       .packed_bytes = packed_bytes,
       .pack = pack,
   };

@@ -25,7 +25,8 @@ inline constexpr Layout kLayouts[] = {Layout::indexed, Layout::expert_major, Lay
 std::string_view name(Layout layout);
 
 /// What arrived at this rank. Move-only; its memory goes back to the arena with it.
-/// The rank's own rows are read where they lie: x must neither move nor change while the inbox is in use.
+/// The rank's own rows are read where they lie (but for a payload): x must neither move nor change while the inbox is
+/// in use.
 class Inbox {
  public:
   struct Data;
@@ -58,6 +59,10 @@ struct DispatchOptions {
   Layout layout = Layout::indexed;
   /// Rows per local expert in Layout::padded, the same on all ranks. An expert that has more, wherever, is an error.
   std::int64_t capacity = 0;
+  /// How rows travel, the same on all ranks: bf16, f16, int8 or fp8_e4m3 (see Quantise); absent: as they are. They are
+  /// rounded as they are written, and arrive in x's dtype again; a rank's own rows are rounded alike, so that results
+  /// do not depend on P.
+  std::optional<DType> payload = {};
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.
   const Inbox* lists_of = nullptr;
@@ -84,13 +89,13 @@ class PendingDispatch {
 ///   plan    : from make_plan; the same plan serves combine and the backward pass. Of a bounded one that is the inbox's
 ///             plan(), complete; x then waits in room for the bound until the other ranks have read it
 ///   returns : inbox [U, H] and a list of rows per local expert
-/// Collective: H, dtype, layout and capacity are the same on all ranks.
+/// Collective: H, dtype, payload, layout and capacity are the same on all ranks.
 /// Throws Error: bad_argument (x or weights disagree with the plan; more rows than the capacity), mismatch, timeout,
 /// peer_lost.
 /// Waits: exact, until all have started and again until their rows have come; bounded, once.
 /// Cost: one read and one write of each row that leaves, bounded of each of the T rows and of each that comes; no
-/// allocation after the first call. Packing reads and writes
-/// each of the R rows once more.
+/// allocation after the first call. A payload is read and written once more on arrival, and so are own rows. Packing
+/// reads and writes each of the R rows once more.
 Inbox dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                const DispatchOptions& options = {});
 PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,

@@ -179,6 +179,44 @@ struct AdamWStep {
   bf16* low = nullptr;  // or null
 };
 
+/// A payload is how rows travel, where not as they are. f16 and bf16: each value rounded to nearest even; beyond the
+/// largest is infinity, NaN stays. int8: one scale per row, max|x| / 127; fp8_e4m3: one per 128 values, max|x| / 448;
+/// q = x * (127 or 448) / max|x|, rounded to nearest even, and back q * scale. Where one value is NaN or infinite, its
+/// scale and all that share it are NaN. Where the scale would be below 2^-126, all that share it are zero.
+/// Source: the "dynamic" quantisation of npu_moe_distribute_dispatch (mode 2, int8) and of DeepEP (fp8).
+inline constexpr float kInt8Limit = 127.0F;
+inline constexpr float kFp8Limit = 448.0F;
+/// Values that share a scale, and scales of a row; none in f16 and bf16.
+constexpr std::int64_t scale_group(DType payload, std::int64_t width) { return payload == DType::int8 ? width : 128; }
+constexpr std::int64_t scales_of(DType payload, std::int64_t width) {
+  if (payload == DType::int8) return width > 0 ? 1 : 0;
+  return payload == DType::fp8_e4m3 ? (width + 127) / 128 : 0;
+}
+/// Bytes of one row: its scales in f32, its values, and up to three more, for the next row's scales to be aligned.
+constexpr std::int64_t payload_bytes(DType payload, std::int64_t width) {
+  const std::int64_t value = payload == DType::int8 || payload == DType::fp8_e4m3 ? 1 : 2;
+  return (scales_of(payload, width) * 4 + width * value + 3) / 4 * 4;
+}
+
+/// out[i] = rows[index[i]] as it travels.
+struct Quantise {
+  DType payload = DType::int8;  // int8, fp8_e4m3, f16, bf16
+  DType dtype = DType::f32;     // of rows
+  std::int64_t count = 0, width = 0;
+  const void* rows = nullptr;           // [..., width]
+  const std::int32_t* index = nullptr;  // [count], or null: row i is row i
+  void* out = nullptr;                  // [count] of payload_bytes
+};
+
+/// out[i] = rows[i] as it was, but for the rounding; computed in f32, rounded once.
+struct Dequantise {
+  DType payload = DType::int8;
+  DType dtype = DType::f32;  // of out
+  std::int64_t count = 0, width = 0;
+  const void* rows = nullptr;  // [count] of payload_bytes
+  void* out = nullptr;         // [count, width]
+};
+
 /// A backend. A null entry falls back to `reference`; see registry.h for how a table is chosen.
 struct Kernels {
   const char* name = "";  // "reference", "cpu"
@@ -192,6 +230,8 @@ struct Kernels {
   void (*reduce)(const Reduce&, Pool&) = nullptr;
   void (*softmax_topk)(const SoftmaxTopK&, Pool&) = nullptr;
   void (*adamw)(const AdamWStep&, Pool&) = nullptr;
+  void (*quantise)(const Quantise&, Pool&) = nullptr;
+  void (*dequantise)(const Dequantise&, Pool&) = nullptr;
   /// Bytes of one group's packed [N, K] weights, and the packing of G groups; for inference, where weights never
   /// change.
   std::int64_t (*packed_bytes)(DType, std::int64_t n, std::int64_t k) = nullptr;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -44,6 +45,10 @@ struct MoeLayerOptions {
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
   /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
   std::int64_t bound = 0;
+  /// How tokens, and in the backward pass their gradients, travel to the experts, see DispatchOptions::payload; absent:
+  /// as they are. The gradient of the rounding is taken as one.
+  std::optional<DType> payload = {};
+  std::optional<DType> gradient_payload = {};
   /// A record then keeps the rows that arrived and nothing that the experts made of them; backward makes it again, to
   /// the same bytes, at the cost of one more forward pass of the experts. Nothing travels twice.
   bool recompute = false;

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "src/dispatch/bounded.h"
+#include "src/dispatch/cargo.h"
 #include "src/dispatch/lists.h"
 #include "src/dispatch/plan_data.h"
 #include "src/dispatch/row_order.h"
@@ -33,6 +34,13 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
   }
   if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
     refuse("lists_of is the inbox of another plan");
+  const DType payload = options.payload.value_or(x.dtype());
+  const bool narrow = payload == DType::bf16 || payload == DType::f16 || payload == DType::int8 ||
+                      payload == DType::fp8_e4m3 || payload == x.dtype();
+  if (!narrow) {
+    refuse("rows of " + std::string(name(x.dtype())) + " do not travel as " + std::string(name(payload)) +
+           ", but as bf16, f16, int8 or fp8_e4m3");
+  }
   if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
   if (!plan.open()) check_capacity(plan, options.layout, options.capacity);
 }
@@ -42,6 +50,7 @@ Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& o
   signature.with("hidden", x.shape().rank() == 2 ? x.size(1) : 0).with("dtype", static_cast<std::int64_t>(x.dtype()));
   signature.with("lists", options.lists_of == nullptr);
   signature.with("layout", static_cast<std::int64_t>(options.layout)).with("capacity", options.capacity);
+  signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(x.dtype())));
   signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
   if (plan && plan.open()) {
     signature.with("bound", plan.bound()).with("topk", plan.topk()).with("experts", plan.experts());
@@ -56,6 +65,7 @@ struct Inbox::Data {
   Plan plan;
   Block block;  // rows [U, H], then the tags they came with
   Block packed_block;
+  Block rounded_block;  // where rows travel as a payload: [U, H] as they were, then this rank's own [T, H]
   ConstTensor x, rows, packed;
   std::shared_ptr<Lists> lists;
   Layout layout = Layout::indexed;
@@ -90,7 +100,8 @@ struct PendingDispatch::State final : InFlight {
         x(x_),
         weights(weights_.absent() || o.failure ? nullptr : weights_.as<float>()),
         width(x_.shape().rank() == 2 ? x_.size(1) : 0),
-        row_bytes(at(width) * size_of(x_.dtype())),
+        cargo(c, x_, o.payload),
+        row_bytes(cargo.row_bytes()),
         tag_bytes(o.lists_of == nullptr && p ? at(p.topk()) * sizeof(SlotTag) : 0),
         operation(communicator, signature_of(x_, p, o), c.timeout()) {}
 
@@ -100,13 +111,15 @@ struct PendingDispatch::State final : InFlight {
     operation.ready([&] {
       validate(x, weights_, plan, options);
       inbox = std::make_unique<Inbox::Data>();
-      inbox->x = x;
       room = at(plan.open() ? (communicator.size() - 1) * plan.bound() : plan.unique());
       inbox->block = communicator.arena().allocate(tags_offset() + room * tag_bytes);
+      if (cargo.rounded()) {
+        inbox->rounded_block = communicator.arena().allocate((room + at(x.size(0))) * cargo.full_bytes());
+      }
       if (!plan.open()) return show(inbox->block, tags_offset());
       shelf.emplace(context, plan, row_bytes);
       const Operation::Words words = shelf->show(operation, weights);
-      if (x.byte_size() > 0) std::memcpy(shelf->rows(), x.data(), x.byte_size());
+      cargo.load(shelf->rows(), x);
       return words;
     });
     operation.keep_advancing(this);
@@ -152,9 +165,12 @@ struct PendingDispatch::State final : InFlight {
                                   " bytes, too small for its plan",
                               {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
     }
-    context.stores().run(tokens.size() * row_bytes, [&](Store store) {
-      copy_rows(block.data() + first * row_bytes, x.bytes(), tokens, row_bytes, store);
-    });
+    std::byte* const to = block.data() + first * row_bytes;
+    if (cargo.rounded()) {
+      cargo.load(to, x, tokens, Store::cached);
+    } else {
+      context.stores().run(tokens.size() * row_bytes, [&](Store store) { cargo.load(to, x, tokens, store); });
+    }
     if (tag_bytes == 0) return;
     write_tags(plan, peer, tokens, weights, reinterpret_cast<SlotTag*>(block.data() + tags_begin + first * tag_bytes));
   }
@@ -162,7 +178,7 @@ struct PendingDispatch::State final : InFlight {
   /// Collects the transfers to and from a rank that is not mapped; returns the bytes used of `stage`.
   std::size_t post(int peer, std::byte* stage) {
     const auto tokens = plan.sends(peer);
-    copy_rows(stage, x.bytes(), tokens, row_bytes, Store::cached);
+    cargo.load(stage, x, tokens, Store::cached);
     transfers.send(peer, stage, tokens.size() * row_bytes);
     if (tag_bytes > 0) {
       auto& tags = staged_tags.emplace_back(tokens.size() * at(plan.topk()));
@@ -195,6 +211,18 @@ struct PendingDispatch::State final : InFlight {
     }
   }
 
+  /// The rows of others and this rank's own as the experts take them.
+  void unpack() {
+    inbox->rows = ConstTensor(inbox->block.data(), x.dtype(), Shape{plan.unique(), width});
+    inbox->x = x;
+    if (!cargo.rounded()) return;
+    std::byte* const own = inbox->rounded_block.data() + room * cargo.full_bytes();
+    cargo.unload(inbox->rounded_block.data(), inbox->block.data(), plan.unique());
+    cargo.round(own, x);
+    inbox->rows = ConstTensor(inbox->rounded_block.data(), x.dtype(), Shape{plan.unique(), width});
+    inbox->x = ConstTensor(own, x.dtype(), x.shape());
+  }
+
   /// Adds the rows of the other ranks to the lists.
   void list_rows() {
     const auto* tags = reinterpret_cast<const SlotTag*>(inbox->block.data() + tags_offset());
@@ -219,9 +247,10 @@ struct PendingDispatch::State final : InFlight {
   /// A copy of all rows in the order of the layout, rows of padding zero.
   void pack() {
     inbox->layout = options.layout;
+    const std::size_t bytes = cargo.full_bytes();
     const RowOrder& order = inbox->order.emplace(plan, communicator.rank(), options.layout, options.capacity);
     if (options.layout == Layout::indexed) return;
-    inbox->packed_block = communicator.arena().allocate(at(order.rows()) * row_bytes);
+    inbox->packed_block = communicator.arena().allocate(at(order.rows()) * bytes);
     inbox->packed = ConstTensor(inbox->packed_block.data(), x.dtype(), order.shape(width));
     const std::int64_t experts = plan.local().count;
     if (options.layout == Layout::rank_major) {
@@ -237,18 +266,19 @@ struct PendingDispatch::State final : InFlight {
       const std::int64_t first = order.offsets()[at(e)], rows = plan.rows()[at(e)];
       pack(plan.offsets()[at(e)], rows, first);
       const std::int64_t padding = order.offsets()[at(e + 1)] - first - rows;
-      std::memset(inbox->packed_block.data() + at(first + rows) * row_bytes, 0, at(padding) * row_bytes);
+      std::memset(inbox->packed_block.data() + at(first + rows) * bytes, 0, at(padding) * bytes);
     }
   }
 
   /// `count` rows of the list, from `first` on, go to the packed rows from `to` on.
   void pack(std::int64_t first, std::int64_t count, std::int64_t to) {
-    const Rows from{.base = {x.data(), inbox->rows.data()},
+    const Rows from{.base = {inbox->x.data(), inbox->rows.data()},
                     .dtype = x.dtype(),
                     .width = width,
                     .refs = inbox->lists->refs().data() + first};
-    context.kernels().gather({.rows = from, .count = count, .out = inbox->packed_block.data() + at(to) * row_bytes},
-                             context.pool());
+    context.kernels().gather(
+        {.rows = from, .count = count, .out = inbox->packed_block.data() + at(to) * cargo.full_bytes()},
+        context.pool());
   }
 
   Context context;
@@ -258,7 +288,8 @@ struct PendingDispatch::State final : InFlight {
   ConstTensor x;
   const float* weights;
   std::int64_t width;
-  std::size_t row_bytes, tag_bytes;
+  Cargo cargo;
+  std::size_t row_bytes, tag_bytes;  // on the way
   std::unique_ptr<Inbox::Data> inbox;
   std::size_t room = 0;        // of the inbox, in rows
   std::optional<Shelf> shelf;  // where the plan was open
@@ -288,13 +319,12 @@ Inbox PendingDispatch::finish() {
   if (!state->sent) state->send();
   if (state->shelf) state->plan = state->shelf->complete(state->operation);
   state->inbox->plan = state->plan;
-  state->inbox->rows =
-      ConstTensor(state->inbox->block.data(), state->x.dtype(), Shape{state->plan.unique(), state->width});
   const Inbox* like = state->options.lists_of;
   state->inbox->lists =
       like != nullptr ? like->data_->lists : std::make_shared<Lists>(state->context, state->plan, state->weights);
   state->shelf ? state->take_rows() : state->await_rows();
   state->operation.complete();
+  state->unpack();
   if (like == nullptr) state->list_rows();
   if (state->shelf) state->check_capacity_of_all();
   state->pack();

@@ -104,6 +104,8 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("shared_inner", options.shared_inner).with("shared_gate", options.shared_gate);
   signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
+  signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(options.dtype)));
+  signature.with("gradient_payload", static_cast<std::int64_t>(options.gradient_payload.value_or(options.dtype)));
   Operation operation(context.communicator(), signature, context.timeout());
   operation.ready([&] {
     validate(options);

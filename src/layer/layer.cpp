@@ -224,10 +224,11 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     record.shards.assign(shards->begin(), shards->end());
     record.losses = router_losses(c, options.router, record.routing, plan.expert_totals(), *shards);
   }
-  record.inbox = dispatch_beside(c, x, record.routing.weights, plan, {}, &times.dispatch, [&] {
-    const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
-    shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
-  });
+  record.inbox =
+      dispatch_beside(c, x, record.routing.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
+        const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
+        shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
+      });
   plan = record.inbox.plan();
   {
     const Phase phase(c.trace(), "experts", &times.experts);
@@ -337,6 +338,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
   parameters->expect_step();
   DispatchOptions dispatch_options;
   dispatch_options.lists_of = &record.inbox;
+  dispatch_options.payload = options.gradient_payload;
   dispatch_options.failure = attempt([&] {
     if (!record.plan) refuse("the record holds no forward pass for training");
     check_backward(c, record, dout, dx);

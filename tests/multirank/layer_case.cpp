@@ -81,6 +81,9 @@ MoeLayerOptions LayerCase::options() const {
   options.shared_inner = spec.shared_inner;
   options.shared_gate = spec.shared_gate;
   options.dtype = spec.dtype;
+  options.bound = spec.bound;
+  options.payload = spec.payload;
+  options.gradient_payload = spec.gradient_payload;
   return options;
 }
 

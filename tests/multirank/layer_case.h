@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -23,6 +24,8 @@ struct LayerSpec {
   bool renormalise = true;
   int hot = -1, cold = -1;               // an expert that every token chooses, and one that none does
   std::int64_t hidden = 35, inner = 19;  // no multiples of any vector
+  std::int64_t bound = 0;
+  std::optional<DType> payload = {}, gradient_payload = {};
 
   std::string name() const;
 };
