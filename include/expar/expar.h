@@ -1,6 +1,7 @@
 // The whole of expar. A first reading: this page, layer.h, dispatch.h, plan.h, then src/dispatch/.
 #pragma once
 
+#include <expar/capacity.h>      // bound_rows: at most so many rows per expert
 #include <expar/collectives.h>   // barrier, broadcast, all_gather, all_reduce, reduce_scatter, all_to_all_v
 #include <expar/communicator.h>  // Communicator: ranks that work together
 #include <expar/context.h>       // Context: ranks, kernels, threads; passed to every call
