@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include <expar/capacity.h>
 #include <expar/experts.h>
 #include <expar/optimizer.h>
 #include <expar/router.h>
@@ -34,6 +35,9 @@ struct MoeLayerOptions {
   std::int64_t hidden = 0;  // H
   std::int64_t inner = 0;   // F
   RouterOptions router;     // E, K, losses
+  /// Of each expert, in training and inference alike. A layer has no second pass for an overflow. Re-routed slots weigh
+  /// what the router would have given them.
+  CapacityOptions capacity = {};
   Activation activation = Activation::swiglu;
   ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
@@ -98,6 +102,7 @@ struct MoeRecord {
   std::int64_t first_token = 0;  // likewise: global number of this rank's first token
   std::vector<std::int64_t> shards;
   Routing routing;
+  Capacity capacity;  // what its bound left of the routing; counts are empty where the layer has none
   RouterLosses losses;
   Plan plan;
   Inbox inbox;
@@ -152,7 +157,8 @@ class MoeLayer {
   /// out = moe(x) + shared(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype
   ///   residual : [T, H] or absent
-  /// Collective. Throws Error: bad_argument (shapes; NaN logits), mismatch, timeout, peer_lost.
+  /// Collective. Throws Error: bad_argument (shapes; NaN logits; rows beyond the capacity, where that is an error),
+  /// mismatch, timeout, peer_lost.
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {},
                const MoeInputs& inputs = {});
 

@@ -24,6 +24,10 @@ void validate(const MoeLayerOptions& options) {
     refuse("shared_gate asks for shared experts, but shared_inner is 0");
   }
   validate(options.router);
+  validate(options.capacity);
+  if (options.capacity.policy == CapacityPolicy::overflow) {
+    refuse("a layer computes in one pass: its capacity cannot have the policy overflow");
+  }
 }
 
 struct Setting {

@@ -80,8 +80,8 @@ struct MoeLayer::State {
   ConstTensor wide(const Context& c, ConstTensor x);
   Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
   ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
-  void choose(const Context& c, ConstTensor x, const MoeInputs& inputs, const std::optional<Jitter>& jitter,
-              MoeRecord& record);
+  ConstTensor score(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
+  void choose(const Context& c, ConstTensor scored, const MoeInputs& inputs, MoeRecord& record);
   void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
                std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
   Inbox dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
@@ -153,8 +153,8 @@ ConstTensor MoeLayer::State::router_input(const Context& c, ConstTensor x, const
   return read;
 }
 
-void MoeLayer::State::choose(const Context& c, ConstTensor x, const MoeInputs& inputs,
-                             const std::optional<Jitter>& jitter, MoeRecord& record) {
+/// The logits.
+ConstTensor MoeLayer::State::score(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter) {
   const std::int64_t tokens = x.size(0);
   const Tensor result = logits.view(DType::f32, {tokens, options.router.experts});
   const std::int64_t all[2] = {0, tokens};
@@ -167,6 +167,10 @@ void MoeLayer::State::choose(const Context& c, ConstTensor x, const MoeInputs& i
   if (options.router.bias) call.bias = parameters->router_bias().as<float>();
   call.y = result.data();
   if (tokens > 0) c.kernels().gemm_nt(call, c.pool());
+  return result;
+}
+
+void MoeLayer::State::choose(const Context& c, ConstTensor scored, const MoeInputs& inputs, MoeRecord& record) {
   RouteInputs read;
   read.selection_bias = parameters->selection_bias();
   read.mask = inputs.mask;
@@ -176,7 +180,7 @@ void MoeLayer::State::choose(const Context& c, ConstTensor x, const MoeInputs& i
     read.token_table = parameters->token_table();
   }
   read.first_token = record.first_token;
-  route(c, options.router, result, record.routing, read);
+  route(c, options.router, scored, record.routing, read);
 }
 
 void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
@@ -192,6 +196,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   PlanOptions plan_options;
   plan_options.experts = options.router.experts;
   plan_options.bound = shards ? 0 : options.bound;
+  ConstTensor scored;
   {
     const Phase phase(c.trace(), "route", &times.route);
     plan_options.failure = attempt([&] {
@@ -208,27 +213,36 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
       record.first_token = tokens_before(c, tokens, plan_options.failure);
     }
     if (!plan_options.failure) {
-      plan_options.failure = attempt(
-          [&] { choose(c, x, inputs, shakes ? std::optional(jitter_of(record, inputs.mask)) : std::nullopt, record); });
+      plan_options.failure = attempt([&] {
+        scored = score(c, x, shakes ? std::optional(jitter_of(record, inputs.mask)) : std::nullopt);
+        choose(c, scored, inputs, record);
+      });
     }
     if (plan_options.failure) record.routing.ids = Tensor(nullptr, DType::int32, {0, options.router.topk});
   }
   Plan plan;
+  Capacity& capacity = record.capacity;
   {
     const Phase phase(c.trace(), "plan", &times.dispatch);
-    plan = make_plan(c, record.routing.ids, plan_options);
+    bound_rows(c, options.capacity, options.router.experts, record.routing, capacity, plan_options.failure);
+    if (options.capacity.policy == CapacityPolicy::reroute) {
+      plan_options.failure = attempt([&] { choose(c, scored, {.mask = inputs.mask, .ids = capacity.ids}, record); });
+      capacity.weights = record.routing.weights;
+    }
+    plan = make_plan(c, capacity.ids, plan_options);
   }
   if (shards) {
     const Phase phase(c.trace(), "route", &times.route);
     record.x = x;
     record.shards.assign(shards->begin(), shards->end());
-    record.losses = router_losses(c, options.router, record.routing, plan.expert_totals(), *shards);
+    // The losses look at what the router wanted, dropped or not.
+    const auto counts = capacity.chosen.empty() ? plan.expert_totals() : std::span<const std::int64_t>(capacity.chosen);
+    record.losses = router_losses(c, options.router, record.routing, counts, *shards);
   }
-  record.inbox =
-      dispatch_beside(c, x, record.routing.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
-        const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
-        shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
-      });
+  record.inbox = dispatch_beside(c, x, capacity.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
+    const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
+    shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
+  });
   plan = record.inbox.plan();
   {
     const Phase phase(c.trace(), "experts", &times.experts);
@@ -238,7 +252,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   {
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
-    if (shape.weights_on == WeightsOn::output) by_slot = record.routing.weights;
+    if (shape.weights_on == WeightsOn::output) by_slot = capacity.weights;
     combine(c, plan, record.y, by_slot, out,
             {.shared = has_shared() ? shared.y : Tensor(),
              .shared_weights = has_shared() ? shared.gate : Tensor(),

@@ -40,7 +40,8 @@ std::string LayerSpec::name() const {
           : weights_on == WeightsOn::input ? "_input"
                                            : "") +
          (recompute ? "_recompute" : "") + (shared_inner > 0 ? "_shared" : "") + (shared_gate ? "_gate" : "") +
-         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "");
+         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "") +
+         (capacity.policy == CapacityPolicy::none ? "" : "_" + std::string(expar::name(capacity.policy)));
 }
 
 LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
@@ -84,6 +85,7 @@ MoeLayerOptions LayerCase::options() const {
   options.bound = spec.bound;
   options.payload = spec.payload;
   options.gradient_payload = spec.gradient_payload;
+  options.capacity = spec.capacity;
   return options;
 }
 

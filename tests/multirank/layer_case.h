@@ -26,6 +26,7 @@ struct LayerSpec {
   std::int64_t hidden = 35, inner = 19;  // no multiples of any vector
   std::int64_t bound = 0;
   std::optional<DType> payload = {}, gradient_payload = {};
+  CapacityOptions capacity = {};
 
   std::string name() const;
 };

@@ -145,6 +145,24 @@ TEST(LayerErrors, tell_every_rank_of_wrong_room_for_dx) {
   });
 }
 
+TEST(LayerErrors, tell_every_rank_of_an_expert_that_is_given_too_much) {
+  LayerCase c({.experts = 8, .topk = 2, .hot = 3});
+  c.spec.capacity = {.policy = CapacityPolicy::error, .rows = 36};  // of 37 tokens
+  expect_success(run_communicators({.ranks = kRanks}, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    MoeLayer layer(context, c.options());
+    c.fill(layer);
+    Call call(c, context);
+    expect_error(ErrorCode::bad_argument, -1, "expert 3 is given 37 rows, its capacity is 36",
+                 [&] { train(layer, context, call); });
+    expect_error(ErrorCode::bad_argument, 0, "the record holds no forward pass",
+                 [&] { layer.backward(context, call.record, call.dout, call.dx); });
+    if (context.rank() == 0) call.x.as<float>()[0] = -1;  // the first token goes elsewhere
+    train(layer, context, call);
+    layer.backward(context, call.record, call.dout, call.dx);
+  }));
+}
+
 /// Options that no layer can have, on every rank.
 void refuse(const std::string& words, const MoeLayerOptions& options) {
   expect_success(run_communicators({.ranks = kRanks}, [&](const Communicator& communicator) {
@@ -173,6 +191,10 @@ TEST(LayerErrors, name_the_option_that_is_wrong) {
   refuse("shared_gate asks for shared experts", with([](auto& o) { o.shared_gate = true; }));
   refuse("f32 or bf16, not int8", with([](auto& o) { o.dtype = DType::int8; }));
   refuse("balance is -1", with([](auto& o) { o.router.balance = -1.0F; }));
+  refuse("a capacity policy needs a factor or rows",
+         with([](auto& o) { o.capacity.policy = CapacityPolicy::drop_by_score; }));
+  refuse("its capacity cannot have the policy overflow",
+         with([](auto& o) { o.capacity = {.policy = CapacityPolicy::overflow, .rows = 1}; }));
   refuse("z is nan", with([](auto& o) { o.router.z = std::nanf(""); }));
 }
 

@@ -8,6 +8,7 @@
 
 #include <expar/registry.h>
 
+#include "tests/multirank/capacity_oracle.h"
 #include "tests/multirank/layer_case.h"
 #include "tests/multirank/oracle.h"
 #include "tests/multirank/processes.h"
@@ -61,6 +62,24 @@ struct Expected {
 
 void append(Vector& to, const Vector& from) { to.insert(to.end(), from.begin(), from.end()); }
 
+/// [T, K] which slots the capacity has no room for.
+std::vector<std::vector<bool>> dropped_slots(const LayerCase& c, const oracle::Layer& layer) {
+  std::vector<std::vector<bool>> dropped(at(c.tokens()), std::vector<bool>(layer.topk));
+  if (c.spec.capacity.policy == CapacityPolicy::none) return dropped;
+  oracle::Batch batch;
+  batch.tokens = c.tokens(), batch.experts = c.spec.experts, batch.topk = c.spec.topk;
+  for (std::int64_t t = 0; t < c.tokens(); ++t) {
+    const oracle::Token walk = oracle::forward(layer, part(c.x, t, c.tokens()), part(c.residual, t, c.tokens()));
+    for (const std::size_t e : walk.ids) {
+      batch.ids.push_back(static_cast<std::int32_t>(e));
+      batch.top.push_back(static_cast<float>(walk.scores[e].value));
+    }
+  }
+  const std::vector<std::int32_t> ids = oracle::bounded(batch, c.spec.capacity);
+  for (std::size_t i = 0; i < ids.size(); ++i) dropped[i / layer.topk][i % layer.topk] = ids[i] < 0;
+  return dropped;
+}
+
 Expected::Expected(const LayerCase& c) {
   const oracle::Layer layer = oracle_layer(c);
   const auto tokens = static_cast<double>(c.tokens());
@@ -68,8 +87,9 @@ Expected::Expected(const LayerCase& c) {
   std::vector<double> load(layer.experts.size());
   Vector means(layer.experts.size());
   Real balance, z, squares;
+  const std::vector<std::vector<bool>> dropped = dropped_slots(c, layer);
   for (std::int64_t t = 0; t < c.tokens(); ++t) {
-    walks.push_back(oracle::forward(layer, part(c.x, t, c.tokens()), part(c.residual, t, c.tokens())));
+    walks.push_back(oracle::forward(layer, part(c.x, t, c.tokens()), part(c.residual, t, c.tokens()), dropped[at(t)]));
     for (const std::size_t e : walks.back().ids) load[e] += 1.0 / (tokens * static_cast<double>(layer.topk));
     oracle::add(means, walks.back().scores);
     squares += walks.back().lse * walks.back().lse;
@@ -246,6 +266,15 @@ TEST(LayerSkew, agrees_where_one_expert_takes_everything) {
 
 TEST(LayerSkew, agrees_where_an_expert_gets_no_token) {
   for (const DType dtype : {DType::f32, DType::bf16}) compare({.topk = 2, .bias = true, .dtype = dtype, .cold = 5});
+}
+
+TEST(LayerCapacity, agrees_where_slots_are_dropped) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const CapacityPolicy policy : {CapacityPolicy::drop_by_position, CapacityPolicy::drop_by_score}) {
+      compare({.topk = 3, .bias = true, .dtype = dtype, .capacity = {.policy = policy, .factor = 0.75}});
+      compare({.experts = 5, .topk = 2, .dtype = dtype, .renormalise = false, .capacity = {policy, {}, 0, 7}});
+    }
+  }
 }
 
 TEST(LayerScores, agrees_without_renormalisation) {

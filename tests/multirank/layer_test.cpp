@@ -1,6 +1,7 @@
 // The layer as an object: how its parameters are drawn, and that no copy of them is ever stale.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <utility>
@@ -180,6 +181,31 @@ TEST(Layer, keeps_nothing_of_the_experts_where_it_recomputes) {
     EXPECT_TRUE(same_bytes(a.out, alone.out));
     EXPECT_TRUE(same_bytes(a.dx, alone.dx));
   });
+}
+
+TEST_P(LayerOf, re_routes_to_where_a_router_could_have_sent) {
+  const LayerCase c({.experts = 5, .topk = 2, .dtype = GetParam()});
+  for (const int ranks : {1, 3}) {
+    run(ranks, [&](const Context& context) {
+      MoeLayerOptions options = c.options();
+      options.router.balance = 0;  // it would count what the router wanted first
+      MoeLayer plain(context, options);
+      options.capacity = {.policy = CapacityPolicy::reroute, .factor = 1};
+      MoeLayer bounded(context, options);
+      c.fill(plain), c.fill(bounded);
+      Tokens one(c, context), two(c, context);
+      bounded.forward(context, one.x, one.out, {}, one.shards, one.record);
+      bounded.backward(context, one.record, one.dout, one.dx);
+      const Capacity& capacity = one.record.capacity;
+      for (const std::int64_t rows : one.record.plan.expert_totals()) EXPECT_LE(rows, 15);  // of 74 slots
+      EXPECT_GT(*std::max_element(capacity.rerouted.begin(), capacity.rerouted.end()), 0);
+
+      plain.forward(context, two.x, two.out, {}, two.shards, two.record, {.ids = capacity.ids});
+      plain.backward(context, two.record, two.dout, two.dx);
+      EXPECT_TRUE(same_bytes(one.out, two.out));
+      EXPECT_TRUE(same_bytes(one.dx, two.dx));
+    });
+  }
 }
 
 TEST(Layer, infers_in_place) {

@@ -154,13 +154,15 @@ struct Token {
   Real lse, sum = Real(1), gate = Real(1);
   Vector shared_pre, shared_h, shared_y;
   std::vector<std::size_t> ids;
+  std::vector<bool> dropped;           // [K] for want of room
   std::vector<Vector> row, pre, h, y;  // [K]: what the expert reads and makes of it
   double gap = INFINITY;  // between the last chosen score and the best one left, in errors of this difference
 };
 
-inline Token forward(const Layer& layer, const Vector& x, const Vector& residual) {
+inline Token forward(const Layer& layer, const Vector& x, const Vector& residual, std::vector<bool> dropped = {}) {
   Token t;
   t.x = x;
+  t.dropped = dropped.empty() ? std::vector<bool>(layer.topk) : std::move(dropped);
   t.scores = times(layer.router, x);
   add(t.scores, layer.router_bias);
   const Real most =
@@ -202,7 +204,8 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
     for (std::size_t i = 0; i < net.down_bias.size(); ++i)
       y[i] += on_inner ? weight * net.down_bias[i] : net.down_bias[i];
     const Real outer = on_input || on_inner ? Real(1) : weight;
-    for (std::size_t i = 0; i < y.size(); ++i) t.out[i] += outer * (y[i] = layer.stored(y[i]));
+    for (Real& value : y) value = layer.stored(value);
+    for (std::size_t i = 0; i < y.size() && !t.dropped[t.y.size()]; ++i) t.out[i] += outer * y[i];
     t.row.push_back(row), t.pre.push_back(pre), t.h.push_back(h), t.y.push_back(y);
   }
   if (!layer.shared.up.empty()) {
@@ -227,6 +230,10 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
   for (std::size_t k = 0; k < layer.topk; ++k) {
     const Network& net = layer.experts[t.ids[k]];
     Network& grad = dexperts[t.ids[k]];
+    if (t.dropped[k]) {
+      dweights.emplace_back();
+      continue;
+    }
     const bool on_input = layer.weights_on == WeightsOn::input, on_inner = layer.weights_on == WeightsOn::inner;
     const Vector dy = on_input ? dout : layer.weighed(dout, t.weights[k]);
     Vector dh = transposed_times(net.down, on_inner ? dout : dy);
