@@ -21,6 +21,7 @@ struct TrainFlags {
   std::string text;
   std::string dtype = "bf16";
   std::string router = "softmax";
+  std::string capacity_policy = "drop_by_position";
   std::string log_dir;
   const CLI::Option* log_dir_given = nullptr;
   bool dense = false;
@@ -60,6 +61,13 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
                  "how fast deepseek_v3's selection bias follows the loads, which no loss then balances")
       ->check(number_above(0))
       ->capture_default_str();
+  app.add_option("--capacity-factor", model.moe.capacity.factor,
+                 "an expert takes this many times its even share of a batch's slots (default: all it is given)")
+      ->check(number_above(0));
+  app.add_option("--capacity-policy", flags.capacity_policy,
+                 "what becomes of the rest: drop_by_position keeps the first, drop_by_score the best; or error")
+      ->check(one_of({"drop_by_position", "drop_by_score", "error"}))
+      ->capture_default_str();
   flags.log_dir_given = app.add_option("--log-dir", flags.log_dir,
                                        "write losses, loads and times for TensorBoard into this directory (the dense "
                                        "twin's into its folder dense)");
@@ -68,6 +76,17 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
       ->check(whole_number(1, INT32_MAX));
   app.add_option("--resume", train.resume, "directory of the checkpoint to go on from; other flags default to its own");
   flags.app = &app;
+}
+
+void set_capacity(const TrainFlags& flags, CapacityOptions& capacity) {
+  const bool factor = flags.app->get_option("--capacity-factor")->count() > 0;
+  const bool policy = flags.app->get_option("--capacity-policy")->count() > 0;
+  if (factor) capacity.factor = flags.options.model.moe.capacity.factor;
+  if (policy && capacity.factor == 0) {
+    throw Error(ErrorCode::bad_argument, "--capacity-policy needs --capacity-factor");
+  }
+  const bool first = factor && capacity.policy == CapacityPolicy::none;
+  if (policy || first) capacity.policy = parse_capacity_policy(flags.capacity_policy);
 }
 
 /// The options of the checkpoint, with the flags that were given on top. What the model is, none can change.
@@ -102,6 +121,7 @@ TrainOptions resumed(const TrainFlags& flags) {
   };
   visit_extents(options, [&](const char* name, auto& value) { given(name, value, true); });
   visit_settings(options, [&](const char* name, auto& value) { given(name, value, false); });
+  set_capacity(flags, options.model.moe.capacity);
   options.steps = flags.options.steps;
   options.save = flags.options.save;
   options.save_every = flags.options.save_every;
@@ -276,7 +296,11 @@ Verb train_verb() {
     TrainOptions& options = flags->options;
     options.model.moe.dtype = parse_dtype(flags->dtype);
     choose_router(options, flags->router);
-    if (!options.resume.empty()) options = resumed(*flags);
+    if (options.resume.empty()) {
+      set_capacity(*flags, options.model.moe.capacity);
+    } else {
+      options = resumed(*flags);
+    }
     validate(options);
     if (flags->app->get_option("--bias-update-rate")->count() > 0 && !options.model.moe.router.selection_bias) {
       throw Error(ErrorCode::bad_argument,

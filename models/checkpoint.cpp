@@ -148,6 +148,8 @@ void visit_numbers(Options& options, Visit visit) {
 }
 
 std::string key_of(std::string_view name) { return "expar." + std::string(name); }
+// Only where there is a capacity.
+constexpr std::string_view kCapacityFactor = "capacity_factor", kCapacityPolicy = "capacity_policy";
 
 io::Metadata describe(const TrainOptions& options, std::int64_t step, const std::string& optimizer) {
   io::Metadata metadata{{"format", "pt"},
@@ -156,6 +158,11 @@ io::Metadata describe(const TrainOptions& options, std::int64_t step, const std:
                         {key_of("dtype"), std::string(name(options.model.moe.dtype))},
                         {key_of("router"), options.router}};
   visit_numbers(options, [&](const char* name, const auto& value) { metadata[key_of(name)] = text_of(value); });
+  const CapacityOptions& capacity = options.model.moe.capacity;
+  if (capacity.policy != CapacityPolicy::none) {
+    metadata[key_of(kCapacityFactor)] = text_of(capacity.factor);
+    metadata[key_of(kCapacityPolicy)] = name(capacity.policy);
+  }
   return metadata;
 }
 
@@ -166,6 +173,7 @@ io::Metadata describe(const TrainOptions& options, std::int64_t step, const std:
 class Description {
  public:
   explicit Description(const io::SafetensorsFile& file) : file_(file) {}
+  bool has(std::string_view name) const { return file_.metadata().contains(key_of(name)); }
   const std::string& text(std::string_view name) const {
     const auto found = file_.metadata().find(key_of(name));
     if (found == file_.metadata().end()) {
@@ -321,6 +329,11 @@ SavedTraining read_checkpoint(const std::string& directory) {
   saved.options.model.moe.dtype = parse_dtype(dtype);
   saved.options.steps = saved.step + 1;
   try {
+    CapacityOptions& capacity = saved.options.model.moe.capacity;
+    if (description.has(kCapacityPolicy)) {
+      capacity.policy = parse_capacity_policy(description.text(kCapacityPolicy));
+      description.number(kCapacityFactor, capacity.factor);
+    }
     validate(saved.options);
   } catch (const Error& error) {
     refuse(file.path(), "its metadata says what cannot be: " + error.message());
@@ -332,6 +345,9 @@ SavedTraining read_checkpoint(const std::string& directory) {
 }
 
 void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model) {
+  if (model.moe.capacity.rows > 0 || model.moe.capacity.scope != CapacityScope::global) {
+    throw Error(ErrorCode::bad_argument, "a checkpoint tells only capacities by a factor over the global batch");
+  }
   if (family_of(model.moe) == Family::none) {
     throw Error(ErrorCode::bad_argument,
                 "a checkpoint holds routed SwiGLU experts without biases, weighted on their output, and a router as "

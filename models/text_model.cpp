@@ -52,6 +52,7 @@ void validate(const TextModelOptions& options) {
   require_positive("hidden", options.moe.hidden);
   require_positive("inner", options.moe.inner);
   validate(options.moe.router);
+  validate(options.moe.capacity);
   if (options.moe.dtype != DType::f32 && options.moe.dtype != DType::bf16) {
     throw Error(ErrorCode::bad_argument, "dtype " + std::string(name(options.moe.dtype)) + " is neither f32 nor bf16");
   }
@@ -62,6 +63,7 @@ TextModelOptions dense_twin(TextModelOptions options) {
   options.moe.shared_gate = false;
   const RouterOptions& router = options.moe.router;
   options.moe.router = {.experts = 1, .topk = 1, .balance = router.balance, .z = router.z};
+  options.moe.capacity = {};  // one expert takes every token or none: there is nothing to even out
   return options;
 }
 
@@ -285,7 +287,10 @@ void TextModel::follow_loads(float rate) {
   const auto experts = static_cast<std::size_t>(options_.moe.router.experts);
   if (!options_.moe.router.selection_bias) return;
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
-    update_selection_bias(selection_bias(layer), loads().subspan(layer * experts, experts), rate);
+    // What the router wanted, dropped or not.
+    const std::vector<std::int64_t>& chosen = blocks_[layer].record.capacity.chosen;
+    const auto counts = chosen.empty() ? loads().subspan(layer * experts, experts) : std::span(chosen);
+    update_selection_bias(selection_bias(layer), counts, rate);
   }
 }
 
@@ -296,8 +301,7 @@ void TextModel::count_loads() {
     const MoeRecord& record = blocks_[layer].record;
     const auto totals = record.plan.expert_totals();
     std::copy(totals.begin(), totals.end(), loads_.begin() + static_cast<std::ptrdiff_t>(layer * experts));
-    dropped_ += record.losses.tokens * options_.moe.router.topk;
-    for (const std::int64_t rows : totals) dropped_ -= rows;
+    for (const std::int64_t slots : record.capacity.dropped) dropped_ += slots;
   }
 }
 

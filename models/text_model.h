@@ -59,7 +59,7 @@ class TextModel {
   /// One step of every selection bias by the loads of the last trained batch; call it once per optimizer step.
   void follow_loads(float rate);
 
-  /// [layers, E] slots per expert of the last trained batch, and how many of all slots no expert took.
+  /// [layers, E] rows that each expert took of the last trained batch, and how many slots none took for want of room.
   std::span<const std::int64_t> loads() const { return loads_; }
   std::int64_t dropped() const { return dropped_; }
 

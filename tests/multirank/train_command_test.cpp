@@ -68,6 +68,41 @@ TEST_F(TrainCommand, says_what_programs_want_to_know) {
   EXPECT_GT(result["tokens_per_s"], 0.0);
 }
 
+TEST_F(TrainCommand, drops_the_same_slots_on_any_ranks) {
+  const nlohmann::json plain = train(std::string(kSmall));
+  for (const std::string policy : {"", " --capacity-policy drop_by_score"}) {
+    const std::string flags = kSmall + (" --capacity-factor 0.75" + policy);
+    const nlohmann::json one = train(flags);
+    // 50 steps of 2 layers, each expert taking at most 12 of 80 slots.
+    EXPECT_GE(one["dropped"], 50 * 2 * (80 - 5 * 12));
+    EXPECT_LT(one["dropped"], 50 * 2 * 80);
+    EXPECT_NE(one["losses"], plain["losses"]);
+    for (const std::string ranks : {"3", "8"}) {
+      const nlohmann::json result = train(flags + " --ranks " + ranks);
+      EXPECT_EQ(result["losses"].dump(), one["losses"].dump()) << ranks << " ranks";
+      EXPECT_EQ(result["heldout_bits_per_byte"].dump(), one["heldout_bits_per_byte"].dump());
+      EXPECT_EQ(result["dropped"], one["dropped"]);
+    }
+  }
+  const nlohmann::json roomy = train(kSmall + std::string(" --capacity-factor 5 --ranks 2"));
+  EXPECT_EQ(roomy["losses"], plain["losses"]) << "room for everything";
+  EXPECT_EQ(roomy["dropped"], 0);
+}
+
+TEST_F(TrainCommand, goes_on_with_the_capacity_of_a_checkpoint) {
+  const std::string flags =
+      kSmall + std::string(" --decay-steps 50 --capacity-factor 0.75 --capacity-policy drop_by_score");
+  const nlohmann::json whole = train(flags);
+  expar("train --text " + path("text") + " --hidden 16 --inner 16 --experts 5 --context 4 --batch 40 --steps 20 " +
+        "--decay-steps 50 --lr 0.01 --seed 3 --capacity-factor 0.75 --capacity-policy drop_by_score --save " +
+        path("there"));
+  const nlohmann::json rest = train(" --steps 50 --ranks 3 --resume " + path("there"));
+  EXPECT_EQ(rest["losses"].size(), 30u);
+  EXPECT_EQ(rest["losses"].back(), whole["losses"].back());
+  EXPECT_GT(rest["dropped"], 0);
+  EXPECT_EQ(rest["heldout_bits_per_byte"], whole["heldout_bits_per_byte"]);
+}
+
 TEST_F(TrainCommand, shows_people_a_table) {
   const Finished finished = expar("train --text " + path("text") + kSmall + " --steps 2 --dense");
   EXPECT_EQ(finished.status, 2) << "a flag given twice";
@@ -111,6 +146,11 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --bias-update-rate 0.01", 2, "is for a router with a selection bias, which softmax has not"},
       {text + " --router deepseek_v3 --bias-update-rate 0", 2, "--bias-update-rate = '0'"},
       {text + " --router gpt_oss --save " + path("gpt"), 2, "a router as Qwen3-MoE's or DeepSeek-V3's"},
+      {text + " --capacity-factor 0", 2, "--capacity-factor = '0'"},
+      {text + " --capacity-policy drop_by_score", 2, "--capacity-policy needs --capacity-factor"},
+      {text + " --capacity-factor 1 --capacity-policy drop", 2,
+       "--capacity-policy = 'drop' is not one of drop_by_position"},
+      {text + " --steps 1 --capacity-factor 0.5 --capacity-policy error", 2, "rows, its capacity is"},
       {text + " --sace here", 2, "unknown flag --sace"},
       {text + " --save-every 3", 2, "--save-every needs --save"},
       {text + " --save " + path("text") + "/here", 7, "cannot make this directory"},
