@@ -47,6 +47,11 @@ struct RouterOptions {
   bool weights_on_input = false;  // the experts read weight * x instead of weighing their results (Llama 4)
   float balance = 0.0F;           // coefficient of the balancing loss; 0.01 is usual
   float z = 0.0F;                 // coefficient of the z-loss; 0.001 is usual
+  float sequence_balance = 0.0F;  // coefficient of the balancing loss of each sequence; 0.0001 is DeepSeek-V3's
+  float importance = 0.0F;        // coefficients of the other losses of RouterLosses
+  float importance_cv = 0.0F;
+  float load = 0.0F;
+  float load_deviation = 0.0F;  // of the noise that `load` supposes on a score
   NanPolicy nan = NanPolicy::error;
 };
 
@@ -103,14 +108,24 @@ enum class BiasRule : std::uint8_t {
 void update_selection_bias(Tensor bias, std::span<const std::int64_t> counts, float rate,
                            BiasRule rule = BiasRule::sign);
 
-/// Over the global batch of T tokens, c_i of whose T K slots went to expert i:
-///   balance = coefficient * E * sum_i (c_i / (T K)) * mean_t score[t, i]         (Fedus et al. 2021, eq. 4)
-///   z       = coefficient * mean_t logsumexp[t]^2                                (Zoph et al. 2022, eq. 5)
+/// Over the global batch of T tokens (all that the context's ranks hold of this call, padding left out), of whose T K
+/// slots c_i went to expert i, with p = Routing::loss_scores, I_i = sum_t p[t, i], and Var unbiased:
+///   balance          = coefficient * E * sum_i (c_i / (T K)) * mean_t p[t, i]      (Fedus et al. 2021, eq. 4)
+///   sequence_balance = the same of each sequence, mean over sequences              (DeepSeek-V3 2024, eq. 17)
+///   importance       = coefficient * Var(I) / E^2
+///   importance_cv    = coefficient * Var(I) / (mean(I)^2 + 1e-10)                  (Shazeer et al. 2017, eq. 7)
+///   load             = the same of L_i = sum_t Phi((p[t, i] - p[t, last chosen]) / load_deviation)        (eq. 10)
+///   z                = coefficient * mean_t logsumexp[t]^2                         (Zoph et al. 2022, eq. 5)
+/// Perfectly balanced, the first two are their coefficients, importance, importance_cv and load are 0; of logits that
+/// are all 0, z is its coefficient times log(E)^2. Only importance grows with T, by T^2.
 struct RouterLosses {
   float balance = 0.0F;
+  float sequence_balance = 0.0F;
+  float importance = 0.0F, importance_cv = 0.0F;
+  float load = 0.0F;
   float z = 0.0F;
   std::int64_t tokens = 0;           // T of the global batch
-  std::vector<float> load_fraction;  // [E] c_i / (T K)
+  std::vector<float> load_fraction;  // [E] c_i / (T K), with what was given so far
 
   // The gradient of all that, as route_backward reads it. Most losses are linear in a score, so that all tokens of a
   // segment have the same gradient.
@@ -119,12 +134,30 @@ struct RouterLosses {
   float dlogsumexp = 0.0F;             // by a token's logsumexp, over that logsumexp
 };
 
+/// The coefficient for RouterOptions::balance that weighs as much as `router_aux_loss_coef` of Hugging Face, whose
+/// fractions sum to K and not to 1. It takes one loss of the means over all layers where expar adds up each layer's:
+/// for the same weight in a model of several, divide by their number.
+float balance_from_hugging_face(float coefficient, std::int64_t topk);
+
+/// What the losses may count besides the tokens of this call.
+struct LossInputs {
+  /// [Q + 1] from 0 to T, ascending: this rank's sequences, of which none lies on two ranks. Empty: each shard is one.
+  std::span<const std::int64_t> sequences = {};
+  /// With gradient accumulation: of the micro-batches before this one, [E] slots and the tokens that they belong to.
+  /// `balance` then takes c_i / (T K) over all of them, as if they were one batch, and the scores of this call.
+  std::span<const std::int64_t> counts_so_far = {};
+  std::int64_t tokens_so_far = 0;
+};
+
 /// `shards` splits this rank's tokens into the micro-shards of the global batch: [S + 1] ascending from 0 to T. Means
 /// are summed shard by shard over all ranks, so that they do not depend on which rank holds a shard.
-///   counts : [E] slots per expert over the global batch (Plan::expert_totals)
-/// Collective.
+///   counts : [E] slots per expert over the global batch (Plan::expert_totals, or Capacity::chosen)
+/// Sequences count the slots of Routing::ids. Nothing depends on P.
+/// Collective. Throws Error: bad_argument (shapes, sequences or options), mismatch, timeout, peer_lost.
+/// Cost: one all_reduce of a row of E numbers per shard, of 2 E with `load`; with `sequence_balance` a second one.
 RouterLosses router_losses(const Context& context, const RouterOptions& options, const Routing& routing,
-                           std::span<const std::int64_t> counts, std::span<const std::int64_t> shards);
+                           std::span<const std::int64_t> counts, std::span<const std::int64_t> shards,
+                           const LossInputs& inputs = {});
 
 /// dlogits [T, E] f32 of (weights . dweights) + losses: their segments, dscores and dlogsumexp.
 ///   dweights : [T, K] f32, the gradient of the weights; 0 where a slot was dropped

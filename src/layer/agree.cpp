@@ -51,6 +51,11 @@ std::vector<Setting> settings_of(const RouterOptions& router) {
           {"weights_on_input", static_cast<double>(router.weights_on_input)},
           {"balance", double{router.balance}},
           {"z", double{router.z}},
+          {"sequence_balance", double{router.sequence_balance}},
+          {"importance", double{router.importance}},
+          {"importance_cv", double{router.importance_cv}},
+          {"load", double{router.load}},
+          {"load_deviation", double{router.load_deviation}},
           {"nan", static_cast<double>(router.nan)}};
 }
 

@@ -65,6 +65,12 @@ void validate(const RouterOptions& options) {
   }
   from_zero("balance", options.balance);
   from_zero("z", options.z);
+  from_zero("sequence_balance", options.sequence_balance);
+  from_zero("importance", options.importance);
+  from_zero("importance_cv", options.importance_cv);
+  from_zero("load", options.load);
+  from_zero("load_deviation", options.load_deviation);
+  if (options.load > 0.0F && options.load_deviation == 0.0F) refuse("the load loss needs a load_deviation above 0");
 }
 
 std::span<const std::string_view> router_presets() { return kPresets; }

@@ -23,6 +23,8 @@ std::vector<std::int64_t> counts_of(const Routing& routing) {
   return counts;
 }
 
+const std::vector<std::int64_t> kSequences{0, 2, 2, 6, 9};
+
 void check(const Context& context, const RouterOptions& options, const RouteInputs& inputs) {
   const Random random(3, "router");
   Array logits(DType::f32, {kTokens, kExperts});
@@ -36,7 +38,8 @@ void check(const Context& context, const RouterOptions& options, const RouteInpu
   route(context, options, logits, routing, inputs);
   const std::vector<std::int64_t> counts = counts_of(routing);
   const std::vector<std::int32_t> ids(routing.ids.as<std::int32_t>(), routing.ids.as<std::int32_t>() + kTokens * kTopk);
-  const RouterLosses losses = router_losses(context, options, routing, counts, kShards);
+  const LossInputs sequences{.sequences = kSequences};
+  const RouterLosses losses = router_losses(context, options, routing, counts, kShards, sequences);
   Array dlogits(DType::f32, {kTokens, kExperts});
   route_backward(context, options, routing, losses, dweights, dlogits);
 
@@ -45,8 +48,9 @@ void check(const Context& context, const RouterOptions& options, const RouteInpu
     route(context, options, logits, other, inputs);
     // A step must not change who is chosen: there the function jumps.
     EXPECT_TRUE(std::equal(ids.begin(), ids.end(), other.ids.as<std::int32_t>()));
-    const RouterLosses now = router_losses(context, options, other, counts, kShards);
+    const RouterLosses now = router_losses(context, options, other, counts, kShards, sequences);
     double sum = static_cast<double>(now.balance) + now.z;
+    for (const float more : {now.sequence_balance, now.importance, now.importance_cv, now.load}) sum += more;
     for (std::int64_t i = 0; i < kTokens * kTopk; ++i)
       sum += static_cast<double>(other.weights.as<float>()[i]) * dweights.as<float>()[i];
     return sum;
@@ -72,6 +76,20 @@ TEST(RouterGradient, counts_the_balancing_loss) {
 TEST(RouterGradient, counts_the_z_loss) {
   check({.experts = kExperts, .topk = kTopk, .z = 2.0F});
   check({.experts = kExperts, .topk = kTopk, .renormalise = false, .z = 2.0F});
+}
+
+TEST(RouterGradient, counts_the_balancing_loss_of_each_sequence) {
+  check({.experts = kExperts, .topk = kTopk, .sequence_balance = 20.0F});
+  check({.experts = kExperts, .topk = kTopk, .score = Score::sigmoid, .balance = 10.0F, .sequence_balance = 20.0F});
+}
+TEST(RouterGradient, counts_the_importances) {
+  check({.experts = kExperts, .topk = kTopk, .importance = 50.0F});
+  check({.experts = kExperts, .topk = kTopk, .importance_cv = 20.0F});
+  check({.experts = kExperts, .topk = kTopk, .score = Score::sigmoid, .importance = 50.0F, .importance_cv = 20.0F});
+}
+TEST(RouterGradient, counts_the_loads) {
+  check({.experts = kExperts, .topk = kTopk, .load = 20.0F, .load_deviation = 0.2F});
+  check({.experts = kExperts, .topk = kTopk, .sequence_balance = 9.0F, .load = 9.0F, .load_deviation = 0.1F});
 }
 
 /// One segment has no tokens and one ends where the library's tasks do not.
