@@ -16,7 +16,7 @@ namespace {
 constexpr std::uint64_t kMaxConfig = 16'000'000;
 constexpr std::int64_t kMaxExtent = std::int64_t{1} << 31;
 constexpr std::string_view kFamilies[] = {"mixtral",     "qwen2_moe",   "qwen3_moe", "olmoe",
-                                          "deepseek_v2", "deepseek_v3", "gpt_oss"};
+                                          "deepseek_v2", "deepseek_v3", "gpt_oss",   "llama4"};
 
 /// The values of an object by name; null counts as absent, as it does in transformers.
 class Fields {
@@ -98,7 +98,8 @@ class Fields {
 
 /// By model_type; by architecture where that is none of ours, for models that are others under another name.
 std::string family_of(const Fields& fields) {
-  const std::string type = fields.text("model_type", "");
+  std::string type = fields.text("model_type", "");
+  if (type == "llama4_text") type = "llama4";
   if (std::find(std::begin(kFamilies), std::end(kFamilies), type) != std::end(kFamilies)) return type;
   struct Architecture {
     std::string_view name, family;
@@ -107,7 +108,7 @@ std::string family_of(const Fields& fields) {
       {"MixtralForCausalLM", "mixtral"},        {"Qwen2MoeForCausalLM", "qwen2_moe"},
       {"Qwen3MoeForCausalLM", "qwen3_moe"},     {"OlmoeForCausalLM", "olmoe"},
       {"DeepseekV2ForCausalLM", "deepseek_v2"}, {"DeepseekV3ForCausalLM", "deepseek_v3"},
-      {"GptOssForCausalLM", "gpt_oss"}};
+      {"GptOssForCausalLM", "gpt_oss"},         {"Llama4ForCausalLM", "llama4"}};
   if (const nlohmann::json* list = fields.find("architectures"); list != nullptr && list->is_array()) {
     for (const Architecture& architecture : kArchitectures) {
       if (std::find(list->begin(), list->end(), architecture.name) != list->end()) {
@@ -152,10 +153,21 @@ void read_deepseek(const Fields& fields, ModelConfig& config) {
   }
 }
 
+void read_llama4(const Fields& fields, ModelConfig& config) {
+  config.shared_inner = config.inner;
+  const std::vector<std::int64_t> moe = fields.layers("moe_layers");
+  for (std::int64_t layer = 0; !moe.empty() && layer < config.layers; ++layer) {
+    if (std::find(moe.begin(), moe.end(), layer) == moe.end()) config.dense_layers.push_back(layer);
+  }
+  if (moe.empty()) config.moe_every = fields.whole({"interleave_moe_layer_step"}, 1, 1);
+  config.moe_phase = moe.empty() ? 1 : 0;
+}
+
 void read_family(const Fields& fields, ModelConfig& config) {
   if (config.family.starts_with("qwen")) return read_qwen(fields, config);
   if (config.family.starts_with("deepseek")) return read_deepseek(fields, config);
   config.inner = fields.whole({"intermediate_size"}, 1);
+  if (config.family == "llama4") return read_llama4(fields, config);
   // GPT-OSS takes the softmax of the chosen logits alone, which is the same.
   config.norm_topk = config.family == "olmoe" ? fields.flag("norm_topk_prob") : true;
   if (config.family == "gpt_oss") {
@@ -170,19 +182,25 @@ std::vector<std::string> missing_features(const ModelConfig& config) {
   const auto add = [&](bool lacks, const std::string& what) {
     if (lacks) missing.push_back(what);
   };
-  const auto number = [](double value) {
-    std::string text = std::to_string(value);
-    text.erase(text.find_last_not_of('0') + 1);
-    return text.back() == '.' ? text + "0" : text;
-  };
   add(!config.quantization.empty(), "weights quantised as " + in_quotes(config.quantization));
-  add(config.scoring != "softmax", config.scoring + " scores");
-  add(config.selection_bias, "a bias for the selection of experts");
-  add(config.groups_used < config.groups,
-      "groups of experts (" + std::to_string(config.groups_used) + " of " + std::to_string(config.groups) + ")");
-  add(config.scaling != 1.0, "routed_scaling_factor " + number(config.scaling));
+  add(config.scoring != "softmax" && config.scoring != "sigmoid", in_quotes(config.scoring) + " scores");
   add(config.activation != "silu" && config.activation != "gelu", "hidden_act " + in_quotes(config.activation));
   return missing;
+}
+
+RouterOptions router_of(const ModelConfig& config) {
+  if (config.family == "llama4") return router_preset("llama4", config.experts, config.topk);
+  RouterOptions router;
+  router.experts = config.experts;
+  router.topk = config.topk;
+  router.score = config.scoring == "sigmoid" ? Score::sigmoid : Score::softmax;
+  router.renormalise = config.norm_topk;
+  router.scaling = static_cast<float>(config.scaling);
+  router.groups = config.groups;
+  router.groups_used = config.groups_used;
+  router.selection_bias = config.selection_bias;
+  router.bias = config.router_bias;
+  return router;
 }
 
 }  // namespace
@@ -239,10 +257,7 @@ MoeLayerOptions layer_options(const ModelConfig& config, DType dtype) {
   MoeLayerOptions options;
   options.hidden = config.hidden;
   options.inner = config.inner;
-  options.router.experts = config.experts;
-  options.router.topk = config.topk;
-  options.router.renormalise = config.norm_topk;
-  options.router.bias = config.router_bias;
+  options.router = router_of(config);
   options.activation = config.activation == "gelu" ? Activation::geglu : Activation::swiglu;
   if (config.limit) {
     options.numbers = {.alpha = 1.702F, .limit = static_cast<float>(*config.limit), .offset = 1};

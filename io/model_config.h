@@ -11,8 +11,8 @@
 
 namespace expar::io {
 
-/// Families: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss. Everything that changes what a
-/// block computes is here, also what expar cannot compute yet; layer_options() is where that is refused.
+/// Families: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4. Everything that changes
+/// what a block computes is here, also what expar cannot compute yet; layer_options() is where that is refused.
 struct ModelConfig {
   std::string path;          // of config.json
   std::string family;        // its model_type

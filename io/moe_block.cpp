@@ -105,7 +105,11 @@ MoeNames moe_names(std::string_view family, std::int64_t layer) {
   MoeNames names;
   names.is_mixtral = family == "mixtral";
   names.is_gpt_oss = family == "gpt_oss";
-  names.block = "model.layers." + std::to_string(layer) + (names.is_mixtral ? ".block_sparse_moe." : ".mlp.");
+  names.is_llama4 = family == "llama4";
+  names.block = "model.layers." + std::to_string(layer) +
+                (names.is_mixtral  ? ".block_sparse_moe."
+                 : names.is_llama4 ? ".feed_forward."
+                                   : ".mlp.");
   names.shared = family.starts_with("deepseek") ? "shared_experts." : "shared_expert.";
   return names;
 }
@@ -130,7 +134,9 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
   };
   router_ = take(names.router(), {e, h});
   if (config.router_bias) router_bias_ = take(names.router_bias(), {e});
-  is_transposed_ = names.is_gpt_oss;
+  if (config.selection_bias) selection_bias_ = take(names.selection_bias(), {e});
+  is_transposed_ = names.is_gpt_oss || names.is_llama4;
+  is_interleaved_ = names.is_gpt_oss;
   if (is_transposed_) {
     fused_up_ = take_weight(names.fused_up(), {e, h, 2 * f});
     fused_down_ = take_weight(names.fused_down(), {e, f, h});
@@ -190,13 +196,17 @@ void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
     check_target("the router's bias", to.router_bias, {config_.experts});
     router_bias_->read_rows(0, to.router_bias);
   }
+  if (selection_bias_ != nullptr) {
+    check_target("the selection bias", to.selection_bias, {config_.experts});
+    selection_bias_->read_rows(0, to.selection_bias);
+  }
   load_shared(to);
   if (up_bias_ != nullptr) {
     read_transposed(*up_bias_, experts.first, true, to.up_bias);
     down_bias_->read_rows(experts.first, to.down_bias);
   }
   if (is_transposed_) {
-    read_transposed(*fused_up_, experts.first, true, to.up);
+    read_transposed(*fused_up_, experts.first, is_interleaved_, to.up);
     read_transposed(*fused_down_, experts.first, false, to.down);
     return;
   }
@@ -230,6 +240,7 @@ void MoeBlock::load(MoeLayer& layer) const {
   BlockTargets to;
   to.router = layer.router_parameter("").value;
   if (layer.options().router.bias) to.router_bias = layer.router_bias_parameter("").value;
+  to.selection_bias = layer.selection_bias();
   const struct {
     std::string_view name;
     Tensor* target;

@@ -15,19 +15,20 @@
 namespace expar::io {
 
 /// Names as transformers writes them: each expert on its own, or fused by its version 5 as it holds them in memory.
-///   router   [E, H], router_bias [E]
+///   router   [E, H], router_bias [E], selection_bias [E]
 ///   gate, up [F, H], down [H, F] of expert e, and of all shared experts side by side
 ///   fused_up [E, 2F, H], gate above up; fused_down [E, H, F]
 ///   shared_gate [1, H]
 /// GPT-OSS's are transposed and interleaved: fused_up [E, H, 2F], column 2f of the gate and 2f + 1 of up; fused_down
-/// [E, F, H]; fused_up_bias [E, 2F], interleaved too; fused_down_bias [E, H].
+/// [E, F, H]; fused_up_bias [E, 2F], interleaved too; fused_down_bias [E, H]. Llama 4's are transposed alone.
 struct MoeNames {
   std::string block;        // "model.layers.3.mlp."
   bool is_mixtral = false;  // w1, w3, w2 for gate_proj, up_proj, down_proj
-  bool is_gpt_oss = false;
+  bool is_gpt_oss = false, is_llama4 = false;
   std::string shared = {};  // "shared_expert."
 
-  std::string router() const { return block + (is_gpt_oss ? "router.weight" : "gate.weight"); }
+  std::string router() const { return block + (is_gpt_oss || is_llama4 ? "router.weight" : "gate.weight"); }
+  std::string selection_bias() const { return block + "gate.e_score_correction_bias"; }
   std::string router_bias() const { return block + "router.bias"; }
   std::string gate(std::int64_t expert) const { return name(expert, is_mixtral ? "w1" : "gate_proj"); }
   std::string up(std::int64_t expert) const { return name(expert, is_mixtral ? "w3" : "up_proj"); }
@@ -51,6 +52,7 @@ MoeNames moe_names(std::string_view family, std::int64_t layer);
 struct BlockTargets {
   Tensor router = {}, up = {}, down = {};   // [E, H]; [L, 2F, H], gate above up; [L, H, F]
   Tensor router_bias = {};                  // [E]
+  Tensor selection_bias = {};               // [E]
   Tensor up_bias = {}, down_bias = {};      // [L, 2F], [L, H]
   Tensor shared_up = {}, shared_down = {};  // [2F, H], [H, F] with the F of the shared experts
   Tensor shared_gate = {};                  // [H]
@@ -84,12 +86,14 @@ class MoeBlock {
   ModelConfig config_;
   DType dtype_ = DType::f32;
   const StoredTensor* router_ = nullptr;
-  const StoredTensor* router_bias_ = nullptr;  // null: none
-  const StoredTensor* fused_up_ = nullptr;     // null: experts_ instead
+  const StoredTensor* router_bias_ = nullptr;     // null: none
+  const StoredTensor* selection_bias_ = nullptr;  // null: none
+  const StoredTensor* fused_up_ = nullptr;        // null: experts_ instead
   const StoredTensor* fused_down_ = nullptr;
   const StoredTensor* up_bias_ = nullptr;  // null: no biases
   const StoredTensor* down_bias_ = nullptr;
-  bool is_transposed_ = false;  // fused_up_, fused_down_ and up_bias_ are as GPT-OSS has them
+  bool is_transposed_ = false;   // fused_up_ and fused_down_
+  bool is_interleaved_ = false;  // the columns of fused_up_, and up_bias_
   std::vector<Expert> experts_;
   Expert shared_{};  // null: none
   const StoredTensor* shared_gate_ = nullptr;

@@ -121,29 +121,52 @@ TEST_F(ModelConfig, of_deepseek_v2_runs_where_it_has_nothing_special) {
   grouped["topk_group"] = 4;
   EXPECT_EQ(refusal(grouped), "accepted");
   grouped["topk_group"] = 2;
-  EXPECT_EQ(refusal(grouped),
-            "unsupported: config.json: deepseek_v2 with groups of experts (2 of 4) cannot be computed by this version "
-            "of expar");
+  grouped["routed_scaling_factor"] = 16.5;
+  const RouterOptions router = io::layer_options(read(grouped), DType::f32).router;
+  EXPECT_EQ(router.score, Score::softmax);
+  EXPECT_EQ(router.groups, 4);
+  EXPECT_EQ(router.groups_used, 2);
+  EXPECT_EQ(router.scaling, 16.5F);
+  EXPECT_FALSE(router.selection_bias);
+}
+
+TEST_F(ModelConfig, of_deepseek_v3_chooses_by_biased_sigmoids_in_groups) {
+  Json config = with(deepseek("deepseek_v3"), "norm_topk_prob", true);
+  config["n_group"] = 4;
+  config["topk_group"] = 2;
+  config["routed_scaling_factor"] = 2.5;
+  const RouterOptions router = io::layer_options(read(config), DType::f32).router;
+  EXPECT_EQ(router.score, Score::sigmoid);
+  EXPECT_EQ(router.groups, 4);
+  EXPECT_EQ(router.groups_used, 2);
+  EXPECT_EQ(router.scaling, 2.5F);
+  EXPECT_TRUE(router.selection_bias);
+  EXPECT_TRUE(router.renormalise);
+}
+
+TEST_F(ModelConfig, of_llama4_weighs_what_experts_read_and_has_dense_layers_between) {
+  Json config = with(mixtral(), "model_type", "llama4_text");
+  config["num_experts_per_tok"] = 1;
+  config["interleave_moe_layer_step"] = 2;
+  const MoeLayerOptions options = io::layer_options(read(config), DType::f32);
+  EXPECT_TRUE(options.router.weights_on_input);
+  EXPECT_EQ(options.router.score, Score::sigmoid);
+  EXPECT_EQ(options.shared_inner, options.inner);
+  EXPECT_FALSE(read(config).is_moe(0));
+  EXPECT_TRUE(read(config).is_moe(1));
+  config["moe_layers"] = {0};
+  EXPECT_TRUE(read(config).is_moe(0));
+  EXPECT_FALSE(read(config).is_moe(1));
 }
 
 TEST_F(ModelConfig, names_the_family_and_every_feature_that_is_missing) {
   const auto missing = [](const std::string& what) {
     return "unsupported: config.json: " + what + " cannot be computed by this version of expar";
   };
-  EXPECT_EQ(refusal(with(deepseek("deepseek_v2"), "routed_scaling_factor", 16.5)),
-            missing("deepseek_v2 with routed_scaling_factor 16.5"));
-  EXPECT_EQ(refusal(with(deepseek("deepseek_v2"), "scoring_func", "sigmoid")),
-            missing("deepseek_v2 with sigmoid scores"));
-  Json v3 = with(deepseek("deepseek_v3"), "n_shared_experts", 1);
-  v3["n_group"] = 4;
-  v3["topk_group"] = 2;
-  v3["routed_scaling_factor"] = 2.5;
-  v3["quantization_config"] = {{"quant_method", "fp8"}};
-  EXPECT_EQ(refusal(v3),
-            missing("deepseek_v3 with weights quantised as 'fp8', sigmoid scores, a bias for the selection of experts, "
-                    "groups of experts (2 of 4) and routed_scaling_factor 2.5"));
-  EXPECT_EQ(refusal(deepseek("deepseek_v3")),
-            missing("deepseek_v3 with sigmoid scores and a bias for the selection of experts"));
+  Json lucky = with(deepseek("deepseek_v2"), "scoring_func", "lucky");
+  EXPECT_EQ(refusal(lucky), missing("deepseek_v2 with 'lucky' scores"));
+  lucky["quantization_config"] = {{"quant_method", "fp8"}};
+  EXPECT_EQ(refusal(lucky), missing("deepseek_v2 with weights quantised as 'fp8' and 'lucky' scores"));
   EXPECT_EQ(refusal(with(mixtral(), "hidden_act", "relu")), missing("mixtral with hidden_act 'relu'"));
 }
 
@@ -174,7 +197,7 @@ TEST_F(ModelConfig, describes_the_experts_of_each_family) {
 }
 
 TEST_F(ModelConfig, of_another_family_is_refused_by_name) {
-  const std::string names = ": mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss";
+  const std::string names = ": mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4";
   EXPECT_EQ(refusal(with(mixtral(), "model_type", "llama")),
             "unsupported: config.json: model_type 'llama' is not one that expar reads" + names);
   EXPECT_EQ(refusal_of_text("{}"), "unsupported: config.json: model_type '' is not one that expar reads" + names);
