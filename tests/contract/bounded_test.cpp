@@ -228,7 +228,7 @@ TEST_P(EveryWay, names_the_rank_that_is_late) {
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
     const Array x(DType::f32, Shape{3, 4});
     barrier(context);
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(700));
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(400));
     dispatch(context.with_timeout(std::chrono::milliseconds(150)), x, {}, plan);
   });
   const Error error = expect_same_error(ends);

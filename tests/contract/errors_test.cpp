@@ -75,7 +75,7 @@ TEST_P(EveryWay, names_the_rank_that_is_late) {
   const auto ends = run_all(GetParam(), [](const Context& context) {
     const Context patient = context.with_timeout(std::chrono::milliseconds(300));
     barrier(context);
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(1200));
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(600));
     barrier(patient);
   });
   const Error error = expect_same_error(ends);
