@@ -18,15 +18,6 @@ namespace {
 
 class EveryWay : public testing::TestWithParam<Way> {};
 
-Error error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error;
-  }
-  throw std::runtime_error("nothing was thrown");
-}
-
 void require_text(const std::string& got, const std::string& wanted) { require(got == wanted, "got: " + got); }
 
 /// Experts that multiply by one more than their number.

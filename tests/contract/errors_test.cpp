@@ -14,15 +14,6 @@ namespace {
 
 class EveryWay : public testing::TestWithParam<Way> {};
 
-Error error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error;
-  }
-  throw std::runtime_error("nothing was thrown");
-}
-
 TEST_P(EveryWay, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
   run(GetParam(), [](const Context& context) {
     const int bad = context.size() - 1;

@@ -135,15 +135,6 @@ TEST_P(EveryWay, brings_values_home_from_each_layout) {
   });
 }
 
-Error error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error;
-  }
-  throw std::runtime_error("nothing was thrown");
-}
-
 TEST_P(EveryWay, refuses_a_capacity_that_is_too_small_and_layouts_that_differ) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{2, 2, 2};

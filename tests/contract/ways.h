@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <stdexcept>
 
 #include <gtest/gtest.h>
 
@@ -24,6 +25,16 @@ inline std::vector<Outcome> run_all(const Way& way, const std::function<void(con
 
 inline void run(const Way& way, const std::function<void(const Context&)>& rank_main) {
   expect_success(run_all(way, rank_main));
+}
+
+/// What `call` throws.
+inline Error error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error;
+  }
+  throw std::runtime_error("nothing was thrown");
 }
 
 }  // namespace expar::test

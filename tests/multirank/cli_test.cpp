@@ -19,6 +19,8 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "tests/directory.h"
+
 namespace expar {
 namespace {
 
@@ -37,17 +39,8 @@ struct Result {
   std::string out, err;
 };
 
-class CommandLine : public testing::Test {
+class CommandLine : public InDirectory {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "cli_XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
-  std::string path(const std::string& file) const { return directory_ + "/" + file; }
-
   pid_t start(const Words& words, const std::map<std::string, std::string>& variables = {}) const {
     const pid_t pid = fork();
     if (pid != 0) return pid;
@@ -111,8 +104,6 @@ class CommandLine : public testing::Test {
   nlohmann::json error_in(const std::string& file) const {
     return nlohmann::json::parse(read_all(path(file)))["error"];
   }
-
-  std::string directory_;
 };
 
 TEST_F(CommandLine, shows_help_and_version) {

@@ -12,6 +12,8 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "tests/directory.h"
+
 namespace expar {
 
 inline std::string contents(const std::string& path) {
@@ -24,17 +26,8 @@ struct Finished {
   std::string out, err;
 };
 
-class Command : public testing::Test {
+class Command : public InDirectory {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "command_XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
-  std::string path(const std::string& file) const { return directory_ + "/" + file; }
-
   Finished expar(const std::string& arguments) const {
     const std::string command = EXPAR " " + arguments + " >" + path("out") + " 2>" + path("err") + " </dev/null";
     const int status = std::system(command.c_str());
@@ -48,17 +41,12 @@ class Command : public testing::Test {
     EXPECT_EQ(finished.err, "") << "a progress line is for terminals";
     return nlohmann::json::parse(contents(path("json")), nullptr, false);
   }
-
-  std::string directory_;
 };
 
 /// With a text to train on.
 class TrainCommand : public Command {
  protected:
-  void SetUp() override {
-    Command::SetUp();
-    std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000);
-  }
+  void SetUp() override { std::ofstream(path("text"), std::ios::binary) << contents(KJV).substr(0, 78000); }
   nlohmann::json train(const std::string& arguments) const {
     return result_of("train --text " + path("text") + " " + arguments);
   }

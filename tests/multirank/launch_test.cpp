@@ -13,6 +13,8 @@
 #include <expar/registry.h>
 #include <gtest/gtest.h>
 
+#include "tests/directory.h"
+
 namespace expar {
 namespace {
 
@@ -29,17 +31,8 @@ LaunchResult run(int ranks, std::vector<std::string> orders) { return launch(ran
 
 std::string code(ErrorCode value) { return std::to_string(static_cast<int>(value)); }
 
-class Launch : public testing::Test {
+class Launch : public InDirectory {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "launch_XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
-  std::string path(const std::string& file) const { return directory_ + "/" + file; }
-
   pid_t wait_for_pid(const std::string& file) const {
     const auto end = steady_clock::now() + seconds(30);
     for (pid_t pid = 0; steady_clock::now() < end;) {
@@ -62,8 +55,6 @@ class Launch : public testing::Test {
     std::getline(std::ifstream("/proc/" + std::to_string(pid) + "/stat"), stat);
     return !stat.empty() && stat.substr(stat.rfind(')')).substr(0, 3) != ") Z";
   }
-
-  std::string directory_;
 };
 
 TEST_F(Launch, succeeds_when_every_rank_does) { EXPECT_FALSE(run(3, {"*:stdin"}).failed); }

@@ -17,6 +17,8 @@
 #include <expar/error.h>
 #include <gtest/gtest.h>
 
+#include "tests/directory.h"
+
 namespace expar {
 namespace {
 
@@ -94,15 +96,8 @@ std::vector<std::string> records(const std::string& path) {
   return all;
 }
 
-class Events : public testing::Test {
+class Events : public InDirectory {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "events_XXXXXX";
-    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
   std::string refusal(const std::string& directory) const {
     try {
       io::prepare_log_directory(directory);
@@ -111,8 +106,6 @@ class Events : public testing::Test {
     }
     return "accepted";
   }
-
-  std::string directory_;
 };
 
 TEST(Crc32c, gives_the_known_values_of_rfc_3720) {
