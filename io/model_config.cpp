@@ -258,6 +258,7 @@ MoeLayerOptions layer_options(const ModelConfig& config, DType dtype) {
   options.hidden = config.hidden;
   options.inner = config.inner;
   options.router = router_of(config);
+  if (config.family == "llama4") options.weights_on = WeightsOn::input;
   options.activation = config.activation == "gelu" ? Activation::geglu : Activation::swiglu;
   if (config.limit) {
     options.numbers = {.alpha = 1.702F, .limit = static_cast<float>(*config.limit), .offset = 1};

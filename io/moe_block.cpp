@@ -21,18 +21,19 @@ std::string shape_text(const std::vector<std::int64_t>& extents) {
 /// block "mlp" as everybody else's.
 MoeNames names_in(const Checkpoint& checkpoint, const std::string& family, std::int64_t layer) {
   const MoeNames usual = moe_names(family, layer);
+  const bool is_mixtral = usual.scheme == MoeNames::Scheme::mixtral;
   std::vector<std::string> blocks = {usual.block};
   const std::string base = "layers." + std::to_string(layer) + ".";
-  if (usual.is_mixtral) blocks.push_back("model." + base + "mlp.");
+  if (is_mixtral) blocks.push_back("model." + base + "mlp.");
   blocks.push_back(usual.block.substr(std::string_view("model.").size()));
-  if (usual.is_mixtral) blocks.push_back(base + "mlp.");
+  if (is_mixtral) blocks.push_back(base + "mlp.");
   for (const std::string& block : blocks) {
     MoeNames names = usual;
     names.block = block;
     if (checkpoint.find(names.router()) == nullptr) continue;
-    if (names.is_mixtral && checkpoint.find(names.gate(0)) == nullptr) {
+    if (is_mixtral && checkpoint.find(names.gate(0)) == nullptr) {
       MoeNames plain = names;
-      plain.is_mixtral = false;
+      plain.scheme = MoeNames::Scheme::usual;
       if (checkpoint.find(plain.gate(0)) != nullptr) return plain;
     }
     return names;
@@ -103,13 +104,17 @@ void read_transposed(const StoredTensor& stored, std::int64_t first, bool pairs,
 
 MoeNames moe_names(std::string_view family, std::int64_t layer) {
   MoeNames names;
-  names.is_mixtral = family == "mixtral";
-  names.is_gpt_oss = family == "gpt_oss";
-  names.is_llama4 = family == "llama4";
-  names.block = "model.layers." + std::to_string(layer) +
-                (names.is_mixtral  ? ".block_sparse_moe."
-                 : names.is_llama4 ? ".feed_forward."
-                                   : ".mlp.");
+  const char* block = ".mlp.";
+  if (family == "mixtral") {
+    names.scheme = MoeNames::Scheme::mixtral;
+    block = ".block_sparse_moe.";
+  } else if (family == "gpt_oss") {
+    names.scheme = MoeNames::Scheme::gpt_oss;
+  } else if (family == "llama4") {
+    names.scheme = MoeNames::Scheme::llama4;
+    block = ".feed_forward.";
+  }
+  names.block = "model.layers." + std::to_string(layer) + block;
   names.shared = family.starts_with("deepseek") ? "shared_experts." : "shared_expert.";
   return names;
 }
@@ -135,8 +140,8 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
   router_ = take(names.router(), {e, h});
   if (config.router_bias) router_bias_ = take(names.router_bias(), {e});
   if (config.selection_bias) selection_bias_ = take(names.selection_bias(), {e});
-  is_transposed_ = names.is_gpt_oss || names.is_llama4;
-  is_interleaved_ = names.is_gpt_oss;
+  is_transposed_ = names.is_transposed();
+  is_interleaved_ = names.scheme == MoeNames::Scheme::gpt_oss;
   if (is_transposed_) {
     fused_up_ = take_weight(names.fused_up(), {e, h, 2 * f});
     fused_down_ = take_weight(names.fused_down(), {e, f, h});

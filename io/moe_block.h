@@ -22,17 +22,24 @@ namespace expar::io {
 /// GPT-OSS's are transposed and interleaved: fused_up [E, H, 2F], column 2f of the gate and 2f + 1 of up; fused_down
 /// [E, F, H]; fused_up_bias [E, 2F], interleaved too; fused_down_bias [E, H]. Llama 4's are transposed alone.
 struct MoeNames {
-  std::string block;        // "model.layers.3.mlp."
-  bool is_mixtral = false;  // w1, w3, w2 for gate_proj, up_proj, down_proj
-  bool is_gpt_oss = false, is_llama4 = false;
+  enum class Scheme : std::uint8_t {
+    usual,
+    mixtral,  // w1, w3, w2 for gate_proj, up_proj, down_proj
+    gpt_oss,
+    llama4,
+  };
+
+  std::string block;  // "model.layers.3.mlp."
+  Scheme scheme = Scheme::usual;
   std::string shared = {};  // "shared_expert."
 
-  std::string router() const { return block + (is_gpt_oss || is_llama4 ? "router.weight" : "gate.weight"); }
+  bool is_transposed() const { return scheme == Scheme::gpt_oss || scheme == Scheme::llama4; }
+  std::string router() const { return block + (is_transposed() ? "router.weight" : "gate.weight"); }
   std::string selection_bias() const { return block + "gate.e_score_correction_bias"; }
   std::string router_bias() const { return block + "router.bias"; }
-  std::string gate(std::int64_t expert) const { return name(expert, is_mixtral ? "w1" : "gate_proj"); }
-  std::string up(std::int64_t expert) const { return name(expert, is_mixtral ? "w3" : "up_proj"); }
-  std::string down(std::int64_t expert) const { return name(expert, is_mixtral ? "w2" : "down_proj"); }
+  std::string gate(std::int64_t expert) const { return name(expert, "w1", "gate_proj"); }
+  std::string up(std::int64_t expert) const { return name(expert, "w3", "up_proj"); }
+  std::string down(std::int64_t expert) const { return name(expert, "w2", "down_proj"); }
   std::string fused_up() const { return block + "experts.gate_up_proj"; }
   std::string fused_down() const { return block + "experts.down_proj"; }
   std::string fused_up_bias() const { return fused_up() + "_bias"; }
@@ -41,8 +48,9 @@ struct MoeNames {
   std::string shared_gate() const { return block + "shared_expert_gate.weight"; }
 
  private:
-  std::string name(std::int64_t expert, const char* matrix) const {
-    return block + "experts." + std::to_string(expert) + "." + matrix + ".weight";
+  std::string name(std::int64_t expert, const char* of_mixtral, const char* usual) const {
+    return block + "experts." + std::to_string(expert) + "." + (scheme == Scheme::mixtral ? of_mixtral : usual) +
+           ".weight";
   }
 };
 /// As checkpoints of the family have them on disk.

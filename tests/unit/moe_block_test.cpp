@@ -182,11 +182,11 @@ TEST_F(MoeBlock, is_found_without_the_prefix_of_the_model_and_under_the_names_of
     SCOPED_TRACE(block);
     configure("mixtral");
     Model model(DType::f32);
-    for (const bool is_mixtral : {true, false}) {
-      save(model.per_expert({block, is_mixtral}));
+    for (const auto scheme : {io::MoeNames::Scheme::mixtral, io::MoeNames::Scheme::usual}) {
+      save(model.per_expert({block, scheme}));
       expect_loads(DType::f32);
     }
-    save(model.fused({block, true}));
+    save(model.fused({block, io::MoeNames::Scheme::mixtral}));
     expect_loads(DType::f32);
   }
 }
