@@ -59,10 +59,7 @@ struct MoeLayerOptions {
   /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
   std::shared_ptr<ExpertsWorkspace> workspace = {};
 
-  ExpertShape expert_shape() const {
-    const WeightsOn on = router.weights_on_input ? WeightsOn::input : weights_on;
-    return {hidden, inner, activation, numbers, bias, on, dtype};
-  }
+  ExpertShape expert_shape() const { return {hidden, inner, activation, numbers, bias, weights_on, dtype}; }
   ExpertShape shared_shape() const {
     return {hidden, shared_inner, activation, numbers, false, WeightsOn::output, dtype};
   }

@@ -44,7 +44,6 @@ struct RouterOptions {
   bool bias = false;              // [E] is added to the logits and trained; by the layer
   float jitter = 0.0F;            // in training the layer multiplies what the router reads by U(1 - jitter, 1 + jitter)
   bool double_scores = false;     // choose and weigh in double; off: round each score to f32 first
-  bool weights_on_input = false;  // the experts read weight * x instead of weighing their results (Llama 4)
   float balance = 0.0F;           // coefficient of the balancing loss; 0.01 is usual
   float z = 0.0F;                 // coefficient of the z-loss; 0.001 is usual
   float sequence_balance = 0.0F;  // coefficient of the balancing loss of each sequence; 0.0001 is DeepSeek-V3's
@@ -59,8 +58,9 @@ struct RouterOptions {
 void validate(const RouterOptions& options);
 
 /// The router of a family of models: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4.
-/// DeepSeek's groups are those of its 160 and 256 experts; with other numbers there are none.
-/// Throws Error: bad_argument (an unknown name, with the list of them).
+/// DeepSeek's groups are those of its 160 and 256 experts; with other numbers there are none. Llama 4's weights count
+/// on the experts' input, which is theirs to do: MoeLayerOptions::weights_on. Throws Error: bad_argument (an unknown
+/// name, with the list of them).
 RouterOptions router_preset(std::string_view name, std::int64_t experts, std::int64_t topk);
 std::span<const std::string_view> router_presets();
 

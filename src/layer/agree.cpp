@@ -48,7 +48,6 @@ std::vector<Setting> settings_of(const RouterOptions& router) {
           {"router bias", static_cast<double>(router.bias)},
           {"jitter", double{router.jitter}},
           {"double_scores", static_cast<double>(router.double_scores)},
-          {"weights_on_input", static_cast<double>(router.weights_on_input)},
           {"balance", double{router.balance}},
           {"z", double{router.z}},
           {"sequence_balance", double{router.sequence_balance}},

@@ -106,7 +106,6 @@ RouterOptions router_preset(std::string_view name, std::int64_t experts, std::in
   if (name == "llama4") {
     options.score = Score::sigmoid;
     options.choice = Choice::logits;
-    options.weights_on_input = true;
     return options;
   }
   std::string names;

@@ -149,7 +149,7 @@ TEST_F(ModelConfig, of_llama4_weighs_what_experts_read_and_has_dense_layers_betw
   config["num_experts_per_tok"] = 1;
   config["interleave_moe_layer_step"] = 2;
   const MoeLayerOptions options = io::layer_options(read(config), DType::f32);
-  EXPECT_TRUE(options.router.weights_on_input);
+  EXPECT_EQ(options.weights_on, WeightsOn::input);
   EXPECT_EQ(options.router.score, Score::sigmoid);
   EXPECT_EQ(options.shared_inner, options.inner);
   EXPECT_FALSE(read(config).is_moe(0));
