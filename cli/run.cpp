@@ -117,7 +117,9 @@ void draw(const RunFlags& flags, DType dtype, std::int64_t first_row, const Tens
 }
 
 MoeLayer load(const Context& context, const Files& files) {
-  MoeLayer layer(context, io::layer_options(files.config, files.working()));
+  MoeLayerOptions options = io::layer_options(files.config, files.working());
+  options.inference = true;
+  MoeLayer layer(context, options);
   files.block.load(layer);
   return layer;
 }
@@ -184,11 +186,10 @@ nlohmann::json run_block(const RunFlags& flags, const Communicator& communicator
     draw(flags, files.dtype, first, x);
   }
   const Array out(files.working(), x.view().shape());
-  const std::int64_t shards[] = {0, count};
-  MoeRecord record;
   barrier(context);  // so that no phase pays for a rank that still reads
-  layer.forward(context, x, out, {}, shards, record);
+  layer.forward(context, x, out);
 
+  const MoeRecord& record = layer.last();
   const std::span<const std::int64_t> load = record.plan.expert_totals();
   const auto rows = static_cast<double>(std::accumulate(load.begin(), load.end(), std::int64_t{0}));
   const auto most = static_cast<double>(*std::max_element(load.begin(), load.end()));

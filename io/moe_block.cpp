@@ -182,20 +182,19 @@ MoeBlock::MoeBlock(const Checkpoint& checkpoint, const ModelConfig& config, std:
 }
 
 void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
-  const std::int64_t h = config_.hidden, f = config_.inner;
   if (experts.first < 0 || experts.count < 0 || experts.first > config_.experts ||
       experts.count > config_.experts - experts.first) {
     throw Error(ErrorCode::bad_argument, std::to_string(experts.count) + " experts from expert " +
                                              std::to_string(experts.first) + " do not lie inside the model's " +
                                              std::to_string(config_.experts));
   }
-  check_target("the router", to.router, {config_.experts, h});
-  check_target("the array of gate and up", to.up, {experts.count, 2 * f, h});
-  check_target("the array of down", to.down, {experts.count, h, f});
-  if (up_bias_ != nullptr) {
-    check_target("the bias of gate and up", to.up_bias, {experts.count, 2 * f});
-    check_target("the bias of down", to.down_bias, {experts.count, h});
-  }
+  load_common(to);
+  load_experts(experts, to);
+}
+
+/// What every rank holds.
+void MoeBlock::load_common(const BlockTargets& to) const {
+  check_target("the router", to.router, {config_.experts, config_.hidden});
   router_->read_rows(0, to.router);
   if (router_bias_ != nullptr) {
     check_target("the router's bias", to.router_bias, {config_.experts});
@@ -206,7 +205,15 @@ void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
     selection_bias_->read_rows(0, to.selection_bias);
   }
   load_shared(to);
+}
+
+void MoeBlock::load_experts(ExpertRange experts, const BlockTargets& to) const {
+  const std::int64_t h = config_.hidden, f = config_.inner;
+  check_target("the array of gate and up", to.up, {experts.count, 2 * f, h});
+  check_target("the array of down", to.down, {experts.count, h, f});
   if (up_bias_ != nullptr) {
+    check_target("the bias of gate and up", to.up_bias, {experts.count, 2 * f});
+    check_target("the bias of down", to.down_bias, {experts.count, h});
     read_transposed(*up_bias_, experts.first, true, to.up_bias);
     down_bias_->read_rows(experts.first, to.down_bias);
   }
@@ -242,25 +249,31 @@ void MoeBlock::load_shared(const BlockTargets& to) const {
 }
 
 void MoeBlock::load(MoeLayer& layer) const {
+  const std::int64_t h = config_.hidden, f = config_.inner, inner = config_.shared_inner;
   BlockTargets to;
   to.router = layer.router_parameter("").value;
   if (layer.options().router.bias) to.router_bias = layer.router_bias_parameter("").value;
   to.selection_bias = layer.selection_bias();
-  const struct {
-    std::string_view name;
-    Tensor* target;
-  } targets[] = {{"experts.up", &to.up},           {"experts.down", &to.down},
-                 {"experts.up_bias", &to.up_bias}, {"experts.down_bias", &to.down_bias},
-                 {"shared.up", &to.shared_up},     {"shared.down", &to.shared_down},
-                 {"shared.gate", &to.shared_gate}};
-  std::vector<Parameter> parameters = layer.expert_parameters("");
-  for (const Parameter& shared : layer.shared_parameters("")) parameters.push_back(shared);
-  for (const Parameter& parameter : parameters) {
-    for (const auto& [name, target] : targets) {
-      if (name == parameter.name) *target = parameter.value;
-    }
+  const DType dtype = layer.options().inference ? layer.options().dtype : DType::f32;  // what the layer keeps
+  const Array up(dtype, {2 * inner, h}), down(dtype, {h, inner}), gate(DType::f32, {h});
+  to.shared_up = up;
+  to.shared_down = down;
+  to.shared_gate = gate;
+  load_common(to);
+  if (inner > 0) layer.write_shared(up, down, shared_gate_ == nullptr ? ConstTensor() : gate);
+
+  // One expert at a time, so that there is no second copy of all.
+  const Array one_up(dtype, {1, 2 * f, h}), one_down(dtype, {1, h, f});
+  const Array up_bias(DType::f32, {1, 2 * f}), down_bias(DType::f32, {1, h});
+  to.up = one_up;
+  to.down = one_down;
+  to.up_bias = up_bias;
+  to.down_bias = down_bias;
+  const ExpertRange experts = layer.local_experts();
+  for (std::int64_t e = experts.first; e < experts.first + experts.count; ++e) {
+    load_experts({e, 1}, to);
+    layer.write_expert(e, {part(one_up, 0), part(one_down, 0), part(up_bias, 0), part(down_bias, 0)});
   }
-  load(layer.local_experts(), to);
   layer.refresh();
 }
 

@@ -81,11 +81,13 @@ class MoeBlock {
   /// Reads the weights of `experts` and what all ranks hold, and no other byte of the file, in whatever floating dtype
   /// the targets have. Throws Error: bad_argument (a target's shape; experts out of range), io.
   void load(ExpertRange experts, const BlockTargets& to) const;
-  /// The same into a layer that was made with layer_options(); refreshes it. Not collective.
+  /// The same into a layer that was made with layer_options(), expert by expert; refreshes it. Not collective.
   void load(MoeLayer& layer) const;
 
  private:
+  void load_common(const BlockTargets& to) const;
   void load_shared(const BlockTargets& to) const;
+  void load_experts(ExpertRange experts, const BlockTargets& to) const;
 
   struct Expert {
     const StoredTensor *gate, *up, *down;

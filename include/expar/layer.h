@@ -56,6 +56,10 @@ struct MoeLayerOptions {
   /// A record then keeps the rows that arrived and nothing that the experts made of them; backward makes it again, to
   /// the same bytes, at the cost of one more forward pass of the experts. Nothing travels twice.
   bool recompute = false;
+  /// For inference alone: the weights of the experts exist once, in the layout that the kernels read, and are written
+  /// by write_expert(), write_shared() or initialise(); there are no gradients. Results are the bytes of a training
+  /// layer.
+  bool inference = false;
   /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
   std::shared_ptr<ExpertsWorkspace> workspace = {};
 
@@ -91,6 +95,12 @@ struct MoeInputs {
   std::string stream = {};
 };
 
+/// Where the parameters of one expert are read from: f32 or bf16, rounded to what the layer holds.
+struct ExpertSource {
+  ConstTensor up, down;                      // [2F, H] or [F, H]; [H, F]
+  ConstTensor up_bias = {}, down_bias = {};  // [2F] or [F]; [H]; absent where the layer has no biases
+};
+
 /// What forward leaves for backward: routing, plan, inbox, results. Reuse one per layer and call in flight.
 struct MoeRecord {
   ConstTensor x;
@@ -110,7 +120,8 @@ struct MoeRecord {
 
 /// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,
 /// experts.down (and biases) of this rank's experts, f32 masters with bf16 copies where dtype is bf16; shared.up [2F,
-/// H] or [F, H], shared.down [H, F] and shared.gate [H], the same on all ranks, where there are shared experts.
+/// H] or [F, H], shared.down [H, F] and shared.gate [H], the same on all ranks, where there are shared experts. A layer
+/// for inference alone has packed weights in place of masters and copies.
 class MoeLayer {
  public:
   /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
@@ -125,13 +136,23 @@ class MoeLayer {
   /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also
   /// refreshes the low-precision copies.
   void initialise(std::uint64_t seed, std::string_view prefix);
+
+  /// Write one of this rank's experts, by its global number, or the shared ones: from a file, say, with room for one
+  /// expert at a time. refresh() afterwards. Not collective. Throws Error: bad_argument (not an expert of this rank;
+  /// shapes or dtypes).
+  void write_expert(std::int64_t expert, const ExpertSource& from);
+  void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate = {});
+  /// Bytes of all that this rank holds of the parameters: values, copies, packed weights, gradients.
+  std::size_t parameter_bytes() const;
+
   /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
   /// weights once, for speed; it reads the plain ones again, with the same bits, from the next expert_parameters() or
   /// backward() on, because an optimizer's step may follow. Whoever steps or writes without these calls refreshes
-  /// again.
+  /// again. Nothing to do in a layer for inference alone, whose weights are packed as they are written.
   void refresh();
 
-  /// The experts' parameters of this rank; gradients are complete after backward.
+  /// The experts' parameters of this rank; gradients are complete after backward. Throws Error: bad_argument (a layer
+  /// for inference alone has none; the same for shared_parameters()).
   std::vector<Parameter> expert_parameters(std::string_view prefix);
   /// router.weight; its gradient is to be summed over shards and ranks by the caller, see router_shard_gradients.
   Parameter router_parameter(std::string_view prefix);
@@ -158,8 +179,10 @@ class MoeLayer {
   /// mismatch, timeout, peer_lost.
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {},
                const MoeInputs& inputs = {});
+  /// Routing, capacity and plan of the last such pass, until the next one; nothing else of it is kept.
+  const MoeRecord& last() const;
 
-  /// The same for training.
+  /// The same for training. Throws Error: bad_argument also where the layer is for inference alone; so does backward.
   ///   shards : this rank's micro-shards of the global batch, [S + 1] from 0 to T (see router_losses)
   ///   record : keeps what backward needs; x must stay unchanged until then, so out must not be x
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,

@@ -52,7 +52,7 @@ struct MoeLayer::State {
   State(const Context& c, const MoeLayerOptions& o) : context(c), options(o) {
     agree(context, options, [&] {
       range = experts_of(context.rank(), context.size(), options.router.experts);
-      parameters.emplace(options, range);
+      parameters.emplace(options, range, context.kernels());
     });
     shape = options.expert_shape();
     shared_shape = options.shared_shape();
@@ -77,6 +77,9 @@ struct MoeLayer::State {
   // ---- forward
   void check_forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual, const MoeInputs& inputs) const;
   void check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const;
+  void check_trains() const {
+    if (options.inference) refuse("the layer is for inference alone (MoeLayerOptions::inference)");
+  }
   ConstTensor wide(const Context& c, ConstTensor x);
   Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
   ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
@@ -127,6 +130,7 @@ void MoeLayer::State::check_forward(const Context& c, ConstTensor x, Tensor out,
 }
 
 void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const std::int64_t> shards) const {
+  check_trains();
   if (x.elements() > 0 && out.data() == x.data()) refuse("out must not be x, which the backward pass reads");
   check_shards(shards, x.size(0));
 }
@@ -354,6 +358,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
   dispatch_options.lists_of = &record.inbox;
   dispatch_options.payload = options.gradient_payload;
   dispatch_options.failure = attempt([&] {
+    check_trains();
     if (!record.plan) refuse("the record holds no forward pass for training");
     check_backward(c, record, dout, dx);
   });
@@ -403,6 +408,20 @@ ExpertRange MoeLayer::local_experts() const { return state_->range; }
 void MoeLayer::initialise(std::uint64_t seed, std::string_view prefix) {
   state_->parameters->initialise(seed, prefix, state_->context.pool());
 }
+void MoeLayer::write_expert(std::int64_t expert, const ExpertSource& from) {
+  const ExpertRange& range = state_->range;
+  const std::int64_t e = expert - range.first;
+  if (e < 0 || e >= range.count) {
+    refuse("expert " + std::to_string(expert) + " is none of the " + std::to_string(range.count) + " from " +
+           std::to_string(range.first) + " on that this rank holds");
+  }
+  state_->parameters->write(e, from, state_->context.pool());
+}
+void MoeLayer::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate) {
+  if (!state_->has_shared()) refuse("this layer has no shared experts");
+  state_->parameters->write_shared(up, down, gate, state_->context.pool());
+}
+std::size_t MoeLayer::parameter_bytes() const { return state_->parameters->bytes(); }
 void MoeLayer::refresh() { state_->parameters->refresh(state_->context.pool()); }
 
 std::vector<Parameter> MoeLayer::expert_parameters(std::string_view prefix) {
@@ -446,6 +465,8 @@ void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstT
 void MoeLayer::backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx) {
   state_->backward(context, record, dout, dx);
 }
+
+const MoeRecord& MoeLayer::last() const { return state_->inference; }
 
 PhaseTimes MoeLayer::take_times() { return std::exchange(state_->times, {}); }
 

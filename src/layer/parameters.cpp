@@ -1,7 +1,8 @@
-// The layer's parameters: drawing them by name, copying them to bf16, packing them.
+// The layer's parameters: drawing and writing them, copying them to bf16, packing them.
 #include "src/layer/parameters.h"
 
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -51,12 +52,36 @@ void zero(const Tensor& values) {
   for (std::int64_t i = 0; i < values.elements(); ++i) values.as<float>()[i] = 0.0F;
 }
 
+/// One group of a matrix or of a bias, without the axis of groups.
+Tensor group_of(const Tensor& all, std::int64_t group) {
+  const Tensor part = all.rows(group, 1);
+  return all.shape().rank() == 3 ? Tensor(part.data(), all.dtype(), {all.size(1), all.size(2)})
+                                 : Tensor(part.data(), all.dtype(), {all.size(1)});
+}
+
+void require(const char* what, const ConstTensor& from, const Shape& shape) {
+  if (from.shape() == shape && (from.dtype() == DType::f32 || from.dtype() == DType::bf16)) return;
+  throw Error(ErrorCode::bad_argument, std::string(what) + " to write is " + std::string(name(from.dtype())) + " " +
+                                           from.shape().str() + ", should be f32 or bf16 " + shape.str());
+}
+
+void copy(const ConstTensor& from, const Tensor& to, Pool& pool) {
+  if (from.dtype() != to.dtype()) return to_f32(from, to, pool);
+  if (to.byte_size() > 0) std::memcpy(to.data(), from.data(), to.byte_size());
+}
+
 }  // namespace
 
-LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range)
-    : first_(range.first), dtype_(options.dtype), bias_(options.bias) {
+LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range, const Kernels& kernels)
+    : first_(range.first),
+      dtype_(options.dtype),
+      bias_(options.bias),
+      inference_(options.inference),
+      kernels_(kernels) {
   const std::int64_t wide = gated(options.activation) ? 2 * options.inner : options.inner;
   const auto matrix = [&](Matrix& m, const Shape& shape) {
+    m.shape = shape;
+    if (inference_) return make_room(m, dtype_, kernels_);
     m.value = Array(DType::f32, shape);
     if (dtype_ == DType::bf16) m.low = Array(DType::bf16, shape);
   };
@@ -80,14 +105,10 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
 
 void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
   draw(router_.value, seed, join(prefix, "router.weight"), pool);
-  for (std::int64_t e = 0; e < up_.value.view().size(0); ++e) {
+  for (std::int64_t e = 0; e < up_.shape[0]; ++e) {
     const std::string expert = join(prefix, "experts." + std::to_string(first_ + e));
-    const auto one = [&](const Matrix& m, const char* what) {
-      const Tensor all = m.value.view();
-      draw(Tensor(all.rows(e, 1).data(), DType::f32, {all.size(1), all.size(2)}), seed, expert + what, pool);
-    };
-    one(up_, ".up");
-    one(down_, ".down");
+    draw_group(up_, e, seed, expert + ".up", pool);
+    draw_group(down_, e, seed, expert + ".down", pool);
   }
   if (bias_) {
     zero(up_bias_.value);
@@ -97,13 +118,85 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
   if (selection_bias_) zero(selection_bias_);
   if (token_table_)
     draw_token_table(token_table_, router_.value.view().size(0), seed, join(prefix, "router.token_table"));
-  if (shared_up_.value) draw(shared_up_.value, seed, join(prefix, "shared.up"), pool);
-  if (shared_down_.value) draw(shared_down_.value, seed, join(prefix, "shared.down"), pool);
+  if (has_shared()) {
+    draw_group(shared_up_, 0, seed, join(prefix, "shared.up"), pool);
+    draw_group(shared_down_, 0, seed, join(prefix, "shared.down"), pool);
+  }
   if (shared_gate_.value) draw(shared_gate_.value, seed, join(prefix, "shared.gate"), pool);
   refresh(pool);
 }
 
+void LayerParameters::draw_group(Matrix& matrix, std::int64_t group, std::uint64_t seed, const std::string& stream,
+                                 Pool& pool) {
+  fill(matrix, group, pool, [&](const Tensor& values) { draw(values, seed, stream, pool); });
+}
+
+void LayerParameters::write(std::int64_t e, const ExpertSource& from, Pool& pool) {
+  const auto bias = [&](const Trained& b, const char* what, const ConstTensor& values) {
+    const Tensor to = group_of(b.value, e);
+    require(what, values, to.shape());
+    copy(values, to, pool);
+  };
+  write(up_, "up", e, from.up, pool);
+  write(down_, "down", e, from.down, pool);
+  if (!bias_) return;
+  bias(up_bias_, "up_bias", from.up_bias);
+  bias(down_bias_, "down_bias", from.down_bias);
+}
+
+void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool) {
+  write(shared_up_, "shared.up", 0, up, pool);
+  write(shared_down_, "shared.down", 0, down, pool);
+  if (!shared_gate_.value) return;
+  require("shared.gate", gate, shared_gate_.value.view().shape());
+  copy(gate, shared_gate_.value, pool);
+}
+
+void LayerParameters::write(Matrix& matrix, const char* what, std::int64_t group, const ConstTensor& from, Pool& pool) {
+  require(what, from, {matrix.shape[1], matrix.shape[2]});
+  if (inference_ && from.dtype() == dtype_) return pack_group(matrix, group, from, pool);
+  fill(matrix, group, pool, [&](const Tensor& to) { copy(from, to, pool); });
+}
+
+void LayerParameters::fill(Matrix& matrix, std::int64_t group, Pool& pool, FunctionRef<void(const Tensor&)> write) {
+  if (!inference_) return write(group_of(matrix.value, group));
+  const Shape one{matrix.shape[1], matrix.shape[2]};
+  const Array staged(DType::f32, one);
+  write(staged);
+  if (dtype_ == DType::f32) return pack_group(matrix, group, staged, pool);
+  const Array low(DType::bf16, one);
+  to_bf16(staged, low, pool);
+  pack_group(matrix, group, low, pool);
+}
+
+void LayerParameters::pack_group(Matrix& matrix, std::int64_t group, const ConstTensor& values, Pool& pool) {
+  const std::int64_t n = values.size(0), k = values.size(1);
+  std::byte* const to = matrix.packed.view().bytes() + group * kernels_.packed_bytes(dtype_, n, k);
+  kernels_.pack(dtype_, 1, n, k, values.data(), to, pool);
+}
+
+std::size_t LayerParameters::bytes() const {
+  std::size_t sum = 0;
+  const auto add = [&](const Array& array) { sum += array ? array.view().byte_size() : 0; };
+  for (const Array* array : {&selection_bias_, &token_table_}) add(*array);
+  for (const Trained* t : {&router_, &router_bias_, &up_bias_, &down_bias_, &shared_gate_}) {
+    add(t->value);
+    add(t->gradient);
+  }
+  for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
+    for (const Array* array : {&m->value, &m->gradient, &m->low, &m->packed}) add(*array);
+  }
+  return sum;
+}
+
+void LayerParameters::need_masters(const char* instead) const {
+  if (!inference_) return;
+  throw Error(ErrorCode::bad_argument,
+              std::string("the layer is for inference alone and holds packed weights: write them by ") + instead);
+}
+
 void LayerParameters::refresh(Pool& pool) {
+  if (inference_) return;
   for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
     if (m->low) to_bf16(m->value, m->low, pool);
   }
@@ -111,20 +204,24 @@ void LayerParameters::refresh(Pool& pool) {
   watched_ = false;
 }
 
-ExpertWeights LayerParameters::plain() const {
+ExpertWeights LayerParameters::biases() const {
   ExpertWeights weights;
+  if (!bias_) return weights;
+  weights.up_bias = up_bias_.value;
+  weights.down_bias = down_bias_.value;
+  return weights;
+}
+
+ExpertWeights LayerParameters::plain() const {
+  ExpertWeights weights = biases();
   weights.up = {read(up_).view().data(), dtype_, false};
   weights.down = {read(down_).view().data(), dtype_, false};
-  if (bias_) {
-    weights.up_bias = up_bias_.value;
-    weights.down_bias = down_bias_.value;
-  }
   return weights;
 }
 
 ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool) {
-  ExpertWeights weights = plain();
-  if (up_.value.view().size(0) == 0 || !packs(kernels, pool)) return weights;
+  if (!packs(kernels, pool)) return plain();
+  ExpertWeights weights = biases();
   weights.up = {up_.packed.view().data(), dtype_, true};
   weights.down = {down_.packed.view().data(), dtype_, true};
   return weights;
@@ -132,7 +229,7 @@ ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool)
 
 SharedWeights LayerParameters::shared() const {
   SharedWeights weights;
-  if (!shared_up_.value) return weights;
+  if (!has_shared()) return weights;
   weights.expert.up = {read(shared_up_).view().data(), dtype_, false};
   weights.expert.down = {read(shared_down_).view().data(), dtype_, false};
   if (shared_gate_.value) weights.gate = shared_gate_.value;
@@ -140,29 +237,41 @@ SharedWeights LayerParameters::shared() const {
 }
 
 SharedWeights LayerParameters::shared_for_inference(const Kernels& kernels, Pool& pool) {
-  SharedWeights weights = shared();
-  if (!shared_up_.value || !packs(kernels, pool)) return weights;
+  if (!has_shared() || !packs(kernels, pool)) return shared();
+  SharedWeights weights;
   weights.expert.up = {shared_up_.packed.view().data(), dtype_, true};
   weights.expert.down = {shared_down_.packed.view().data(), dtype_, true};
+  if (shared_gate_.value) weights.gate = shared_gate_.value;
   return weights;
 }
 
 /// Whether packed copies may be read; makes them where they are stale.
 bool LayerParameters::packs(const Kernels& kernels, Pool& pool) {
+  if (inference_) {
+    if (kernels.pack == kernels_.pack) return true;
+    throw Error(ErrorCode::bad_argument,
+                std::string("the layer is for inference alone: its weights are packed for the kernels of ") +
+                    kernels_.name + " (" + kernels_.isa + "), not of " + kernels.name + " (" + kernels.isa + ")");
+  }
   if (watched_) return false;
   if (packed_by_ == kernels.pack) return true;
   packed_by_ = nullptr;
   for (Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
-    if (m->value && m->value.view().size(0) > 0) pack(*m, kernels, pool);
+    if (m->value) pack(*m, kernels, pool);
   }
   packed_by_ = kernels.pack;
   return true;
 }
 
-void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const {
-  const Tensor all = read(matrix).view();
-  const std::int64_t bytes = all.size(0) * kernels.packed_bytes(dtype_, all.size(1), all.size(2));
+void LayerParameters::make_room(Matrix& matrix, DType dtype, const Kernels& kernels) {
+  const Shape& shape = matrix.shape;
+  const std::int64_t bytes = shape[0] * kernels.packed_bytes(dtype, shape[1], shape[2]);
   if (!matrix.packed || matrix.packed.view().elements() != bytes) matrix.packed = Array(DType::int8, {bytes});
+}
+
+void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const {
+  make_room(matrix, dtype_, kernels);
+  const Tensor all = read(matrix).view();
   kernels.pack(dtype_, static_cast<int>(all.size(0)), all.size(1), all.size(2), all.data(), matrix.packed.view().data(),
                pool);
 }
@@ -183,6 +292,7 @@ ExpertGradients LayerParameters::gradients() {
 }
 
 std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
+  need_masters("write_expert()");
   watched_ = true;
   gradients();
   const auto parameter = [&](const char* what, const Trained& t, const Array* low, bool decay) {
@@ -200,6 +310,7 @@ std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
 }
 
 std::vector<Parameter> LayerParameters::shared(std::string_view prefix) {
+  need_masters("write_shared()");
   watched_ = true;
   std::vector<Parameter> all;
   const auto add = [&](const char* what, Trained& t, const Array* low) {
@@ -220,12 +331,13 @@ std::vector<Parameter> LayerParameters::shared(std::string_view prefix) {
 }
 
 Parameter LayerParameters::router(std::string_view prefix) {
-  if (!router_.gradient) router_.gradient = Array(DType::f32, router_.value.view().shape());
+  if (!inference_ && !router_.gradient) router_.gradient = Array(DType::f32, router_.value.view().shape());
   return {join(prefix, "router.weight"), router_.value, router_.gradient, {}, true};
 }
 
 Parameter LayerParameters::router_bias(std::string_view prefix) {
-  if (!router_bias_.gradient) router_bias_.gradient = Array(DType::f32, router_bias_.value.view().shape());
+  if (!inference_ && !router_bias_.gradient)
+    router_bias_.gradient = Array(DType::f32, router_bias_.value.view().shape());
   return {join(prefix, "router.bias"), router_bias_.value, router_bias_.gradient, {}, false};
 }
 

@@ -1,7 +1,9 @@
 // The arrays that a layer trains, their low-precision and packed copies, and which of these are fresh.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -13,11 +15,17 @@ namespace expar {
 
 class LayerParameters {
  public:
-  LayerParameters(const MoeLayerOptions& options, ExpertRange range);
+  /// `kernels` pack what is for inference alone.
+  LayerParameters(const MoeLayerOptions& options, ExpertRange range, const Kernels& kernels);
 
   void initialise(std::uint64_t seed, std::string_view prefix, Pool& pool);
+  /// Of local expert `e`, and of the shared ones.
+  void write(std::int64_t e, const ExpertSource& from, Pool& pool);
+  void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool);
   void refresh(Pool& pool);
+  std::size_t bytes() const;
 
+  bool has_shared() const { return shared_up_.shape.rank() > 0; }
   ConstTensor router() const { return router_.value; }
   /// [E], or absent.
   Tensor router_bias() const { return router_bias_.value; }
@@ -44,17 +52,27 @@ class LayerParameters {
     Array value, gradient;
   };
   struct Matrix : Trained {
+    Shape shape;   // [groups, N, K]
     Array low;     // bf16 copy where the layer's dtype is bf16
-    Array packed;  // in the layout of packed_by_
+    Array packed;  // in the layout of packed_by_; where the layer is for inference alone there is nothing else
   };
 
+  void write(Matrix& matrix, const char* what, std::int64_t group, const ConstTensor& from, Pool& pool);
+  /// Lets `write` fill one group, [N, K] f32.
+  void fill(Matrix& matrix, std::int64_t group, Pool& pool, FunctionRef<void(const Tensor&)> write);
+  void pack_group(Matrix& matrix, std::int64_t group, const ConstTensor& values, Pool& pool);
+  void draw_group(Matrix& matrix, std::int64_t group, std::uint64_t seed, const std::string& stream, Pool& pool);
+  ExpertWeights biases() const;
   bool packs(const Kernels& kernels, Pool& pool);
   const Array& read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
+  static void make_room(Matrix& matrix, DType dtype, const Kernels& kernels);
   void pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const;
+  void need_masters(const char* instead) const;
 
   std::int64_t first_;  // global number of the first expert
   DType dtype_;
-  bool bias_;
+  bool bias_, inference_;
+  Kernels kernels_;  // of the layer's own context
   Trained router_, router_bias_, up_bias_, down_bias_, shared_gate_;
   Array selection_bias_, token_table_;
   Matrix up_, down_, shared_up_, shared_down_;   // those of shared experts are of one group
