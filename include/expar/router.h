@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -26,7 +27,18 @@ enum class Choice : std::uint8_t {
   logits,       // the largest logits: they still differ where a sigmoid rounds to 1 (Llama 4)
   token_table,  // a table by token id, whatever the scores are (Roller et al. 2021; DeepSeek-V4's first layers)
   round_robin,  // slot k of token t goes to expert (t K + k) mod E: what perfect balance would cost
+  /// The largest of exp(logits), scaled until experts share the global batch evenly (Clark et al. 2022; Megatron). In
+  /// training: at inference a layer goes by the plain logits.
+  sinkhorn,
+  /// Each expert takes the ceil(T K / E) tokens with the highest Routing::scores for it, ties to the earlier, T of the
+  /// global batch: a token has from 0 to E experts (Zhou et al. 2022). At inference too, so that a token's output
+  /// depends on all others of the call, later ones included: such a model is not causal.
+  experts,
 };
+
+/// Whether a choice looks at the tokens of all ranks. The global batch is then that of one call, padding left out, and
+/// the choice does not depend on P. There are no groups, selection bias or balancing losses.
+constexpr bool is_collective(Choice choice) { return choice == Choice::sinkhorn || choice == Choice::experts; }
 
 struct RouterOptions {
   std::int64_t experts = 0;  // E
@@ -54,10 +66,16 @@ struct RouterOptions {
   NanPolicy nan = NanPolicy::error;
 };
 
+/// Slots per token: K, or E where experts choose; slots that nobody takes are -1.
+constexpr std::int64_t slots_of(const RouterOptions& options) {
+  return options.choice == Choice::experts ? options.experts : options.topk;
+}
+
 /// Throws Error: bad_argument (a number out of its range, options that contradict each other), naming the value.
 void validate(const RouterOptions& options);
 
-/// The router of a family of models: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4.
+/// The router of a family of models: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, llama4;
+/// or sinkhorn, with Megatron's weights (a sigmoid of one expert, else the softmax over all), and expert_choice.
 /// DeepSeek's groups are those of its 160 and 256 experts; with other numbers there are none. Llama 4's weights count
 /// on the experts' input, which is theirs to do: MoeLayerOptions::weights_on. Throws Error: bad_argument (an unknown
 /// name, with the list of them).
@@ -71,11 +89,12 @@ struct RouteInputs {
   ConstTensor tokens = {};          // [T] int32: token ids, for a token table
   ConstTensor token_table = {};     // [V, K] int32: the experts of each token id
   ConstTensor ids = {};  // [T, K] int32 in [-1, E): go where a Routing went before; weights are of today's scores
-  std::int64_t first_token = 0;  // how many tokens that are no padding earlier ranks have, for round_robin
+  std::int64_t first_token = 0;       // how many tokens that are no padding earlier ranks have, for round_robin
+  std::optional<Error> failure = {};  // why this rank has no logits: route() throws it, if collective on every rank
 };
 
 /// What the router decided for T tokens, and what its backward pass needs. Reuse one object: it keeps its memory.
-/// Rows of padding have ids -1 and zeros elsewhere.
+/// Rows of padding have ids -1 and zeros elsewhere. K stands for slots_of(options).
 struct Routing {
   Tensor ids;              // [T, K] int32, best first, ties to the lower expert; -1: no expert
   Tensor weights;          // [T, K] f32
@@ -91,8 +110,13 @@ struct Routing {
 
 /// Scores, then K experts per token and their weights (Shazeer et al. 2017; Fedus et al. 2021; DeepSeek-V3 2024).
 ///   logits  : [T, E] f32, this rank's tokens
-/// Not collective. Throws Error: bad_argument (shape or dtype; an input that is missing or of no use;
-/// with nan = error also "logits[3,5] is nan"). Cost: one pass over the logits.
+/// Collective where is_collective(options.choice) and no ids are given; then every rank throws the same error.
+/// Throws Error: bad_argument (shape or dtype; an input that is missing or of no use; with nan = error also
+/// "logits[3,5] is nan"); where it is collective also mismatch, timeout, peer_lost.
+/// Cost: one pass over the logits. A collective choice meets once, in which every rank reads the rows [E] f32 of all
+/// tokens, and then works through all of them, each rank the same: for sinkhorn two multiplications per number and
+/// round (some ten rounds, at most 1000), for experts one selection per column; ten milliseconds for 8,192 tokens of 64
+/// experts.
 void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
            const RouteInputs& inputs = {});
 

@@ -25,6 +25,9 @@ void validate(const MoeLayerOptions& options) {
   }
   validate(options.router);
   validate(options.capacity);
+  if (options.router.choice == Choice::experts && options.capacity.policy != CapacityPolicy::none) {
+    refuse("experts that choose their tokens take as many each: the layer must have no capacity");
+  }
   if (options.capacity.policy == CapacityPolicy::overflow) {
     refuse("a layer computes in one pass: its capacity cannot have the policy overflow");
   }

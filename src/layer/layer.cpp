@@ -84,7 +84,8 @@ struct MoeLayer::State {
   Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
   ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
   ConstTensor score(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
-  void choose(const Context& c, ConstTensor scored, const MoeInputs& inputs, MoeRecord& record);
+  RouterOptions router_for(bool training) const;
+  RouteInputs route_inputs(const MoeInputs& inputs, const MoeRecord& record);
   void forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
                std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
   Inbox dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
@@ -174,7 +175,14 @@ ConstTensor MoeLayer::State::score(const Context& c, ConstTensor x, const std::o
   return result;
 }
 
-void MoeLayer::State::choose(const Context& c, ConstTensor scored, const MoeInputs& inputs, MoeRecord& record) {
+/// Sinkhorn balances what is learnt; at inference each token chooses for itself, whatever else is in the batch.
+RouterOptions MoeLayer::State::router_for(bool training) const {
+  RouterOptions router = options.router;
+  if (!training && router.choice == Choice::sinkhorn) router.choice = Choice::logits;
+  return router;
+}
+
+RouteInputs MoeLayer::State::route_inputs(const MoeInputs& inputs, const MoeRecord& record) {
   RouteInputs read;
   read.selection_bias = parameters->selection_bias();
   read.mask = inputs.mask;
@@ -184,7 +192,7 @@ void MoeLayer::State::choose(const Context& c, ConstTensor scored, const MoeInpu
     read.token_table = parameters->token_table();
   }
   read.first_token = record.first_token;
-  route(c, options.router, scored, record.routing, read);
+  return read;
 }
 
 void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, ConstTensor residual,
@@ -217,12 +225,19 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
       record.first_token = tokens_before(c, tokens, plan_options.failure);
     }
     if (!plan_options.failure) {
-      plan_options.failure = attempt([&] {
-        scored = score(c, x, shakes ? std::optional(jitter_of(record, inputs.mask)) : std::nullopt);
-        choose(c, scored, inputs, record);
-      });
+      plan_options.failure =
+          attempt([&] { scored = score(c, x, shakes ? std::optional(jitter_of(record, inputs.mask)) : std::nullopt); });
     }
-    if (plan_options.failure) record.routing.ids = Tensor(nullptr, DType::int32, {0, options.router.topk});
+    const RouterOptions router = router_for(shards.has_value());
+    RouteInputs route_in = route_inputs(inputs, record);
+    route_in.failure = plan_options.failure;
+    const auto choose = [&] { route(c, router, scored, record.routing, route_in); };
+    if (is_collective(router.choice) && inputs.ids.absent()) {
+      choose();
+    } else {
+      plan_options.failure = attempt(choose);
+    }
+    if (plan_options.failure) record.routing.ids = Tensor(nullptr, DType::int32, {0, slots_of(options.router)});
   }
   Plan plan;
   Capacity& capacity = record.capacity;
@@ -230,7 +245,9 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     const Phase phase(c.trace(), "plan", &times.dispatch);
     bound_rows(c, options.capacity, options.router.experts, record.routing, capacity, plan_options.failure);
     if (options.capacity.policy == CapacityPolicy::reroute) {
-      plan_options.failure = attempt([&] { choose(c, scored, {.mask = inputs.mask, .ids = capacity.ids}, record); });
+      const MoeInputs rerouted{.mask = inputs.mask, .ids = capacity.ids};
+      plan_options.failure =
+          attempt([&] { route(c, options.router, scored, record.routing, route_inputs(rerouted, record)); });
       capacity.weights = record.routing.weights;
     }
     plan = make_plan(c, capacity.ids, plan_options);

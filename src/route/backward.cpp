@@ -22,6 +22,7 @@ struct Backward {
   const RouterOptions& options;
   const Routing& routing;
   float dlogsumexp = 0.0F;
+  std::int64_t slots = slots_of(options);
 
   /// `dscores` : [E] gradient of the losses by the token's loss scores, or null
   void token(std::int64_t t, const float* dweights, const float* dscores, float* dlogits) const;
@@ -40,9 +41,10 @@ class ByChosen {
   ByChosen(const RouterOptions& options, const float* top, const float* weights, const float* dweights)
       : scaling_(options.scaling), dweights_(dweights) {
     if (!options.renormalise) return;
+    const std::int64_t slots = slots_of(options);
     float sum = 0.0F;
-    for (std::int64_t k = 0; k < options.topk; ++k) sum += top[k];
-    for (std::int64_t k = 0; k < options.topk; ++k) mean_ += weights[k] * dweights[k];
+    for (std::int64_t k = 0; k < slots; ++k) sum += top[k];
+    for (std::int64_t k = 0; k < slots; ++k) mean_ += weights[k] * dweights[k];
     inverse_ = 1.0F / (sum + kTiny);
   }
   float operator[](std::int64_t k) const { return (scaling_ * dweights_[k] - mean_) * inverse_; }
@@ -64,18 +66,18 @@ void Backward::token(std::int64_t t, const float* dweights, const float* dscores
 
 void Backward::through_softmax(std::int64_t t, const float* dweights, const float* dscores, float* dlogits) const {
   const float* scores = row(routing.scores, t);
-  const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * options.topk;
+  const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * slots;
   const float* top = row(routing.top, t);
   const ByChosen by_chosen(options, top, row(routing.weights, t), dweights);
   // softmax: dz_e = s_e (ds_e - sum_j s_j ds_j); logsumexp: dz_e = s_e.
   float dot = 0.0F;
-  for (std::int64_t k = 0; k < options.topk; ++k) dot += top[k] * by_chosen[k];
+  for (std::int64_t k = 0; k < slots; ++k) dot += top[k] * by_chosen[k];
   for (std::int64_t e = 0; dscores != nullptr && e < options.experts; ++e) dot += scores[e] * dscores[e];
   const float common = dlogsumexp * routing.logsumexp.as<float>()[t] - dot;
   for (std::int64_t e = 0; e < options.experts; ++e) {
     dlogits[e] = scores[e] * (dscores == nullptr ? common : dscores[e] + common);
   }
-  for (std::int64_t k = 0; k < options.topk; ++k) {
+  for (std::int64_t k = 0; k < slots; ++k) {
     if (ids[k] >= 0) dlogits[ids[k]] += top[k] * by_chosen[k];
   }
 }
@@ -84,7 +86,7 @@ void Backward::through_each(std::int64_t t, const float* dweights, const float* 
   const float* scores = row(routing.scores, t);
   const float* loss_scores = row(routing.loss_scores, t);
   const float* probabilities = row(routing.probabilities, t);
-  const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * options.topk;
+  const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * slots;
   const ByChosen by_chosen(options, row(routing.top, t), row(routing.weights, t), dweights);
   std::fill_n(dlogits, options.experts, 0.0F);
   if (dscores != nullptr) {
@@ -96,7 +98,7 @@ void Backward::through_each(std::int64_t t, const float* dweights, const float* 
     const float inverse = 1.0F / (sum + kTiny);
     for (std::int64_t e = 0; e < options.experts; ++e) dlogits[e] = (dscores[e] - dot) * inverse;
   }
-  for (std::int64_t k = 0; k < options.topk; ++k) {
+  for (std::int64_t k = 0; k < slots; ++k) {
     if (ids[k] >= 0) dlogits[ids[k]] += by_chosen[k];
   }
   const float common = dlogsumexp * routing.logsumexp.as<float>()[t];
@@ -145,7 +147,7 @@ void route_backward(const Context& context, const RouterOptions& options, const 
         while (losses.segments[static_cast<std::size_t>(segment) + 1] <= t) ++segment;
         dscores = losses.dscores.data() + segment * options.experts;
       }
-      backward.token(t, from + t * options.topk, dscores, to + t * options.experts);
+      backward.token(t, from + t * backward.slots, dscores, to + t * options.experts);
     }
   });
 }

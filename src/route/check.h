@@ -29,7 +29,7 @@ inline void require(const char* what, const ConstTensor& tensor, const Shape& sh
 inline void require(const RouterOptions& options, const Routing& routing) {
   const std::int64_t tokens = routing.scores.shape().rank() == 2 ? routing.scores.size(0) : 0;
   require("scores of the routing", routing.scores, {tokens, options.experts});
-  require("weights of the routing", routing.weights, {tokens, options.topk});
+  require("weights of the routing", routing.weights, {tokens, slots_of(options)});
 }
 
 }  // namespace expar

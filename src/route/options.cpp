@@ -9,8 +9,8 @@
 namespace expar {
 namespace {
 
-constexpr std::string_view kPresets[] = {"mixtral",     "qwen2_moe",   "qwen3_moe", "olmoe",
-                                         "deepseek_v2", "deepseek_v3", "gpt_oss",   "llama4"};
+constexpr std::string_view kPresets[] = {"mixtral",     "qwen2_moe", "qwen3_moe", "olmoe",    "deepseek_v2",
+                                         "deepseek_v3", "gpt_oss",   "llama4",    "sinkhorn", "expert_choice"};
 
 void at_least_one(const char* what, std::int64_t value) {
   if (value < 1) refuse(std::string(what) + " is " + std::to_string(value) + ", must be at least 1");
@@ -39,6 +39,23 @@ void check_groups(const RouterOptions& options) {
   }
 }
 
+void check_losses(const RouterOptions& options) {
+  struct Loss {
+    const char* name;
+    float coefficient;
+  };
+  for (const Loss& loss : {Loss{"balance", options.balance}, Loss{"sequence_balance", options.sequence_balance},
+                           Loss{"importance", options.importance}, Loss{"importance_cv", options.importance_cv},
+                           Loss{"load", options.load}}) {
+    from_zero(loss.name, loss.coefficient);
+    if (!is_collective(options.choice) || loss.coefficient == 0.0F) continue;
+    refuse(std::string(loss.name) + " is " + std::to_string(loss.coefficient) + ", but this choice balances by itself");
+  }
+  from_zero("z", options.z);
+  from_zero("load_deviation", options.load_deviation);
+  if (options.load > 0.0F && options.load_deviation == 0.0F) refuse("the load loss needs a load_deviation above 0");
+}
+
 }  // namespace
 
 void validate(const RouterOptions& options) {
@@ -63,14 +80,7 @@ void validate(const RouterOptions& options) {
   if (!(options.jitter >= 0.0F && options.jitter < 1.0F)) {
     refuse("jitter is " + std::to_string(options.jitter) + ", must be a number from 0 and below 1");
   }
-  from_zero("balance", options.balance);
-  from_zero("z", options.z);
-  from_zero("sequence_balance", options.sequence_balance);
-  from_zero("importance", options.importance);
-  from_zero("importance_cv", options.importance_cv);
-  from_zero("load", options.load);
-  from_zero("load_deviation", options.load_deviation);
-  if (options.load > 0.0F && options.load_deviation == 0.0F) refuse("the load loss needs a load_deviation above 0");
+  check_losses(options);
 }
 
 std::span<const std::string_view> router_presets() { return kPresets; }
@@ -106,6 +116,15 @@ RouterOptions router_preset(std::string_view name, std::int64_t experts, std::in
   if (name == "llama4") {
     options.score = Score::sigmoid;
     options.choice = Choice::logits;
+    return options;
+  }
+  if (name == "sinkhorn") {
+    if (topk == 1) options.score = Score::sigmoid;
+    options.choice = Choice::sinkhorn;
+    return options;
+  }
+  if (name == "expert_choice") {
+    options.choice = Choice::experts;
     return options;
   }
   std::string names;

@@ -4,10 +4,13 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "src/route/check.h"
+#include "src/route/global_choice.h"
 #include "src/route/top_k.h"
 #include "src/util/processor.h"
 #include "src/util/ranges.h"
@@ -72,7 +75,7 @@ void check_inputs(const RouteInputs& inputs, const RouterOptions& options, const
   check_input("selection_bias", inputs.selection_bias, options.selection_bias, {options.experts}, DType::f32);
   check_token_table(inputs, options, tokens);
   if (!inputs.ids.absent()) {
-    require("ids", inputs.ids, {tokens, options.topk}, DType::int32);
+    require("ids", inputs.ids, {tokens, slots_of(options)}, DType::int32);
     check_ids("ids", inputs.ids, -1, options.experts);
   }
   if (options.nan == NanPolicy::error) check_finite(logits, inputs.mask);
@@ -105,7 +108,7 @@ class Cut {
 void lay_out(std::int64_t tokens, const RouterOptions& options, bool has_mask, Routing& routing) {
   const auto cut_out = [&](Cut cut) {
     const Shape all{tokens, options.experts};
-    const Shape chosen{tokens, options.topk};
+    const Shape chosen{tokens, slots_of(options)};
     routing.ids = cut.take(DType::int32, chosen);
     routing.weights = cut.take(DType::f32, chosen);
     routing.top = cut.take(DType::f32, chosen);
@@ -135,7 +138,9 @@ struct Forward {
   const RouteInputs& inputs;
   const float* logits;
   const Routing& routing;
-  bool chooses = false;  // by itself: the ids are not there yet
+  bool chooses = false;                     // by itself: the ids are not there yet
+  std::span<const double> logit_bias = {};  // [E] for the choice, or empty
+  std::int64_t slots = slots_of(options);
 
   /// What one task needs beside its tokens' own rows.
   struct Scratch {
@@ -165,7 +170,7 @@ struct Forward {
 
  private:
   float* row(const Tensor& tensor, std::int64_t t) const { return tensor.as<float>() + t * tensor.size(1); }
-  std::int32_t* ids(std::int64_t t) const { return routing.ids.as<std::int32_t>() + t * options.topk; }
+  std::int32_t* ids(std::int64_t t) const { return routing.ids.as<std::int32_t>() + t * slots; }
   /// A result of + - * / of numbers that this has rounded is that of f32, or of double.
   double rounded(double value) const { return options.double_scores ? value : double{static_cast<float>(value)}; }
 
@@ -186,7 +191,7 @@ void Forward::token(std::int64_t t, const Scratch& scratch) const {
     score_each(t, scratch.scores);
   }
   if (chooses) choose(t, scratch);
-  for (std::int64_t k = 0; k < options.topk; ++k) {
+  for (std::int64_t k = 0; k < slots; ++k) {
     const std::int32_t id = ids(t)[k];
     scratch.best[k] = id < 0 ? 0.0 : scratch.scores[id];
     row(routing.top, t)[k] = static_cast<float>(scratch.best[k]);
@@ -195,9 +200,9 @@ void Forward::token(std::int64_t t, const Scratch& scratch) const {
 }
 
 void Forward::leave_out(std::int64_t t) const {
-  std::fill_n(ids(t), options.topk, -1);
-  std::fill_n(row(routing.weights, t), options.topk, 0.0F);
-  std::fill_n(row(routing.top, t), options.topk, 0.0F);
+  std::fill_n(ids(t), slots, -1);
+  std::fill_n(row(routing.weights, t), slots, 0.0F);
+  std::fill_n(row(routing.top, t), slots, 0.0F);
   for (const Tensor* tensor : {&routing.scores, &routing.loss_scores, &routing.probabilities}) {
     std::fill_n(row(*tensor, t), options.experts, 0.0F);
   }
@@ -248,7 +253,8 @@ void Forward::choose(std::int64_t t, const Scratch& scratch) const {
   const float* z = logits + t * options.experts;
   const float* bias = options.selection_bias ? inputs.selection_bias.as<float>() : nullptr;
   for (std::int64_t e = 0; e < options.experts; ++e) {
-    double& value = scratch.values[e] = options.choice == Choice::logits ? double{z[e]} : scratch.scores[e];
+    double& value = scratch.values[e] = options.choice == Choice::scores ? scratch.scores[e] : double{z[e]};
+    if (!logit_bias.empty()) value += logit_bias[static_cast<std::size_t>(e)];
     if (bias != nullptr) value = rounded(value + double{bias[e]});
   }
   TopK top(options.topk, ids(t), scratch.best);
@@ -273,10 +279,10 @@ void Forward::weigh(std::int64_t t, const Number* top) const {
   double sum = 1.0;
   if (options.renormalise) {
     sum = 0.0;
-    for (std::int64_t k = 0; k < options.topk; ++k) sum = rounded(sum + double{top[k]});
+    for (std::int64_t k = 0; k < slots; ++k) sum = rounded(sum + double{top[k]});
     sum = rounded(sum + double{kTiny});
   }
-  for (std::int64_t k = 0; k < options.topk; ++k) {
+  for (std::int64_t k = 0; k < slots; ++k) {
     row(routing.weights, t)[k] = static_cast<float>(rounded(double{top[k]} / sum) * double{options.scaling});
   }
 }
@@ -320,10 +326,21 @@ void run_kernel(const Context& context, const RouterOptions& options, const Cons
   context.kernels().softmax_topk(call, context.pool());
 }
 
-}  // namespace
+/// What a call is about, and the parts of it that need no other rank.
+struct Work {
+  const Context& context;
+  const RouterOptions& options;
+  ConstTensor logits;
+  const RouteInputs& inputs;
+  Routing& routing;
 
-void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
-           const RouteInputs& inputs) {
+  void prepare() const;
+  void score_and_weigh(bool chooses, std::span<const double> logit_bias = {}) const;
+};
+
+/// Checks, lays out, and leaves the softmax.
+void Work::prepare() const {
+  if (inputs.failure) throw Error(*inputs.failure);
   validate(options);
   const std::int64_t tokens = logits.shape().rank() == 2 ? logits.size(0) : 0;
   require("logits", logits, {tokens, options.experts});
@@ -335,15 +352,15 @@ void route(const Context& context, const RouterOptions& options, ConstTensor log
     std::copy_n(mask, tokens, routing.mask.as<std::int8_t>());
     routing.valid -= std::count(mask, mask + tokens, std::int8_t{0});
   }
-  if (tokens == 0) return;
+  if (tokens > 0) run_kernel(context, options, logits, routing);
+}
 
-  Forward forward{options, inputs, logits.as<float>(), routing};
-  forward.chooses = inputs.ids.absent() && (options.choice == Choice::scores || options.choice == Choice::logits);
-  run_kernel(context, options, logits, routing);
-  if (!forward.chooses) place(options, inputs, routing);
-  const bool by_kernel = forward.chooses && options.score == Score::softmax && !options.double_scores &&
+void Work::score_and_weigh(bool chooses, std::span<const double> logit_bias) const {
+  const std::int64_t tokens = logits.size(0);
+  const bool by_kernel = chooses && options.score == Score::softmax && !options.double_scores &&
                          options.choice == Choice::scores && !options.selection_bias &&
                          options.groups_used == options.groups;
+  const Forward forward{options, inputs, logits.as<float>(), routing, chooses, logit_bias};
   const std::int64_t tasks = by_kernel ? 0 : (tokens + kGrain - 1) / kGrain;
   const Tensor memory = routing.scratch.view(DType::int64, {tasks, Forward::Scratch::kRows * options.experts});
   for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
@@ -354,6 +371,43 @@ void route(const Context& context, const RouterOptions& options, ConstTensor log
     const Forward::Scratch scratch(memory, begin / kGrain, options.experts);
     for (std::int64_t t = begin; t < end; ++t) forward.token(t, scratch);
   });
+}
+
+/// The whole batch says what each expert's logits lack; then each token chooses for itself.
+void route_by_sinkhorn(const Work& work) {
+  const BatchRows logits = gather_rows(work.context, work.options, work.routing, [&] {
+    work.prepare();
+    return work.logits;
+  });
+  const std::vector<double> bias = sinkhorn_bias(work.context, logits.all);
+  work.score_and_weigh(true, bias);
+}
+
+/// Scores first, while nobody is chosen; weights when all have chosen.
+void route_by_experts(const Work& work) {
+  const Tensor& ids = work.routing.ids;
+  const BatchRows scores = gather_rows(work.context, work.options, work.routing, [&]() -> ConstTensor {
+    work.prepare();
+    std::fill_n(ids.as<std::int32_t>(), ids.elements(), -1);
+    work.score_and_weigh(false);
+    return work.routing.scores;
+  });
+  let_experts_choose(work.context, work.options, scores, work.routing);
+  work.score_and_weigh(false);
+}
+
+}  // namespace
+
+void route(const Context& context, const RouterOptions& options, ConstTensor logits, Routing& routing,
+           const RouteInputs& inputs) {
+  const Work work{context, options, logits, inputs, routing};
+  const bool free = inputs.ids.absent();
+  if (free && options.choice == Choice::sinkhorn) return route_by_sinkhorn(work);
+  if (free && options.choice == Choice::experts) return route_by_experts(work);
+  work.prepare();
+  const bool chooses = free && (options.choice == Choice::scores || options.choice == Choice::logits);
+  if (!chooses) place(options, inputs, routing);
+  work.score_and_weigh(chooses);
 }
 
 }  // namespace expar

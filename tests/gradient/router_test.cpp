@@ -18,7 +18,7 @@ const std::vector<std::int64_t> kShards{0, 4, 4, 9};
 
 std::vector<std::int64_t> counts_of(const Routing& routing) {
   std::vector<std::int64_t> counts(kExperts);
-  for (std::int64_t i = 0; i < kTokens * kTopk; ++i)
+  for (std::int64_t i = 0; i < routing.ids.elements(); ++i)
     if (const std::int32_t id = routing.ids.as<std::int32_t>()[i]; id >= 0) ++counts[static_cast<std::size_t>(id)];
   return counts;
 }
@@ -26,18 +26,19 @@ std::vector<std::int64_t> counts_of(const Routing& routing) {
 const std::vector<std::int64_t> kSequences{0, 2, 2, 6, 9};
 
 void check(const Context& context, const RouterOptions& options, const RouteInputs& inputs) {
+  const std::int64_t slots = slots_of(options);
   const Random random(3, "router");
   Array logits(DType::f32, {kTokens, kExperts});
-  Array dweights(DType::f32, {kTokens, kTopk});
+  Array dweights(DType::f32, {kTokens, slots});
   for (std::int64_t i = 0; i < kTokens * kExperts; ++i)
     logits.as<float>()[i] = 1.5F * random.normal(static_cast<std::uint64_t>(i));
-  for (std::int64_t i = 0; i < kTokens * kTopk; ++i)
+  for (std::int64_t i = 0; i < kTokens * slots; ++i)
     dweights.as<float>()[i] = random.normal(static_cast<std::uint64_t>(1000 + i));
 
   Routing routing;
   route(context, options, logits, routing, inputs);
   const std::vector<std::int64_t> counts = counts_of(routing);
-  const std::vector<std::int32_t> ids(routing.ids.as<std::int32_t>(), routing.ids.as<std::int32_t>() + kTokens * kTopk);
+  const std::vector<std::int32_t> ids(routing.ids.as<std::int32_t>(), routing.ids.as<std::int32_t>() + kTokens * slots);
   const LossInputs sequences{.sequences = kSequences};
   const RouterLosses losses = router_losses(context, options, routing, counts, kShards, sequences);
   Array dlogits(DType::f32, {kTokens, kExperts});
@@ -51,7 +52,7 @@ void check(const Context& context, const RouterOptions& options, const RouteInpu
     const RouterLosses now = router_losses(context, options, other, counts, kShards, sequences);
     double sum = static_cast<double>(now.balance) + now.z;
     for (const float more : {now.sequence_balance, now.importance, now.importance_cv, now.load}) sum += more;
-    for (std::int64_t i = 0; i < kTokens * kTopk; ++i)
+    for (std::int64_t i = 0; i < kTokens * slots; ++i)
       sum += static_cast<double>(other.weights.as<float>()[i]) * dweights.as<float>()[i];
     return sum;
   };
@@ -171,6 +172,22 @@ TEST(RouterGradient, is_of_given_routes_as_of_chosen_ones) {
     for (const bool renormalise : {false, true}) {
       check({.experts = kExperts, .topk = kTopk, .score = score, .renormalise = renormalise, .balance = 20.0F},
             {.ids = ConstTensor(ids, {kTokens, kTopk})});
+    }
+  }
+}
+
+TEST(RouterGradient, is_of_what_the_whole_batch_chose) {
+  for (const Choice choice : {Choice::sinkhorn, Choice::experts}) {
+    for (const Score score : {Score::softmax, Score::sigmoid, Score::sqrt_softplus}) {
+      for (const bool renormalise : {false, true}) {
+        check({.experts = kExperts,
+               .topk = kTopk,
+               .score = score,
+               .choice = choice,
+               .renormalise = renormalise,
+               .scaling = 1.5F,
+               .z = 0.5F});
+      }
     }
   }
 }

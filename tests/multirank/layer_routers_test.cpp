@@ -30,7 +30,7 @@ std::vector<NamedRouter> routers() {
   const auto add = [&](const std::string& name, RouterOptions options) {
     options.experts = kExperts;
     options.topk = kTopk;
-    options.balance = 0.5F;
+    options.balance = is_collective(options.choice) ? 0.0F : 0.5F;  // no loss balances a choice that does so itself
     options.z = 0.125F;
     all.push_back({name, options});
   };
@@ -41,6 +41,8 @@ std::vector<NamedRouter> routers() {
   add("groups", {.score = Score::sigmoid, .groups = 4, .groups_used = 2, .selection_bias = true, .bias = true});
   add("jitter", {.renormalise = false, .jitter = 0.25F});
   add("token_table", {.score = Score::sqrt_softplus, .choice = Choice::token_table, .vocabulary = kVocabulary});
+  add("sinkhorn_sigmoid", {.score = Score::sigmoid, .choice = Choice::sinkhorn, .bias = true, .jitter = 0.1F});
+  add("expert_choice_sigmoid", {.score = Score::sigmoid, .choice = Choice::experts, .scaling = 1.5F});
   add("round_robin", {.choice = Choice::round_robin, .jitter = 0.1F});
   return all;
 }
@@ -246,11 +248,75 @@ TEST(LayerRouter, repeats_a_recorded_pass) {
   });
 }
 
+TEST(LayerRouter, repeats_a_choice_of_the_whole_batch_without_it) {
+  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  for (const char* name : {"sinkhorn", "expert_choice"}) {
+    run_threads(2, [&](const Communicator& communicator) {
+      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      MoeLayerOptions options = c.options();
+      options.router = router_preset(name, kExperts, kTopk);
+      MoeLayer layer(context, options);
+      c.fill(layer);
+      const LayerCase::Held held = c.held(context.rank(), 2);
+      const Array x = rows_of(c, c.x, held);
+      const Array all(DType::f32, x.view().shape());
+      const Array few(DType::f32, x.view().shape());
+      const std::vector<std::int64_t> shards{0, x.view().size(0)};
+      MoeRecord record;
+      layer.forward(context, x, all, {}, shards, record);
+      // As if there were the first two tokens of each rank alone.
+      const ConstTensor two = x.view().rows(0, 2);
+      const Tensor out = few.view().rows(0, 2);
+      layer.forward(context, two, out, {}, {.ids = record.routing.ids.rows(0, 2)});
+      EXPECT_EQ(std::memcmp(all.view().data(), out.data(), out.byte_size()), 0) << name;
+      layer.forward(context, two, out);
+      EXPECT_NE(std::memcmp(all.view().data(), out.data(), out.byte_size()), 0) << name;
+    });
+  }
+}
+
+TEST(LayerRouter, lets_experts_choose_with_bounded_plans) {
+  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  run_threads(3, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    MoeLayerOptions options = c.options();
+    options.router = router_preset("expert_choice", kExperts, kTopk);
+    MoeLayer exact(context, options);
+    options.bound = c.tokens();
+    MoeLayer bounded(context, options);
+    c.fill(exact);
+    c.fill(bounded);
+    const Array x = rows_of(c, c.x, c.held(context.rank(), 3));
+    const Array want(DType::f32, x.view().shape());
+    const Array got(DType::f32, x.view().shape());
+    exact.forward(context, x, want);
+    bounded.forward(context, x, got);
+    EXPECT_EQ(std::memcmp(want.view().data(), got.view().data(), x.view().byte_size()), 0);
+  });
+}
+
+TEST(LayerRouter, goes_by_the_plain_logits_where_sinkhorn_has_nothing_to_teach) {
+  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  const RouterOptions sinkhorn = router_preset("sinkhorn", kExperts, kTopk);
+  RouterOptions plain = sinkhorn;
+  plain.choice = Choice::logits;
+  const Result balanced = run(c, sinkhorn, batch_of(c), 3);
+  EXPECT_TRUE(same(balanced.inference, run(c, plain, batch_of(c), 2).inference));
+  EXPECT_FALSE(same(balanced.inference, balanced.out));
+}
+
 TEST(LayerRouter, deals_out_the_same_load_to_every_expert) {
   const LayerCase c({.experts = kExperts, .topk = kTopk});
   const Result result = run(c, {.experts = kExperts, .topk = kTopk, .choice = Choice::round_robin}, batch_of(c), 3);
   const auto [least, most] = std::minmax_element(result.loads.begin(), result.loads.end());
   EXPECT_LE(*most - *least, 1);  // 37 tokens and 3 slots on 8 experts
+}
+
+TEST(LayerRouter, lets_every_expert_take_as_many_tokens) {
+  const LayerCase c({.experts = kExperts, .topk = kTopk});
+  const Result result =
+      run(c, {.experts = kExperts, .topk = kTopk, .choice = Choice::experts, .renormalise = false}, batch_of(c), 3);
+  EXPECT_EQ(result.loads, std::vector<std::int64_t>(kExperts, 14));  // ceil(37 * 3 / 8)
 }
 
 TEST(LayerRouter, trains_its_bias_as_the_weight_of_a_constant) {
@@ -356,6 +422,29 @@ TEST(LayerRouterErrors, reach_every_rank) {
     EXPECT_NE(message([&] { layer.forward(context, x, out, {}, {.ids = ids}); }).find("ids[1,1] = 8"),
               std::string::npos);
     layer.forward(context, x, out);
+
+    for (const Choice choice : {Choice::sinkhorn, Choice::experts}) {
+      options.router.choice = choice;
+      MoeLayer together(context, options);
+      const std::vector<std::int64_t> shards{0, 4};
+      MoeRecord record;
+      const auto fails = [&](const Array& of, const MoeInputs& inputs) {
+        return message([&] { together.forward(context, of, out, {}, shards, record, inputs); });
+      };
+      const Array bad(DType::f32, {4, c.spec.hidden});
+      if (context.rank() == 1) bad.as<float>()[0] = NAN;
+      EXPECT_NE(fails(bad, {}).find("logits[0,0] is nan"), std::string::npos);
+      EXPECT_NE(fails(context.rank() == 1 ? narrow : x, {}).find("x is f32 [4, 34]"), std::string::npos);
+      EXPECT_NE(fails(x, {.mask = mask}).find("mask is int8 [3]"), std::string::npos);
+      const Array given(DType::int32, {4, slots_of(options.router)});
+      MoeInputs some;
+      if (context.rank() == 0) some.ids = given;
+      EXPECT_NE(fails(x, some).find("rank 0 runs plan"), std::string::npos);  // the others are still at route
+      EXPECT_EQ(fails(x, {}), "");
+    }
+    options.capacity = {.policy = CapacityPolicy::drop_by_position, .factor = 1};
+    EXPECT_EQ(message([&] { const MoeLayer bounded(context, options); }),
+              "experts that choose their tokens take as many each: the layer must have no capacity");
   }));
 }
 

@@ -368,6 +368,13 @@ TEST(RouterOptions, that_contradict_each_other_are_refused) {
   EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::token_table, .vocabulary = 4, .selection_bias = true}),
             "a selection bias is for a choice by scores");
   EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::round_robin, .renormalise = false}), "");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::sinkhorn, .balance = 0.5F}),
+            "balance is 0.500000, but this choice balances by itself");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::experts, .importance_cv = 2.0F}),
+            "importance_cv is 2.000000, but this choice balances by itself");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::sinkhorn, .selection_bias = true}),
+            "a selection bias is for a choice by scores");
+  EXPECT_EQ(message({.experts = 8, .topk = 2, .choice = Choice::experts, .z = 0.5F}), "");
 }
 
 TEST(RouterPresets, are_known_by_name) {
@@ -378,7 +385,7 @@ TEST(RouterPresets, are_known_by_name) {
   } catch (const Error& error) {
     EXPECT_EQ(error.message(),
               "router 'qwen' is not one of mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, "
-              "llama4");
+              "llama4, sinkhorn, expert_choice");
   }
 }
 

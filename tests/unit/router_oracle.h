@@ -79,4 +79,59 @@ inline Route route(const std::vector<double>& z, const RouterOptions& options, c
   return r;
 }
 
+/// All tokens at once: as Megatron writes it.
+inline std::vector<Route> sinkhorn(const std::vector<std::vector<double>>& z, const RouterOptions& options) {
+  const std::size_t T = z.size(), E = z[0].size();
+  std::vector<std::vector<double>> cost = z;
+  for (auto& row : cost)
+    for (double& c : row) c = std::exp(c);
+  std::vector<double> d0(T), d1(E, 1.0);
+  double error = 1e9;
+  while (error > 1e-4) {
+    for (std::size_t t = 0; t < T; ++t) {
+      double sum = 0;
+      for (std::size_t e = 0; e < E; ++e) sum += d1[e] * cost[t][e];
+      d0[t] = 1 / static_cast<double>(T) / (sum + 1e-8);
+    }
+    const std::vector<double> old = d1;
+    error = 0;
+    for (std::size_t e = 0; e < E; ++e) {
+      double sum = 0;
+      for (std::size_t t = 0; t < T; ++t) sum += d0[t] * cost[t][e];
+      d1[e] = 1 / static_cast<double>(E) / (sum + 1e-8);
+      error += std::abs(old[e] - d1[e]) / static_cast<double>(E);
+    }
+  }
+  std::vector<Route> routes;
+  for (std::size_t t = 0; t < T; ++t) {
+    std::vector<double> plan(E);
+    for (std::size_t e = 0; e < E; ++e) plan[e] = d1[e] * cost[t][e] * d0[t];
+    routes.push_back(score(z[t], options));
+    routes.back().ids = largest(plan, options.topk);
+    weigh(routes.back(), options);
+  }
+  return routes;
+}
+
+/// Each expert's best tokens; a token's experts by descending score.
+inline std::vector<Route> experts_choose(const std::vector<std::vector<double>>& z, const RouterOptions& options) {
+  const auto T = static_cast<std::int64_t>(z.size()), E = options.experts;
+  std::vector<Route> routes;
+  for (const auto& row : z) routes.push_back(score(row, options));
+  const std::int64_t take = std::min(T, (T * options.topk + E - 1) / E);
+  for (int e = 0; e < static_cast<int>(E); ++e) {
+    std::vector<double> column;
+    for (const Route& r : routes) column.push_back(r.scores[static_cast<std::size_t>(e)]);
+    for (const int t : largest(column, take)) routes[static_cast<std::size_t>(t)].ids.push_back(e);
+  }
+  for (Route& r : routes) {
+    std::stable_sort(r.ids.begin(), r.ids.end(), [&](int a, int b) {
+      return r.scores[static_cast<std::size_t>(a)] > r.scores[static_cast<std::size_t>(b)];
+    });
+    r.ids.resize(static_cast<std::size_t>(E), -1);
+    weigh(r, options);
+  }
+  return routes;
+}
+
 }  // namespace expar::oracle

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <cstring>
 #include <string>
 
 #include <expar/random.h>
@@ -43,7 +45,8 @@ std::vector<Case> cases() {
     add(of + "_everybody", {.topk = kExperts, .score = score});
   }
   for (const std::string_view preset : router_presets()) {
-    all.push_back({std::string(preset), router_preset(preset, kExperts, 4)});
+    const RouterOptions options = router_preset(preset, kExperts, 4);
+    if (!is_collective(options.choice)) all.push_back({std::string(preset), options});  // the others: RouterOfAll
   }
   RouterOptions v3 = router_preset("deepseek_v3", 256, 8);
   all.push_back({"deepseek_v3_256", v3});
@@ -94,6 +97,210 @@ TEST_P(RouterOracle, agrees) {
       }
     });
   }
+}
+
+// ---- choices that look at the whole batch
+
+struct Wanted {
+  std::string name;
+  RouterOptions options;
+};
+void PrintTo(const Wanted& wanted, std::ostream* out) { *out << wanted.name; }
+
+std::vector<Wanted> wanted() {
+  std::vector<Wanted> all;
+  for (const char* preset : {"sinkhorn", "expert_choice"}) {
+    for (const std::int64_t topk : {1, 3}) {
+      RouterOptions options = router_preset(preset, kExperts, topk);
+      const std::string name = preset + std::to_string(topk);
+      all.push_back({name, options});
+      options.score = topk == 1 ? Score::sqrt_softplus : Score::sigmoid;
+      options.renormalise = true;
+      options.scaling = 2.0F;
+      all.push_back({name + "_otherwise", options});
+      options.double_scores = true;
+      all.push_back({name + "_double", options});
+    }
+  }
+  return all;
+}
+
+class RouterOfAll : public testing::TestWithParam<Wanted> {};
+INSTANTIATE_TEST_SUITE_P(all, RouterOfAll, testing::ValuesIn(wanted()),
+                         [](const auto& test) { return test.param.name; });
+
+/// Multiples of 1/64, so that a whole number may be added to a row without rounding. Some experts are liked by all.
+std::vector<std::vector<double>> liked_logits() {
+  const Random random(6, "logits");
+  std::vector<std::vector<double>> z(kTokens, std::vector<double>(kExperts));
+  for (std::int64_t i = 0; i < kTokens * kExperts; ++i) {
+    const double drawn = random.normal(static_cast<std::uint64_t>(i)) + 0.1 * static_cast<double>(i % kExperts);
+    z[static_cast<std::size_t>(i / kExperts)][static_cast<std::size_t>(i % kExperts)] =
+        std::round(64 * drawn) / 64 + 1e-3 * static_cast<double>(i % 7);
+  }
+  return z;
+}
+
+/// The rows of three ranks, one of which has none, with padding that must not be seen.
+struct Share {
+  explicit Share(const std::vector<std::vector<double>>& z, int rank) {
+    first = rank == 0 ? 0 : rank == 1 ? 40 : 40;
+    const std::size_t end = rank == 0 ? 40 : rank == 1 ? 40 : z.size();
+    for (std::size_t t = first; t < end; ++t) {
+      if (t % 5 == 2) {
+        logits.insert(logits.end(), kExperts, NAN);
+        mask.push_back(0);
+      }
+      mask.push_back(1);
+      for (const double value : z[t]) logits.push_back(static_cast<float>(value));
+    }
+  }
+  std::size_t first = 0;
+  std::vector<float> logits;
+  std::vector<std::int8_t> mask;
+  std::int64_t tokens() const { return static_cast<std::int64_t>(mask.size()); }
+};
+
+TEST_P(RouterOfAll, agrees) {
+  const RouterOptions& options = GetParam().options;
+  const bool is_sinkhorn = options.choice == Choice::sinkhorn;
+  const std::int64_t slots = slots_of(options);
+  std::vector<std::vector<double>> z = liked_logits();
+  for (auto& row : z)
+    for (double& value : row) value = double{static_cast<float>(value)};
+  const std::vector<oracle::Route> want =
+      is_sinkhorn ? oracle::sinkhorn(z, options) : oracle::experts_choose(z, options);
+  std::vector<std::atomic<int>> load(kExperts);
+  run_threads(3, [&](const Communicator& communicator) {
+    const Share share(z, communicator.rank());
+    Routing routing;
+    RouteInputs inputs;
+    inputs.mask = ConstTensor(share.mask.data(), {share.tokens()});
+    route(Context(communicator, {.threads = 2}), options, ConstTensor(share.logits.data(), {share.tokens(), kExperts}),
+          routing, inputs);
+    std::size_t number = share.first;
+    for (std::int64_t t = 0; t < share.tokens(); ++t) {
+      const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * slots;
+      if (share.mask[static_cast<std::size_t>(t)] == 0) {
+        EXPECT_EQ(std::count(ids, ids + slots, -1), slots);
+        continue;
+      }
+      const oracle::Route& w = want[number++];
+      ASSERT_EQ(std::vector<int>(ids, ids + slots), w.ids) << "token " << number - 1;
+      for (std::int64_t k = 0; k < slots; ++k) {
+        const double weight = w.weights[static_cast<std::size_t>(k)];
+        EXPECT_NEAR(routing.weights.as<float>()[t * slots + k], weight, 2e-6 * weight) << "token " << number - 1;
+        if (ids[k] >= 0) ++load[static_cast<std::size_t>(ids[k])];
+      }
+    }
+  });
+  const std::int64_t even = (kTokens * options.topk + kExperts - 1) / kExperts;
+  std::vector<std::int64_t> by_tokens(kExperts);  // if each had chosen for itself
+  for (const auto& row : z) {
+    for (const int id : oracle::largest(row, options.topk)) ++by_tokens[static_cast<std::size_t>(id)];
+  }
+  EXPECT_GT(*std::max_element(by_tokens.begin(), by_tokens.end()), 2 * even);
+  for (const int slots_of_expert : load) {
+    EXPECT_TRUE(is_sinkhorn || slots_of_expert == even) << slots_of_expert;
+    EXPECT_LT(slots_of_expert, even + even / 2);
+  }
+}
+
+TEST(RouterOfAll, does_not_overflow_where_logits_are_large) {
+  const RouterOptions options{.experts = kExperts, .topk = 2, .choice = Choice::sinkhorn};
+  const std::vector<std::vector<double>> z = liked_logits();
+  Array plain(DType::f32, {kTokens, kExperts});
+  Array large(DType::f32, {kTokens, kExperts});
+  for (std::int64_t i = 0; i < kTokens * kExperts; ++i) {
+    const double value = z[static_cast<std::size_t>(i / kExperts)][static_cast<std::size_t>(i % kExperts)];
+    plain.as<float>()[i] = std::round(64 * static_cast<float>(value)) / 64;
+    large.as<float>()[i] = plain.as<float>()[i] + 1000.0F * static_cast<float>(i / kExperts % 3 - 1);
+  }
+  run_threads(1, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1});
+    Routing routing, other;
+    route(context, options, plain, routing);
+    route(context, options, large, other);
+    EXPECT_EQ(std::memcmp(routing.ids.data(), other.ids.data(), routing.ids.byte_size()), 0);
+  });
+}
+
+TEST(RouterOfAll, gives_what_experts_like_alike_to_the_earlier_tokens) {
+  run_threads(2, [](const Communicator& communicator) {
+    const Array logits(DType::f32, {5, 4});
+    Routing routing;
+    route(Context(communicator, {.threads = 1}), {.experts = 4, .topk = 2, .choice = Choice::experts}, logits, routing);
+    for (std::int32_t i = 0; i < 20; ++i) {  // each of 4 experts takes 10 * 2 / 4 tokens
+      EXPECT_EQ(routing.ids.as<std::int32_t>()[i], communicator.rank() == 0 ? i % 4 : -1) << i;
+    }
+  });
+}
+
+TEST(RouterOfAll, gives_ids_where_numbers_are_none) {
+  run_threads(1, [](const Communicator& communicator) {
+    for (const Choice choice : {Choice::sinkhorn, Choice::experts}) {
+      Array logits(DType::f32, {6, 4});
+      for (int i = 0; i < 24; ++i) logits.as<float>()[i] = 0.1F * static_cast<float>(i * 7 % 24);
+      logits.as<float>()[4] = NAN;
+      logits.as<float>()[11] = INFINITY;
+      Routing routing;
+      route(Context(communicator, {.threads = 1}),
+            {.experts = 4, .topk = 2, .choice = choice, .nan = NanPolicy::propagate}, logits, routing);
+      for (std::int64_t t = 0; t < 6; ++t) {
+        const std::int64_t slots = routing.ids.size(1);
+        for (std::int64_t k = 0; k < slots; ++k) {
+          const std::int32_t id = routing.ids.as<std::int32_t>()[t * slots + k];
+          EXPECT_TRUE(id < 4 && id >= (choice == Choice::sinkhorn ? 0 : -1)) << t;
+          EXPECT_TRUE(t == 1 || t == 2 || std::isfinite(routing.weights.as<float>()[t * slots + k])) << t;
+        }
+      }
+    }
+  });
+}
+
+TEST(RouterOfAll, has_nothing_to_do_without_tokens) {
+  run_threads(2, [](const Communicator& communicator) {
+    for (const Choice choice : {Choice::sinkhorn, Choice::experts}) {
+      const Array logits(DType::f32, {0, 4});
+      Routing routing;
+      route(Context(communicator, {.threads = 1}), {.experts = 4, .topk = 2, .choice = choice}, logits, routing);
+      EXPECT_EQ(routing.ids.shape(), (Shape{0, choice == Choice::experts ? 4 : 2}));
+    }
+  });
+}
+
+TEST(RouterOfAll, fails_on_every_rank_alike) {
+  run_threads(3, [](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1});
+    const bool odd = communicator.rank() == 1;
+    for (const Choice choice : {Choice::sinkhorn, Choice::experts}) {
+      RouterOptions options{.experts = 4, .topk = 2, .choice = choice};
+      Array logits(DType::f32, {3, 4});
+      Routing routing;
+      const auto fails_as = [&](ErrorCode code, const std::string& part, const RouteInputs& inputs = {}) {
+        try {
+          route(context, options, logits, routing, inputs);
+          ADD_FAILURE() << "no error: " << part;
+        } catch (const Error& error) {
+          EXPECT_EQ(error.code(), code);
+          EXPECT_NE(error.message().find(part), std::string::npos) << error.message();
+        }
+      };
+      if (odd) logits.as<float>()[5] = NAN;
+      fails_as(ErrorCode::bad_argument, "logits[1,1] is nan");
+      logits.as<float>()[5] = 0;
+      RouteInputs failed;
+      if (odd) failed.failure = Error(ErrorCode::io, "no x");
+      fails_as(ErrorCode::io, "no x", failed);
+      if (odd) options.topk = 3;
+      fails_as(ErrorCode::mismatch, "topk 3");
+      options.topk = 2;
+      if (odd) options.score = Score::sigmoid;
+      fails_as(ErrorCode::mismatch, "score 1");
+      options.score = Score::softmax;
+      route(context, options, logits, routing);  // the ranks can go on
+    }
+  });
 }
 
 }  // namespace
