@@ -54,7 +54,9 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
       ->check(one_of({"f32", "bf16"}))
       ->capture_default_str();
   const std::vector<std::string> routers(router_names().begin(), router_names().end());
-  app.add_option("--router", flags.router, "how experts are chosen: softmax, or as in a family of models")
+  app.add_option("--router", flags.router,
+                 "how experts are chosen: softmax, as in a family of models, by sinkhorn; or with expert_choice, which "
+                 "looks at the tokens after a byte too, so that its losses are too low")
       ->check(one_of(routers))
       ->capture_default_str();
   app.add_option("--bias-update-rate", train.bias_update_rate,

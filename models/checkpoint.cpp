@@ -200,7 +200,9 @@ Family family_of(const MoeLayerOptions& moe) {
   const RouterOptions& router = moe.router;
   const bool plain_experts = !moe.bias && moe.activation == Activation::swiglu && moe.numbers == ActivationNumbers{} &&
                              moe.shared_inner == 0 && moe.weights_on == WeightsOn::output;
-  if (!plain_experts || router.bias || router.choice != Choice::scores) return Family::none;
+  // Who does not train goes by the plain logits where Sinkhorn trained, which have the order of the scores.
+  const bool by_scores = router.choice == Choice::scores || router.choice == Choice::sinkhorn;
+  if (!plain_experts || router.bias || !by_scores) return Family::none;
   if (router.score == Score::sigmoid && router.selection_bias) return Family::deepseek_v3;
   const bool is_plain = router.score == Score::softmax && !router.selection_bias && router.scaling == 1.0F &&
                         router.groups_used == router.groups;

@@ -111,8 +111,9 @@ void validate(const TrainOptions& options) {
 }
 
 std::span<const std::string_view> router_names() {
-  static constexpr std::string_view kNames[] = {"softmax", "mixtral",     "qwen2_moe",   "qwen3_moe",
-                                                "olmoe",   "deepseek_v2", "deepseek_v3", "gpt_oss"};
+  static constexpr std::string_view kNames[] = {"softmax",  "mixtral",      "qwen2_moe",   "qwen3_moe",
+                                                "olmoe",    "deepseek_v2",  "deepseek_v3", "gpt_oss",
+                                                "sinkhorn", "expert_choice"};
   return kNames;
 }
 
@@ -120,7 +121,7 @@ void choose_router(TrainOptions& options, const std::string& name) {
   RouterOptions& router = options.model.moe.router;
   RouterOptions chosen{.experts = router.experts, .topk = router.topk};
   if (name != "softmax") chosen = router_preset(name, router.experts, router.topk);
-  chosen.balance = chosen.selection_bias ? 0.0F : router.balance;
+  chosen.balance = chosen.selection_bias || is_collective(chosen.choice) ? 0.0F : router.balance;
   chosen.z = router.z;
   router = chosen;
   options.router = name;

@@ -34,8 +34,8 @@ void validate(const TrainOptions& options);
 
 /// "softmax" and router_presets(), as far as a text model trains them.
 std::span<const std::string_view> router_names();
-/// Makes the model's router the one of that name, for its E and K. A router with a selection bias is balanced by that
-/// and by no loss. Throws Error: bad_argument (an unknown name).
+/// Makes the model's router the one of that name, for its E and K. A router with a selection bias, or whose choice is
+/// balanced by itself, has no balancing loss. Throws Error: bad_argument (an unknown name).
 void choose_router(TrainOptions& options, const std::string& name);
 
 /// Calls visit(name, value) for each extent of the model.

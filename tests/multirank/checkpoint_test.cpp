@@ -32,7 +32,8 @@ class CheckpointCommand : public TrainCommand {
 };
 
 TEST_F(CheckpointCommand, goes_on_bit_by_bit_with_another_number_of_ranks) {
-  for (const std::string dtype : {" --dtype f32", " --dtype bf16", " --router deepseek_v3 --bias-update-rate 0.01"}) {
+  for (const std::string dtype :
+       {" --dtype f32", " --dtype bf16", " --router deepseek_v3 --bias-update-rate 0.01", " --router sinkhorn"}) {
     const nlohmann::json whole = train(kSmall + dtype + " --steps 60 --ranks 3" + save("whole"));
     const nlohmann::json first = train(kSmall + dtype + " --steps 30 --ranks 4" + save("parts"));
     const nlohmann::json second = train(" --steps 60 --ranks 2" + save("parts") + resume("parts"));

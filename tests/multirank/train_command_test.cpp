@@ -28,11 +28,13 @@ TEST_F(TrainCommand, prints_the_same_losses_on_any_ranks_and_transport) {
 }
 
 TEST_F(TrainCommand, trains_with_every_router_on_any_ranks) {
-  for (const std::string router : {"qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"}) {
+  for (const std::string router : {"qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "sinkhorn", "expert_choice"}) {
     const std::string flags = std::string(kSmall) + " --dtype f32 --router " + router;
     const nlohmann::json one = train(flags);
     ASSERT_GT(one["losses"].front(), one["losses"].back()) << router;
-    EXPECT_EQ(train(flags + " --ranks 3")["losses"].dump(), one["losses"].dump()) << router;
+    const nlohmann::json three = train(flags + " --ranks 3");
+    EXPECT_EQ(three["losses"].dump(), one["losses"].dump()) << router;
+    EXPECT_EQ(three["heldout_bits_per_byte"].dump(), one["heldout_bits_per_byte"].dump()) << router;
   }
 }
 
@@ -145,6 +147,7 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --router sigmoid", 2, "--router = 'sigmoid' is not one of softmax"},
       {text + " --bias-update-rate 0.01", 2, "is for a router with a selection bias, which softmax has not"},
       {text + " --router deepseek_v3 --bias-update-rate 0", 2, "--bias-update-rate = '0'"},
+      {text + " --router expert_choice --capacity-factor 1", 2, "experts that choose their tokens take as many each"},
       {text + " --router gpt_oss --save " + path("gpt"), 2, "a router as Qwen3-MoE's or DeepSeek-V3's"},
       {text + " --capacity-factor 0", 2, "--capacity-factor = '0'"},
       {text + " --capacity-policy drop_by_score", 2, "--capacity-policy needs --capacity-factor"},
