@@ -16,8 +16,6 @@
 namespace expar {
 namespace {
 
-constexpr std::size_t kLargestKept = 4 << 20;  // as much as libstdc++'s pools do; more comes from the system each time
-
 int cores() {
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
@@ -61,8 +59,6 @@ Context::Context(Communicator communicator, const ContextOptions& options)
     : communicator_(std::move(communicator)), timeout_(communicator_.timeout()) {
   kernels_ = std::make_shared<const Kernels>(find_kernels(options.backend, agree_on_isa(communicator_, options)));
   pool_ = std::make_shared<Pool>(options.threads > 0 ? options.threads : std::max(1, cores() / size()));
-  memory_ = std::make_shared<std::pmr::synchronized_pool_resource>(
-      std::pmr::pool_options{.max_blocks_per_chunk = 4, .largest_required_pool_block = kLargestKept});
   stores_ = std::make_shared<StoreChoice>();
 }
 

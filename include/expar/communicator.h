@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <span>
 #include <string>
 #include <string_view>
@@ -125,6 +126,9 @@ class Communicator {
   // ---- for authors of collectives
   Transport& transport() const;
   Arena& arena() const;
+  /// Host memory for what calls need for a while: given back, it serves the next call. Safe from any thread; what
+  /// outlives the communicator keeps it.
+  const std::shared_ptr<std::pmr::memory_resource>& memory() const;
   /// transport().wait, while the other operations in flight on this communicator advance.
   void wait(FunctionRef<bool()> done, const Waiting& waiting) const;
   /// Sets the job's cause and throws the one in force.
@@ -187,8 +191,8 @@ class Operation {
   std::chrono::nanoseconds timeout_;
   std::uint64_t sequence_ = 0;
   InFlight* work_ = nullptr;
-  std::vector<Line> lines_;  // [P] what each rank showed in its ready; sequence 0: not yet seen
-  std::vector<Words> words_;
+  std::pmr::vector<Line> lines_;  // [P] what each rank showed in its ready; sequence 0: not yet seen
+  std::pmr::vector<Words> words_;
   int missing_ = 0;  // entries of lines_ not yet seen
   bool completed_ = false;
   int unwinding_ = 0;  // exceptions in flight when this operation began

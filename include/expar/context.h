@@ -3,7 +3,6 @@
 
 #include <chrono>
 #include <memory>
-#include <memory_resource>
 #include <string>
 
 #include <expar/communicator.h>
@@ -44,9 +43,8 @@ class Context {
   Stream stream() const { return stream_; }
   /// What this rank's time is recorded in, see Communicator::record; null where it is not.
   Trace* trace() const { return communicator_.trace(); }
-  /// Host memory for what calls need for a while: given back, it serves the next call. Safe from any thread; what
-  /// outlives the context keeps it.
-  const std::shared_ptr<std::pmr::memory_resource>& memory() const { return memory_; }
+  /// The communicator's.
+  const std::shared_ptr<std::pmr::memory_resource>& memory() const { return communicator_.memory(); }
   /// What this rank has learnt of how to store rows; for the library's own use.
   StoreChoice& stores() const { return *stores_; }
   std::chrono::nanoseconds timeout() const { return timeout_; }
@@ -55,7 +53,6 @@ class Context {
   Communicator communicator_;
   std::shared_ptr<const Kernels> kernels_;
   std::shared_ptr<Pool> pool_;
-  std::shared_ptr<std::pmr::memory_resource> memory_;
   std::shared_ptr<StoreChoice> stores_;
   Stream stream_;
   std::chrono::nanoseconds timeout_{0};

@@ -31,7 +31,7 @@ class Inbox {
  public:
   struct Data;
   Inbox();
-  explicit Inbox(std::unique_ptr<Data> data);
+  explicit Inbox(std::shared_ptr<Data> data);
   ~Inbox();
   Inbox(Inbox&&) noexcept;
   Inbox& operator=(Inbox&&) noexcept;
@@ -52,7 +52,7 @@ class Inbox {
 
  private:
   friend class PendingDispatch;
-  std::unique_ptr<Data> data_;
+  std::shared_ptr<Data> data_;
 };
 
 struct DispatchOptions {
@@ -77,10 +77,10 @@ class PendingDispatch {
   ~PendingDispatch();
   PendingDispatch(PendingDispatch&&) noexcept;
   struct State;
-  explicit PendingDispatch(std::unique_ptr<State> state);
+  explicit PendingDispatch(std::shared_ptr<State> state);
 
  private:
-  std::unique_ptr<State> state_;
+  std::shared_ptr<State> state_;
 };
 
 /// Carries each token once to each other rank that holds one of its experts.
@@ -144,10 +144,10 @@ class PendingCombine {
   ~PendingCombine();
   PendingCombine(PendingCombine&&) noexcept;
   struct State;
-  explicit PendingCombine(std::unique_ptr<State> state);
+  explicit PendingCombine(std::shared_ptr<State> state);
 
  private:
-  std::unique_ptr<State> state_;
+  std::shared_ptr<State> state_;
 };
 
 /// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then what is

@@ -94,10 +94,10 @@ class PendingPlan {
   ~PendingPlan();
   PendingPlan(PendingPlan&&) noexcept;
   struct State;
-  explicit PendingPlan(std::unique_ptr<State> state);
+  explicit PendingPlan(std::shared_ptr<State> state);
 
  private:
-  std::unique_ptr<State> state_;
+  std::shared_ptr<State> state_;
 };
 
 /// Counts this rank's rows, exchanges the counts, and works out every offset.

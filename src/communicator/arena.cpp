@@ -2,6 +2,7 @@
 #include <expar/communicator.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -13,6 +14,7 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kSmallestSegment = std::size_t{1} << 20;
+constexpr std::size_t kUsualRanges = 64;  // a layer's pass has about ten blocks
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -25,28 +27,36 @@ struct Block::Owner {
     std::uint64_t offset;
     auto operator<=>(const Place&) const = default;
   };
-  struct Retired {
+  struct Range {
     Place place;
     std::size_t bytes;
+    /// Whether `next` begins where this ends.
+    bool meets(const Range& next) const {
+      return place.segment == next.place.segment && place.offset + bytes == next.place.offset;
+    }
+  };
+  struct Retired {
+    Range range;
     std::uint64_t last_use;
   };
 
-  explicit Owner(std::shared_ptr<Transport> t) : transport(std::move(t)) {}
+  explicit Owner(std::shared_ptr<Transport> t) : transport(std::move(t)) {
+    free.reserve(kUsualRanges);
+    retired.reserve(kUsualRanges);
+  }
 
-  void give_back(Place place, std::size_t bytes) {
-    auto next = free.lower_bound(place);
-    if (next != free.end() && next->first.segment == place.segment && place.offset + bytes == next->first.offset) {
-      bytes += next->second;
+  void give_back(Range range) {
+    auto next = std::lower_bound(free.begin(), free.end(), range.place,
+                                 [](const Range& one, const Place& place) { return one.place < place; });
+    if (next != free.end() && range.meets(*next)) {
+      range.bytes += next->bytes;
       next = free.erase(next);
     }
-    if (next != free.begin()) {
-      const auto previous = std::prev(next);
-      if (previous->first.segment == place.segment && previous->first.offset + previous->second == place.offset) {
-        previous->second += bytes;
-        return;
-      }
+    if (next != free.begin() && std::prev(next)->meets(range)) {
+      std::prev(next)->bytes += range.bytes;
+      return;
     }
-    free.emplace_hint(next, place, bytes);
+    free.insert(next, range);
   }
 
   /// Frees the retired blocks that no rank can touch any more.
@@ -55,16 +65,16 @@ struct Block::Owner {
     const std::uint64_t completed = completed_by_all(*transport);
     std::erase_if(retired, [&](const Retired& block) {
       if (block.last_use >= completed) return false;
-      give_back(block.place, block.bytes);
+      give_back(block.range);
       return true;
     });
   }
 
   /// The smallest free range that fits.
-  std::map<Place, std::size_t>::iterator best_fit(std::size_t bytes) {
+  std::vector<Range>::iterator best_fit(std::size_t bytes) {
     auto best = free.end();
     for (auto range = free.begin(); range != free.end(); ++range) {
-      if (range->second >= bytes && (best == free.end() || range->second < best->second)) best = range;
+      if (range->bytes >= bytes && (best == free.end() || range->bytes < best->bytes)) best = range;
     }
     return best;
   }
@@ -74,13 +84,13 @@ struct Block::Owner {
         transport->grow(round_up(std::max({bytes, kSmallestSegment, capacity / 2}), kSmallestSegment));
     capacity += segment.bytes.size();
     segments.insert_or_assign(segment.id, segment.bytes);
-    give_back({segment.id, 0}, segment.bytes.size());
+    give_back({{segment.id, 0}, segment.bytes.size()});
   }
 
   std::mutex mutex;  // a handle may be released on another thread than the rank's
   std::shared_ptr<Transport> transport;
   std::map<std::uint32_t, std::span<std::byte>> segments;
-  std::map<Place, std::size_t> free;
+  std::vector<Range> free;  // ascending; few, as neighbours join
   std::vector<Retired> retired;
   std::size_t capacity = 0;
 };
@@ -102,10 +112,10 @@ Block Arena::allocate(std::size_t bytes) {
     owner_->add_segment(room);
     range = owner_->best_fit(room);
   }
-  const Block::Owner::Place place = range->first;
-  const std::size_t left = range->second - room;
-  owner_->free.erase(range);
-  if (left > 0) owner_->free.emplace(Block::Owner::Place{place.segment, place.offset + room}, left);
+  const Block::Owner::Place place = range->place;
+  range->place.offset += room;
+  range->bytes -= room;
+  if (range->bytes == 0) owner_->free.erase(range);
 
   Block block;
   block.owner_ = owner_;
@@ -132,7 +142,7 @@ Block::~Block() {
   if (owner_ == nullptr) return;
   const std::lock_guard lock(owner_->mutex);
   const std::size_t room = round_up(std::max<std::size_t>(bytes_.size(), 1), kAlignment);
-  owner_->retired.push_back({{ref_.segment, ref_.offset}, room, last_use_});
+  owner_->retired.push_back({{{ref_.segment, ref_.offset}, room}, last_use_});
 }
 
 }  // namespace expar

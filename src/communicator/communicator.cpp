@@ -38,6 +38,7 @@ std::string_view Communicator::transport_name() const { return state_->transport
 std::chrono::nanoseconds Communicator::timeout() const { return state_->timeout; }
 Transport& Communicator::transport() const { return *state_->transport; }
 Arena& Communicator::arena() const { return state_->arena; }
+const std::shared_ptr<std::pmr::memory_resource>& Communicator::memory() const { return state_->memory; }
 
 void Communicator::abort(std::string_view message) const {
   state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = rank()}));

@@ -58,7 +58,12 @@ std::string Signature::str() const {
 }
 
 Operation::Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout)
-    : communicator_(communicator), signature_(signature), timeout_(timeout), unwinding_(std::uncaught_exceptions()) {
+    : communicator_(communicator),
+      signature_(signature),
+      timeout_(timeout),
+      lines_(communicator.memory().get()),
+      words_(communicator.memory().get()),
+      unwinding_(std::uncaught_exceptions()) {
   auto& state = *communicator_.state_;
   if (const auto failure = state.transport->failure()) {
     completed_ = true;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <memory_resource>
 #include <vector>
 
 #include <expar/communicator.h>
@@ -14,6 +15,8 @@ namespace expar {
 inline constexpr std::uint64_t kSlots = 64;
 inline constexpr int kCompletedLine = 2 * kSlots;
 static_assert(kCompletedLine < kBoardLines);
+
+inline constexpr std::size_t kLargestKept = 4 << 20;  // as libstdc++'s pools at most; more comes from the system
 
 inline int ready_line(std::uint64_t sequence) { return static_cast<int>(2 * (sequence % kSlots)); }
 inline int done_line(std::uint64_t sequence) { return ready_line(sequence) + 1; }
@@ -30,10 +33,14 @@ inline std::uint64_t completed_by_all(const Transport& transport) {
 
 struct Communicator::State {
   State(std::shared_ptr<Transport> t, std::chrono::nanoseconds limit)
-      : transport(std::move(t)), arena(transport), timeout(limit) {}
+      : transport(std::move(t)), arena(transport), timeout(limit) {
+    memory = std::make_shared<std::pmr::synchronized_pool_resource>(
+        std::pmr::pool_options{.max_blocks_per_chunk = 4, .largest_required_pool_block = kLargestKept});
+  }
 
   std::shared_ptr<Transport> transport;
   Arena arena;
+  std::shared_ptr<std::pmr::memory_resource> memory;
   std::chrono::nanoseconds timeout;
   std::uint64_t next = 1;      // sequence of the next operation
   std::uint64_t lowest = 1;    // first operation that this rank has not completed

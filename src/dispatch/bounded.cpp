@@ -5,6 +5,7 @@
 #include <string>
 
 #include "src/dispatch/plan_data.h"
+#include "src/util/kept.h"
 
 namespace expar {
 namespace {
@@ -27,6 +28,7 @@ Shelf::Shelf(const Context& context, const Plan& plan, std::size_t row_bytes)
     : context_(context), plan_(plan), tokens_(context.memory().get()) {
   tags_at_ = whole_lines(at(plan.experts() + context.size()) * sizeof(std::int32_t));
   rows_at_ = tags_at_ + whole_lines(at(plan.bound() * plan.topk()) * sizeof(SlotTag));
+  tokens_.reserve(at(plan.bound()));
   bytes_ = rows_at_ + at(plan.bound()) * row_bytes;
 }
 
@@ -43,13 +45,16 @@ Operation::Words Shelf::show(const Operation& operation, const float* weights) {
 }
 
 void Shelf::read(const Operation& operation) {
-  const std::vector<Slice> whole(at(context_.size()), Slice{0, bytes_});
+  const std::pmr::vector<Slice> whole(at(context_.size()), Slice{0, bytes_}, context_.memory().get());
   reading_.emplace(context_.communicator(), operation, block_, whole, whole);
 }
 
 Plan Shelf::complete(const Operation& operation) {
   reading_->finish(context_.communicator(), operation);
-  auto data = std::make_shared<Plan::Data>(context_.memory());
+  auto data = make_kept<Plan::Data>(context_.memory(), context_.memory());
+  data->bound = plan_.bound();
+  data->topk = plan_.topk();
+  data->reserve();
   *data = plan_.data();
   expar::complete(
       context_.communicator(), operation.sequence(), [&](int source) { return reading_->from(source); }, *data);

@@ -7,6 +7,7 @@
 
 #include "src/dispatch/results.h"
 #include "src/dispatch/row_order.h"
+#include "src/util/kept.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -103,7 +104,7 @@ struct PendingCombine::State final : InFlight {
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
 
-PendingCombine::PendingCombine(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PendingCombine::PendingCombine(std::shared_ptr<State> state) : state_(std::move(state)) {}
 PendingCombine::PendingCombine(PendingCombine&&) noexcept = default;
 PendingCombine::~PendingCombine() = default;
 
@@ -116,7 +117,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   signature.with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
   signature.with("plan", static_cast<std::int64_t>(plan.id())).with("weighted", weights.has_value());
   with_layout(signature, y);
-  auto state = std::make_unique<PendingCombine::State>(context, plan, y, out, options, signature);
+  auto state = make_kept<PendingCombine::State>(context.memory(), context, plan, y, out, options, signature);
   state->operation.ready([&] {
     if (dtype != DType::f32 && dtype != DType::bf16)
       refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
@@ -135,7 +136,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
 }
 
 void PendingCombine::finish() {
-  const std::unique_ptr<State> state = std::move(state_);
+  const std::shared_ptr<State> state = std::move(state_);
   const Phase phase(state->context.trace(), operation_span("finish combine"));
   state->operation.meet();
   const Plan& plan = state->plan;

@@ -10,6 +10,7 @@
 #include "src/dispatch/plan_data.h"
 #include "src/dispatch/row_order.h"
 #include "src/util/copy.h"
+#include "src/util/kept.h"
 #include "src/util/shown.h"
 #include "src/util/store_choice.h"
 
@@ -73,7 +74,7 @@ struct Inbox::Data {
 };
 
 Inbox::Inbox() = default;
-Inbox::Inbox(std::unique_ptr<Data> data) : data_(std::move(data)) {}
+Inbox::Inbox(std::shared_ptr<Data> data) : data_(std::move(data)) {}
 Inbox::~Inbox() = default;
 Inbox::Inbox(Inbox&&) noexcept = default;
 Inbox& Inbox::operator=(Inbox&&) noexcept = default;
@@ -110,7 +111,7 @@ struct PendingDispatch::State final : InFlight {
   void start(ConstTensor weights_) {
     operation.ready([&] {
       validate(x, weights_, plan, options);
-      inbox = std::make_unique<Inbox::Data>();
+      inbox = make_kept<Inbox::Data>(context.memory());
       room = at(plan.open() ? (communicator.size() - 1) * plan.bound() : plan.unique());
       inbox->block = communicator.arena().allocate(tags_offset() + room * tag_bytes);
       if (cargo.rounded()) {
@@ -218,7 +219,7 @@ struct PendingDispatch::State final : InFlight {
     if (!cargo.rounded()) return;
     std::byte* const own = inbox->rounded_block.data() + room * cargo.full_bytes();
     cargo.unload(inbox->rounded_block.data(), inbox->block.data(), plan.unique());
-    cargo.round(own, x);
+    shelf ? cargo.unload(own, shelf->rows(), x.size(0)) : cargo.round(own, x);  // on a shelf they are rounded already
     inbox->rows = ConstTensor(inbox->rounded_block.data(), x.dtype(), Shape{plan.unique(), width});
     inbox->x = ConstTensor(own, x.dtype(), x.shape());
   }
@@ -290,7 +291,7 @@ struct PendingDispatch::State final : InFlight {
   std::int64_t width;
   Cargo cargo;
   std::size_t row_bytes, tag_bytes;  // on the way
-  std::unique_ptr<Inbox::Data> inbox;
+  std::shared_ptr<Inbox::Data> inbox;
   std::size_t room = 0;        // of the inbox, in rows
   std::optional<Shelf> shelf;  // where the plan was open
   std::vector<std::byte> staging;
@@ -300,28 +301,29 @@ struct PendingDispatch::State final : InFlight {
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
 
-PendingDispatch::PendingDispatch(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PendingDispatch::PendingDispatch(std::shared_ptr<State> state) : state_(std::move(state)) {}
 PendingDispatch::PendingDispatch(PendingDispatch&&) noexcept = default;
 PendingDispatch::~PendingDispatch() = default;
 
 PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                                const DispatchOptions& options) {
   const Phase phase(context.trace(), operation_span("start dispatch"));
-  auto state = std::make_unique<PendingDispatch::State>(context, x, weights, plan, options);
+  auto state = make_kept<PendingDispatch::State>(context.memory(), context, x, weights, plan, options);
   state->start(weights);
   return PendingDispatch(std::move(state));
 }
 
 Inbox PendingDispatch::finish() {
-  const std::unique_ptr<State> state = std::move(state_);
+  const std::shared_ptr<State> state = std::move(state_);
   const Phase phase(state->communicator.trace(), operation_span("finish dispatch"));
   state->operation.meet();
   if (!state->sent) state->send();
   if (state->shelf) state->plan = state->shelf->complete(state->operation);
   state->inbox->plan = state->plan;
   const Inbox* like = state->options.lists_of;
-  state->inbox->lists =
-      like != nullptr ? like->data_->lists : std::make_shared<Lists>(state->context, state->plan, state->weights);
+  state->inbox->lists = like != nullptr
+                            ? like->data_->lists
+                            : make_kept<Lists>(state->context.memory(), state->context, state->plan, state->weights);
   state->shelf ? state->take_rows() : state->await_rows();
   state->operation.complete();
   state->unpack();

@@ -28,7 +28,9 @@ void write_tags(const Plan& plan, int destination, std::span<const std::int32_t>
 }
 
 Lists::Lists(const Context& context, const Plan& plan, const float* weights)
-    : memory_(context.memory()), refs_(at(plan.received()) + 1, RowRef{0, 0, 0.0F}, memory_.get()) {
+    : memory_(context.memory()), refs_(memory_.get()) {
+  refs_.reserve(at(context.size() * plan.bound() * plan.topk()) + 1);  // of one size where there is a bound
+  refs_.assign(at(plan.received()) + 1, RowRef{0, 0, 0.0F});
   const int rank = context.rank();
   const std::size_t nowhere = refs_.size() - 1;
   const std::int64_t tokens = plan.tokens(), topk = plan.topk();
@@ -47,7 +49,7 @@ bool Lists::add(const Plan& plan, int source, const SlotTag* tags) {
   const std::size_t nowhere = refs_.size() - 1;
   // The next position of each local expert. Slots that go elsewhere, half of them and at random, count for an expert
   // after the last, so that there is no branch to mispredict; one for each k, so that they do not wait for each other.
-  std::vector<std::size_t> next(at(local + topk), nowhere);
+  std::pmr::vector<std::size_t> next(at(local + topk), nowhere, memory_.get());
   for (std::int64_t e = 0; e < local; ++e) next[at(e)] = at(plan.source_start(source, e));
   for (std::int64_t row = first; row < end; ++row) {
     for (std::int64_t k = 0; k < topk; ++k, ++tags) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "src/dispatch/plan_data.h"
+#include "src/util/kept.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -83,14 +84,14 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
 
 struct PendingPlan::State final : InFlight {
   explicit State(const Context& context)
-      : communicator(context.communicator()), plan(std::make_shared<Plan::Data>(context.memory())) {}
+      : communicator(context.communicator()), plan(make_kept<Plan::Data>(context.memory(), context.memory())) {}
 
   void advance() override {
     if (!reading && operation->agreed()) read();
   }
   void read() {
     block.used_by(operation->sequence());
-    const std::vector<Slice> whole(at(plan->ranks), Slice{0, block.size()});
+    const std::pmr::vector<Slice> whole(at(plan->ranks), Slice{0, block.size()}, communicator.memory().get());
     reading.emplace(communicator, *operation, block, whole, whole);
   }
 
@@ -102,13 +103,13 @@ struct PendingPlan::State final : InFlight {
   std::optional<Operation> operation;
 };
 
-PendingPlan::PendingPlan(std::unique_ptr<State> state) : state_(std::move(state)) {}
+PendingPlan::PendingPlan(std::shared_ptr<State> state) : state_(std::move(state)) {}
 PendingPlan::PendingPlan(PendingPlan&&) noexcept = default;
 PendingPlan::~PendingPlan() = default;
 
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
   const Phase phase(context.trace(), operation_span("start plan"));
-  auto state = std::make_unique<PendingPlan::State>(context);
+  auto state = make_kept<PendingPlan::State>(context.memory(), context);
   if (options.bound > 0) {
     count_bounded(context, ids, options, *state->plan);
     return PendingPlan(std::move(state));
@@ -130,7 +131,7 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
 }
 
 Plan PendingPlan::finish() {
-  const std::unique_ptr<State> state = std::move(state_);
+  const std::shared_ptr<State> state = std::move(state_);
   if (!state->operation) return Plan(state->plan);
   const Phase phase(state->communicator.trace(), operation_span("finish plan"));
   Operation& operation = *state->operation;

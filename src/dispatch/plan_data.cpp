@@ -49,7 +49,7 @@ std::int64_t lay_out(const Plan::Data& plan, int owner, Write write) {
 void derive_offsets(Plan::Data& plan, const std::pmr::vector<std::int32_t>& unique) {
   const std::int64_t experts = plan.experts;
   plan.totals.assign(at(experts), 0);
-  std::vector<std::int64_t> before(at(experts), 0);  // rows of ranks below this one
+  std::pmr::vector<std::int64_t> before(at(experts), 0, plan.memory.get());  // rows of ranks below this one
   for (int s = 0; s < plan.ranks; ++s) {
     const auto* counts = plan.counts.data() + at(s) * at(experts);
     if (s == plan.rank) before = plan.totals;
@@ -95,21 +95,30 @@ void place_slots(Plan::Data& plan) {
 
 }  // namespace
 
+void Plan::Data::reserve() {
+  const std::size_t most = at(bound * topk);
+  ids.reserve(most);
+  slots.reserve(most);
+  send_tokens.reserve(most);
+}
+
 void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.tokens = ids.size(0);
   plan.topk = ids.size(1);
   plan.experts = options.experts;
   plan.alignment = options.alignment;
   plan.bound = options.bound;
+  plan.reserve();
   plan.ids.assign(ids.as<std::int32_t>(), ids.as<std::int32_t>() + ids.elements());
 
   // Slot -1 is an expert too, the one before the first, on a rank before the first: no branch to mispredict.
-  std::vector<SlotRow> next(at(plan.experts) + 1);
+  std::pmr::vector<SlotRow> next(at(plan.experts) + 1, plan.memory.get());
   for (std::int64_t e = 0; e < plan.experts; ++e) next[at(e + 1)].rank = owner_of(e, plan.ranks, plan.experts);
-  std::vector<std::int32_t> last(at(plan.ranks) + 1, -1);  // the token last seen to need a rank
+  std::pmr::vector<std::int32_t> last(at(plan.ranks) + 1, -1, plan.memory.get());  // the token last seen to need a rank
   // What is sent, in token order; one more is written than there is.
-  std::pmr::vector<std::int32_t> destination(plan.ids.size() + 1, plan.memory.get());
-  std::pmr::vector<std::int32_t> token_of(plan.ids.size() + 1, plan.memory.get());
+  const std::size_t most = plan.ids.capacity() + 1;
+  std::pmr::vector<std::int32_t> destination(most, plan.memory.get());
+  std::pmr::vector<std::int32_t> token_of(most, plan.memory.get());
   plan.slots.resize(plan.ids.size());
   std::size_t sends = 0;
   std::size_t i = 0;
@@ -132,7 +141,7 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   for (i = 0; i < sends; ++i) ++unique_counts[destination[i]];
   plan.send_begin.assign(at(plan.ranks) + 1, 0);
   for (int d = 0; d < plan.ranks; ++d) plan.send_begin[at(d + 1)] = plan.send_begin[at(d)] + unique_counts[d];
-  std::vector<std::int64_t> end(plan.send_begin.begin(), plan.send_begin.end() - 1);
+  std::pmr::vector<std::int64_t> end(plan.send_begin.begin(), plan.send_begin.end() - 1, plan.memory.get());
   plan.send_tokens.resize(sends);
   for (i = 0; i < sends; ++i) plan.send_tokens[at(end[at(destination[i])]++)] = token_of[i];
 }

@@ -28,7 +28,7 @@ Results::Results(const Context& context, const Operation& operation, const Plan&
       own_(own),
       row_bytes_(row_bytes),
       slots_(context.memory().get()),
-      arrived_(at(plan.experts()), nullptr) {
+      arrived_(at(plan.experts()), nullptr, context.memory().get()) {
   exchange(context.communicator(), operation, plan);
 }
 
@@ -71,7 +71,7 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
 const void* const* Results::finish(const Communicator& communicator, const Operation& operation, const Plan& plan) {
   transfers_.finish(communicator, operation, "its results");
   auto& transport = communicator.transport();
-  std::vector<std::span<const std::byte>> outboxes(at(communicator.size()));
+  std::pmr::vector<std::span<const std::byte>> outboxes(at(communicator.size()), communicator.memory().get());
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (peer == communicator.rank()) {
       outboxes[at(peer)] = {own_.block().data(), own_.block().size()};
@@ -79,6 +79,7 @@ const void* const* Results::finish(const Communicator& communicator, const Opera
       outboxes[at(peer)] = shown_block(communicator, operation, peer);
     }
   }
+  slots_.reserve(at(plan.bound() * plan.topk()));
   slots_.assign(plan.slots().size(), nullptr);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const SlotRow slot = plan.slots()[i];

@@ -29,7 +29,7 @@ class Results {
   const Outbox& own_;
   std::size_t row_bytes_;
   std::pmr::vector<const void*> slots_;
-  std::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
+  std::pmr::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
   std::vector<std::byte> staging_, received_;
   Transfers transfers_;
 };

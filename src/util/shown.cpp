@@ -52,7 +52,8 @@ void Transfers::finish(const Communicator& communicator, const Operation& operat
 }
 
 Reading::Reading(const Communicator& communicator, const Operation& operation, const Block& mine,
-                 std::span<const Slice> wants, std::span<const Slice> gives) {
+                 std::span<const Slice> wants, std::span<const Slice> gives)
+    : parts_(communicator.memory().get()) {
   auto& transport = communicator.transport();
   const int self = communicator.rank();
   const auto ranks = static_cast<std::size_t>(communicator.size());

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory_resource>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -57,7 +58,7 @@ class Reading {
   std::span<const std::byte> from(int peer) const { return parts_[static_cast<std::size_t>(peer)]; }
 
  private:
-  std::vector<std::span<const std::byte>> parts_;
+  std::pmr::vector<std::span<const std::byte>> parts_;
   std::vector<std::byte> received_;
   Transfers transfers_;
 };

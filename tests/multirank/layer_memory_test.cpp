@@ -1,0 +1,94 @@
+// Decoding takes no memory once it has seen as many rows as can come.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include <expar/layer.h>
+#include <expar/random.h>
+
+#include "tests/fastest_backend.h"
+#include "tests/multirank/allocations.h"
+#include "tests/multirank/processes.h"
+
+namespace expar::test {
+namespace {
+
+constexpr std::int64_t kTokens = 8;  // of each rank
+
+struct Case {
+  const char* name;
+  MoeLayerOptions options;
+};
+
+std::vector<Case> cases() {
+  MoeLayerOptions usual;
+  usual.hidden = 64;
+  usual.inner = 32;
+  usual.dtype = DType::bf16;
+  usual.bound = kTokens;
+  usual.inference = true;
+  std::vector<Case> all;
+  const auto add = [&](const char* name, const RouterOptions& router) -> MoeLayerOptions& {
+    usual.router = router;
+    return all.emplace_back(Case{name, usual}).options;
+  };
+  add("softmax", router_preset("mixtral", 32, 8));
+  add("softmax in f32", router_preset("qwen2_moe", 32, 4)).dtype = DType::f32;
+  RouterOptions grouped = router_preset("deepseek_v3", 32, 8);
+  grouped.groups = 8;
+  grouped.groups_used = 4;
+  add("sigmoid with groups", grouped);
+  add("rows as int8", grouped).payload = DType::int8;
+  MoeLayerOptions& shared = add("shared experts and biases", router_preset("gpt_oss", 32, 4));
+  shared.bias = shared.shared_gate = true;
+  shared.shared_inner = 32;
+  return all;
+}
+
+class Memory : public testing::TestWithParam<RankSetup> {};
+INSTANTIATE_TEST_SUITE_P(Layer, Memory,
+                         testing::Values(RankSetup{.ranks = 1}, RankSetup{.ranks = 2}, RankSetup{.ranks = 4},
+                                         RankSetup{.kind = Kind::shm, .ranks = 2}),
+                         [](const auto& test) { return test.param.name(); });
+
+TEST_P(Memory, of_decoding_is_taken_in_the_first_calls) {
+  for (const auto& [name, options] : cases()) {
+    expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {
+      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      MoeLayer layer(context, options);
+      layer.initialise(3, "layer");
+      const Array x(options.dtype, {kTokens, options.hidden}), out(options.dtype, x.view().shape());
+      const Random random(4, "x" + std::to_string(context.rank()));
+      const auto step = [&](int i, std::int64_t tokens, const MoeInputs& inputs) {
+        const auto first = static_cast<std::uint64_t>(i * x.view().elements());
+        for (std::int64_t j = 0; j < x.view().elements(); ++j) {
+          const float value = random.normal(first + static_cast<std::uint64_t>(j));
+          if (options.dtype == DType::f32) x.as<float>()[j] = value;
+          if (options.dtype == DType::bf16) x.as<bf16>()[j] = bf16(value);
+        }
+        layer.forward(context, x.view().rows(0, tokens), out.view().rows(0, tokens), {}, inputs);
+      };
+      const std::int64_t at_first = allocations();
+      // The most rows that can come: every slot of every rank goes to one rank, to each in turn.
+      const Array ids(DType::int32, {kTokens, options.router.topk});
+      for (int rank = 0; rank < context.size(); ++rank) {
+        const ExpertRange range = experts_of(rank, context.size(), options.router.experts);
+        for (std::int64_t i = 0; i < ids.view().elements(); ++i) {
+          ids.as<std::int32_t>()[i] =
+              static_cast<std::int32_t>(range.first + i % std::min(range.count, ids.view().size(1)));
+        }
+        step(rank, kTokens, {.ids = ids});
+      }
+      step(context.size(), kTokens, {});
+      const std::int64_t before = allocations();
+      EXPECT_GT(before, at_first) << "nothing was counted";
+      for (int i = 100; i < 200; ++i) step(i, (i + context.rank()) % (kTokens + 1), {});
+      EXPECT_EQ(allocations(), before) << name;
+    }));
+  }
+}
+
+}  // namespace
+}  // namespace expar::test
