@@ -14,5 +14,6 @@
 #include <expar/random.h>        // numbers keyed by what they are for
 #include <expar/registry.h>      // run_threads, join, launch; what is available
 #include <expar/router.h>        // route: K experts per token
+#include <expar/special.h>       // zero, copy and constant experts
 #include <expar/tensor.h>        // Tensor, ConstTensor: views; Array, Buffer: memory
 #include <expar/trace.h>         // Trace: what each rank did, and when
