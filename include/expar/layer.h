@@ -89,7 +89,10 @@ struct MoeInputs {
   /// rest is as if it were not there.
   ConstTensor mask = {};
   ConstTensor tokens = {};  // [T] int32: token ids, for a router with a token table
-  ConstTensor ids = {};     // [T, K] int32: the Routing::ids of a pass that is to be repeated, by all ranks or none
+  /// In training: this rank's sequences, and with gradient accumulation what MoeRecord::losses says of the
+  /// micro-batches so far, for the balancing losses.
+  LossInputs losses = {};
+  ConstTensor ids = {};  // [T, K] int32: the Routing::ids of a pass that is to be repeated, by all ranks or none
   /// What the jitter of this call is drawn by: a name that no other call has ("layers.3, step 17").
   std::uint64_t seed = 0;
   std::string stream = {};

@@ -150,6 +150,10 @@ struct RouterLosses {
   float z = 0.0F;
   std::int64_t tokens = 0;           // T of the global batch
   std::vector<float> load_fraction;  // [E] c_i / (T K), with what was given so far
+  /// c_i and T with what was given so far: what LossInputs of the next micro-batch takes, and at the end of the
+  /// optimizer step update_selection_bias.
+  std::vector<std::int64_t> counts_so_far;
+  std::int64_t tokens_so_far = 0;
 
   // The gradient of all that, as route_backward reads it. Most losses are linear in a score, so that all tokens of a
   // segment have the same gradient.

@@ -258,7 +258,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     record.shards.assign(shards->begin(), shards->end());
     // The losses look at what the router wanted, dropped or not.
     const auto counts = capacity.chosen.empty() ? plan.expert_totals() : std::span<const std::int64_t>(capacity.chosen);
-    record.losses = router_losses(c, options.router, record.routing, counts, *shards);
+    record.losses = router_losses(c, options.router, record.routing, counts, *shards, inputs.losses);
   }
   record.inbox = dispatch_beside(c, x, capacity.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
     const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);

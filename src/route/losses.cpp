@@ -195,14 +195,16 @@ RouterLosses router_losses(const Context& context, const RouterOptions& options,
   losses.load_fraction.resize(static_cast<std::size_t>(experts));
   losses.tokens =
       static_cast<std::int64_t>(rest[kTokensHigh]) * kLowTokens + static_cast<std::int64_t>(rest[kTokensLow]);
+  losses.tokens_so_far = losses.tokens + inputs.tokens_so_far;
+  losses.counts_so_far.assign(counts.begin(), counts.end());
+  for (std::size_t e = 0; e < inputs.counts_so_far.size(); ++e) losses.counts_so_far[e] += inputs.counts_so_far[e];
   if (losses.tokens == 0) return losses;
   const auto tokens = static_cast<double>(losses.tokens);
-  const double so_far = tokens + static_cast<double>(inputs.tokens_so_far);
+  const double slots = static_cast<double>(losses.tokens_so_far) * static_cast<double>(options.topk);
   double balance = 0.0;
   std::vector<double> by_balance;
   for (std::size_t e = 0; e < losses.load_fraction.size(); ++e) {
-    const std::int64_t slots = counts[e] + (inputs.counts_so_far.empty() ? 0 : inputs.counts_so_far[e]);
-    const double fraction = static_cast<double>(slots) / (so_far * static_cast<double>(options.topk));
+    const double fraction = static_cast<double>(losses.counts_so_far[e]) / slots;
     losses.load_fraction[e] = static_cast<float>(fraction);
     balance += fraction * (all[e] / tokens);
     by_balance.push_back(options.balance * static_cast<double>(experts) * losses.load_fraction[e] / tokens);
