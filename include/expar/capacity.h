@@ -17,7 +17,7 @@ enum class CapacityPolicy : std::uint8_t {
   none,              // there is no bound
   drop_by_position,  // the first rows stay
   drop_by_score,     // the rows of the largest Routing::top stay, of equal ones the first
-  reroute,           // to the token's best expert by Routing::scores that has room and that it does not use yet
+  reroute,           // to the token's next choice by Routing::choice_scores that has room and that it does not use yet
   overflow,          // the first rows stay; the others are kept aside, for a second plan
   error,
 };
@@ -65,13 +65,13 @@ struct Capacity {
 ///             went elsewhere (reroute), or the weights of the kept ones are to be normalised anew, call route() again
 ///             with RouteInputs::ids = Capacity::ids.
 ///   failure : set when this rank has no routing: every rank throws it
-/// A slot is dropped for good by reroute only if no expert is left that has room and that its token does not use. It
-/// goes in rounds: what an expert has no room for asks for the next choice, all at once, again by position.
-/// Collective, except for policy none, which only returns the router's choice (with chosen, dropped and rerouted
-/// empty). Throws Error: bad_argument (options; "expert 3 is given 41 rows, its capacity is 32", policy error),
-/// mismatch, timeout, peer_lost. The same on every rank. Cost: one exchange of E + 1 integers per rank; of the scores
-/// of overfull experts besides (drop_by_score); of E more integers for each round, and once at the end (reroute).
-/// Source: by position as GShard (Lepikhin et al. 2020), by score as V-MoE (Riquelme et al. 2021).
+/// Reroute goes in rounds: what an expert has no room for asks for its token's next choice, all at once, again by
+/// position. A slot is dropped for good only if no expert of the token's groups is left that has room and that the
+/// token does not use. Collective, except for policy none, which only returns the router's choice (with chosen, dropped
+/// and rerouted empty). Throws Error: bad_argument (options; "expert 3 is given 41 rows, its capacity is 32", policy
+/// error), mismatch, timeout, peer_lost. The same on every rank. Cost: one exchange of E + 1 integers per rank; of the
+/// scores of overfull experts besides (drop_by_score); of E more integers for each round, and once at the end
+/// (reroute). Source: by position as GShard (Lepikhin et al. 2020), by score as V-MoE (Riquelme et al. 2021).
 void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, const Routing& routing,
                 Capacity& capacity, const std::optional<Error>& failure = {});
 

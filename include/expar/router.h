@@ -99,6 +99,8 @@ struct Routing {
   Tensor ids;              // [T, K] int32, best first, ties to the lower expert; -1: no expert
   Tensor weights;          // [T, K] f32
   Tensor scores;           // [T, E] f32
+  Tensor choice_scores;    // [T, E] f32, what the choice compared, biases included, -inf outside the token's groups; of
+                           // plain scores, and where nothing was compared, the scores themselves
   Tensor loss_scores;      // [T, E] f32, scores over their sum: what losses count; of softmax the scores themselves
   Tensor probabilities;    // [T, E] f32, softmax of the logits; of softmax the scores themselves
   Tensor top;              // [T, K] f32, the chosen scores before renormalisation

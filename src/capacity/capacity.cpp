@@ -35,7 +35,9 @@ void check(const CapacityOptions& options, std::int64_t experts, const Routing& 
            " tokens");
   }
   if (options.policy == CapacityPolicy::drop_by_score) require("top", routing.top, ids.shape());
-  if (options.policy == CapacityPolicy::reroute) require("scores", routing.scores, {ids.size(0), experts});
+  if (options.policy == CapacityPolicy::reroute) {
+    require("choice_scores", routing.choice_scores, {ids.size(0), experts});
+  }
   for (std::int64_t i = 0; i < ids.elements(); ++i) {
     const std::int32_t id = ids.as<std::int32_t>()[i];
     if (id >= -1 && id < experts) continue;

@@ -2,6 +2,7 @@
 #include "src/capacity/policies.h"
 
 #include <bit>
+#include <limits>
 
 namespace expar {
 namespace {
@@ -17,13 +18,14 @@ struct Candidate {
   }
 };
 
-/// The token's best expert that has room and that it does not use yet; -1: there is none.
+/// The token's best expert that has room, that it does not use yet and that it may choose; -1: there is none.
 std::int32_t next_choice(std::span<const float> scores, std::span<const std::int32_t> used,
                          std::span<const std::int64_t> room) {
   std::int32_t best = -1;
   for (std::size_t e = 0; e < scores.size(); ++e) {
     const auto expert = static_cast<std::int32_t>(e);
-    if (room[e] == 0 || std::find(used.begin(), used.end(), expert) != used.end()) continue;
+    const bool is_barred = scores[e] == -std::numeric_limits<float>::infinity();
+    if (room[e] == 0 || is_barred || std::find(used.begin(), used.end(), expert) != used.end()) continue;
     if (best < 0 || key_of(scores[e]) > key_of(scores[at(best)])) best = expert;
   }
   return best;
@@ -110,7 +112,7 @@ void reroute(Requests requests, std::int64_t rows, const Routing& routing, std::
     asking.clear();
     for (const std::size_t i : refused) {
       const auto token = static_cast<std::int64_t>(i) / topk;
-      ids[i] = next_choice({routing.scores.as<float>() + token * requests.experts, experts},
+      ids[i] = next_choice({routing.choice_scores.as<float>() + token * requests.experts, experts},
                            ids.subspan(at(token * topk), at(topk)), room);
       if (ids[i] < 0) continue;
       asking.push_back(i);

@@ -244,12 +244,6 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   {
     const Phase phase(c.trace(), "plan", &times.dispatch);
     bound_rows(c, options.capacity, options.router.experts, record.routing, capacity, plan_options.failure);
-    if (options.capacity.policy == CapacityPolicy::reroute) {
-      const MoeInputs rerouted{.mask = inputs.mask, .ids = capacity.ids};
-      plan_options.failure =
-          attempt([&] { route(c, options.router, scored, record.routing, route_inputs(rerouted, record)); });
-      capacity.weights = record.routing.weights;
-    }
     plan = make_plan(c, capacity.ids, plan_options);
   }
   if (shards) {
@@ -259,6 +253,12 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     // The losses look at what the router wanted, dropped or not.
     const auto counts = capacity.chosen.empty() ? plan.expert_totals() : std::span<const std::int64_t>(capacity.chosen);
     record.losses = router_losses(c, options.router, record.routing, counts, *shards, inputs.losses);
+  }
+  if (options.capacity.policy == CapacityPolicy::reroute) {
+    const Phase phase(c.trace(), "route", &times.route);
+    const MoeInputs rerouted{.mask = inputs.mask, .ids = capacity.ids};
+    alone(c, [&] { route(c, options.router, scored, record.routing, route_inputs(rerouted, record)); });
+    capacity.weights = record.routing.weights;
   }
   record.inbox = dispatch_beside(c, x, capacity.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
     const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -105,6 +106,12 @@ class Cut {
   std::int64_t bytes_ = 0;
 };
 
+/// Whether a choice compares something else than the scores.
+bool compares_others(const RouterOptions& options) {
+  return options.selection_bias || options.groups_used < options.groups || options.choice == Choice::logits ||
+         options.choice == Choice::sinkhorn;
+}
+
 void lay_out(std::int64_t tokens, const RouterOptions& options, bool has_mask, Routing& routing) {
   const auto cut_out = [&](Cut cut) {
     const Shape all{tokens, options.experts};
@@ -113,6 +120,7 @@ void lay_out(std::int64_t tokens, const RouterOptions& options, bool has_mask, R
     routing.weights = cut.take(DType::f32, chosen);
     routing.top = cut.take(DType::f32, chosen);
     routing.scores = cut.take(DType::f32, all);
+    routing.choice_scores = compares_others(options) ? cut.take(DType::f32, all) : routing.scores;
     routing.loss_scores = routing.probabilities = routing.scores;
     if (options.score != Score::softmax) {
       routing.loss_scores = cut.take(DType::f32, all);
@@ -176,7 +184,10 @@ struct Forward {
 
   void score_by_softmax(std::int64_t t, double* scores) const;
   void score_each(std::int64_t t, double* scores) const;
+  void compare(std::int64_t t, const Scratch& scratch) const;
   void choose(std::int64_t t, const Scratch& scratch) const;
+  template <class Use>
+  void for_candidates(const Scratch& scratch, Use use) const;
   double worth_of_group(std::int64_t group, const Scratch& scratch) const;
   void leave_out(std::int64_t t) const;
   template <class Number>
@@ -190,6 +201,7 @@ void Forward::token(std::int64_t t, const Scratch& scratch) const {
   } else {
     score_each(t, scratch.scores);
   }
+  if (chooses || compares_others(options)) compare(t, scratch);
   if (chooses) choose(t, scratch);
   for (std::int64_t k = 0; k < slots; ++k) {
     const std::int32_t id = ids(t)[k];
@@ -203,7 +215,7 @@ void Forward::leave_out(std::int64_t t) const {
   std::fill_n(ids(t), slots, -1);
   std::fill_n(row(routing.weights, t), slots, 0.0F);
   std::fill_n(row(routing.top, t), slots, 0.0F);
-  for (const Tensor* tensor : {&routing.scores, &routing.loss_scores, &routing.probabilities}) {
+  for (const Tensor* tensor : {&routing.scores, &routing.choice_scores, &routing.loss_scores, &routing.probabilities}) {
     std::fill_n(row(*tensor, t), options.experts, 0.0F);
   }
   routing.logsumexp.as<float>()[t] = 0.0F;
@@ -249,29 +261,43 @@ double Forward::worth_of_group(std::int64_t group, const Scratch& scratch) const
   return rounded(best[0] + best[1]);
 }
 
-void Forward::choose(std::int64_t t, const Scratch& scratch) const {
+/// The experts of the token's groups, in ascending order.
+template <class Use>
+void Forward::for_candidates(const Scratch& scratch, Use use) const {
+  const bool all = options.groups_used == options.groups;
+  const std::int64_t size = all ? options.experts : options.experts / options.groups;
+  for (std::int64_t i = 0; i < (all ? 1 : options.groups_used); ++i) {
+    const std::int64_t first = all ? 0 : scratch.used_groups[i] * size;
+    for (std::int64_t e = first; e < first + size; ++e) use(e);
+  }
+}
+
+/// What is compared, and the groups in which.
+void Forward::compare(std::int64_t t, const Scratch& scratch) const {
   const float* z = logits + t * options.experts;
   const float* bias = options.selection_bias ? inputs.selection_bias.as<float>() : nullptr;
+  const bool by_logits = options.choice == Choice::logits || options.choice == Choice::sinkhorn;
   for (std::int64_t e = 0; e < options.experts; ++e) {
-    double& value = scratch.values[e] = options.choice == Choice::scores ? scratch.scores[e] : double{z[e]};
+    double& value = scratch.values[e] = by_logits ? double{z[e]} : scratch.scores[e];
     if (!logit_bias.empty()) value += logit_bias[static_cast<std::size_t>(e)];
     if (bias != nullptr) value = rounded(value + double{bias[e]});
   }
-  TopK top(options.topk, ids(t), scratch.best);
-  const auto offer = [&](std::int64_t first, std::int64_t end) {
-    for (std::int64_t e = first; e < end; ++e) top.offer(static_cast<std::int32_t>(e), scratch.values[e]);
-  };
-  if (options.groups_used == options.groups) return offer(0, options.experts);
+  if (options.groups_used < options.groups) {
+    TopK best_groups(options.groups_used, scratch.used_groups, scratch.groups);
+    for (std::int64_t g = 0; g < options.groups; ++g) {
+      best_groups.offer(static_cast<std::int32_t>(g), worth_of_group(g, scratch));
+    }
+    std::sort(scratch.used_groups, scratch.used_groups + options.groups_used);  // so that ties go to the lower expert
+  }
+  if (!compares_others(options)) return;
+  float* kept = row(routing.choice_scores, t);
+  std::fill_n(kept, options.experts, -std::numeric_limits<float>::infinity());
+  for_candidates(scratch, [&](std::int64_t e) { kept[e] = static_cast<float>(scratch.values[e]); });
+}
 
-  TopK best_groups(options.groups_used, scratch.used_groups, scratch.groups);
-  for (std::int64_t g = 0; g < options.groups; ++g) {
-    best_groups.offer(static_cast<std::int32_t>(g), worth_of_group(g, scratch));
-  }
-  std::sort(scratch.used_groups, scratch.used_groups + options.groups_used);  // so that ties go to the lower expert
-  const std::int64_t size = options.experts / options.groups;
-  for (std::int64_t i = 0; i < options.groups_used; ++i) {
-    offer(scratch.used_groups[i] * size, (scratch.used_groups[i] + 1) * size);
-  }
+void Forward::choose(std::int64_t t, const Scratch& scratch) const {
+  TopK top(options.topk, ids(t), scratch.best);
+  for_candidates(scratch, [&](std::int64_t e) { top.offer(static_cast<std::int32_t>(e), scratch.values[e]); });
 }
 
 template <class Number>

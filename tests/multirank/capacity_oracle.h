@@ -101,10 +101,10 @@ inline std::vector<std::int32_t> rerouted(const Batch& batch, std::int64_t rows)
     for (const std::size_t i : refused) {
       const std::int64_t token = static_cast<std::int64_t>(i) / batch.topk;
       for (std::int32_t e = 0; e < batch.experts; ++e) {
-        bool free = used[at(e)] < rows;
+        const float* row = batch.scores.data() + token * batch.experts;
+        bool free = used[at(e)] < rows && row[e] != -INFINITY;
         for (std::int64_t j = token * batch.topk; j < (token + 1) * batch.topk; ++j)
           free = free && ids[at(j)] != e && wish[at(j)] != e;
-        const float* row = batch.scores.data() + token * batch.experts;
         if (free && (wish[i] < 0 || row[e] > row[wish[i]])) wish[i] = e;
       }
       asked = asked || wish[i] >= 0;

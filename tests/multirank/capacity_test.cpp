@@ -11,6 +11,7 @@
 
 #include "tests/multirank/capacity_oracle.h"
 #include "tests/multirank/processes.h"
+#include "tests/unit/router_oracle.h"
 
 namespace expar::test {
 namespace {
@@ -36,7 +37,7 @@ struct Share {
     routing.valid = batch.tokens;
     routing.weights = Tensor(batch.weights.data(), {batch.tokens, batch.topk});
     routing.top = Tensor(batch.top.data(), {batch.tokens, batch.topk});
-    routing.scores = Tensor(batch.scores.data(), {batch.tokens, batch.experts});
+    routing.choice_scores = Tensor(batch.scores.data(), {batch.tokens, batch.experts});
   }
   std::int64_t begin;
   Batch batch;
@@ -121,6 +122,65 @@ TEST_P(CapacityOf, is_the_same_where_ranks_send_messages) {
     compare({.kind = Kind::shm, .ranks = 3, .mapping = false}, GetParam(), scope);
 }
 
+/// Logits of a skewed batch; with `large` ones a sigmoid rounds to 1 and tells nothing.
+std::vector<float> skewed_logits(std::int64_t count, std::int64_t experts, float large) {
+  const Random random(4, "logits");
+  std::vector<float> logits;
+  for (std::int64_t i = 0; i < count; ++i)
+    logits.push_back(large + random.normal(static_cast<std::uint64_t>(i)) + (i % experts < 3 ? 2.5F : 0.0F));
+  return logits;
+}
+
+TEST(Capacity, re_routes_to_what_the_router_would_have_chosen_next) {
+  constexpr std::int64_t kTokens = 80, kExperts = 12, kTopk = 2;
+  const std::vector<float> bias{0, 0.4F, 0, 0.9F, 0, 0, 0.2F, 0, 1.1F, 0, 0.3F, 0};
+  const RouterOptions routers[] = {
+      {.score = Score::sigmoid, .groups = 4, .groups_used = 2, .selection_bias = true},
+      {.score = Score::softmax, .groups = 3, .groups_used = 1},
+      {.score = Score::softmax, .selection_bias = true},
+      {.score = Score::sigmoid, .choice = Choice::logits},
+      {.score = Score::sqrt_softplus, .double_scores = true},
+  };
+  for (RouterOptions router : routers) {
+    router.experts = kExperts;
+    router.topk = kTopk;
+    const std::vector<float> logits =
+        skewed_logits(kTokens * kExperts, kExperts, router.choice == Choice::logits ? 20.0F : 0.0F);
+    Batch batch;
+    batch.tokens = kTokens, batch.experts = kExperts, batch.topk = kTopk;
+    for (std::int64_t t = 0; t < kTokens; ++t) {
+      const auto row = logits.begin() + t * kExperts;
+      const std::vector<double> b(bias.begin(), bias.end());
+      const oracle::Route route =
+          oracle::route({row, row + kExperts}, router, router.selection_bias ? b : std::vector<double>());
+      batch.ids.insert(batch.ids.end(), route.ids.begin(), route.ids.end());
+      for (const double value : route.values) batch.scores.push_back(static_cast<float>(value));
+    }
+    batch.top = batch.weights = std::vector<float>(batch.ids.size());
+    const CapacityOptions options{.policy = Policy::reroute, .factor = 1};
+    const std::vector<std::int32_t> expected = oracle::bounded(batch, options);
+    for (const int ranks : {1, 3}) {
+      expect_success(run_communicators({.ranks = ranks}, [&](const Communicator& communicator) {
+        const Context context(communicator, {.threads = 1, .backend = "reference"});
+        const std::int64_t first = first_token(batch, context.rank(), ranks);
+        const std::int64_t tokens = first_token(batch, context.rank() + 1, ranks) - first;
+        RouteInputs inputs;
+        if (router.selection_bias) inputs.selection_bias = ConstTensor(bias.data(), {kExperts});
+        Routing routing;
+        route(context, router, ConstTensor(logits.data() + first * kExperts, {tokens, kExperts}), routing, inputs);
+        Capacity capacity;
+        bound_rows(context, options, kExperts, routing, capacity);
+        const auto* mine = expected.data() + first * kTopk;
+        for (std::int64_t i = 0; i < tokens * kTopk; ++i)
+          EXPECT_EQ(capacity.ids.as<std::int32_t>()[i], mine[i]) << "slot " << i << " of rank " << context.rank();
+        EXPECT_GT(*std::max_element(capacity.rerouted.begin(), capacity.rerouted.end()), 0);
+        const std::int64_t lost = std::accumulate(capacity.dropped.begin(), capacity.dropped.end(), std::int64_t{0});
+        EXPECT_EQ(lost > 0, router.groups > 1) << lost;  // some groups have no room for all who want them
+      }));
+    }
+  }
+}
+
 TEST(Capacity, is_what_its_formula_says) {
   const Batch batch(10, 4, 2, 1);
   expect_success(run_communicators({.ranks = 2}, [&](const Communicator& communicator) {
@@ -201,11 +261,11 @@ TEST(CapacityErrors, of_one_rank_reach_all) {
                                               : std::optional<Error>());
                          }),
               "no routing");
-    const Tensor scores = share.routing.scores;
-    if (wrong) share.routing.scores = Tensor();
+    const Tensor scores = share.routing.choice_scores;
+    if (wrong) share.routing.choice_scores = Tensor();
     EXPECT_EQ(message_of(ErrorCode::bad_argument, [&] { bound(right); }),
-              "scores of the routing are f32 [], should be f32 [27, 4]");
-    share.routing.scores = scores;
+              "choice_scores of the routing are f32 [], should be f32 [27, 4]");
+    share.routing.choice_scores = scores;
     EXPECT_NE(message_of(ErrorCode::mismatch, [&] { bound({.policy = Policy::reroute, .factor = wrong ? 1.5 : 1.0}); }),
               "");
     const std::int32_t id = share.batch.ids.empty() ? 0 : share.batch.ids[1];

@@ -182,5 +182,34 @@ TEST(LayerLosses, are_of_the_sequences_that_they_are_given) {
   });
 }
 
+TEST(LayerLosses, count_what_the_router_wanted_whatever_became_of_it) {
+  const LayerCase c({.experts = 6, .topk = 2});
+  run_threads(2, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    const LayerCase::Held held = c.held(context.rank(), 2);
+    const Array x = rows_of(c, c.x, held);
+    const Array out(DType::f32, x.view().shape());
+    std::vector<std::int64_t> shards;
+    for (std::size_t s = 0; s <= held.count; ++s) shards.push_back(c.shards[held.first + s] - c.shards[held.first]);
+    const auto losses_with = [&](const CapacityOptions& capacity) {
+      MoeLayerOptions options = options_of(c);
+      options.capacity = capacity;
+      options.router.sequence_balance = 2.0F;
+      MoeLayer layer(context, options);
+      c.fill(layer);
+      MoeRecord record;
+      layer.forward(context, x, out, {}, shards, record);
+      return record.losses;
+    };
+    const RouterLosses free = losses_with({});
+    for (const CapacityPolicy policy : {CapacityPolicy::reroute, CapacityPolicy::drop_by_score}) {
+      const RouterLosses bound = losses_with({.policy = policy, .factor = 0.75});
+      EXPECT_EQ(bound.balance, free.balance);
+      EXPECT_EQ(bound.sequence_balance, free.sequence_balance);
+      EXPECT_EQ(bound.dscores, free.dscores);
+    }
+  });
+}
+
 }  // namespace
 }  // namespace expar::test

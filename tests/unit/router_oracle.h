@@ -12,7 +12,7 @@
 namespace expar::oracle {
 
 struct Route {
-  std::vector<double> scores, loss_scores, weights;
+  std::vector<double> scores, loss_scores, values, weights;  // values: what was compared
   std::vector<int> ids;
 };
 
@@ -75,6 +75,7 @@ inline Route route(const std::vector<double>& z, const RouterOptions& options, c
     if (std::find(used.begin(), used.end(), static_cast<int>(e / size)) == used.end()) values[e] = -INFINITY;
   }
   r.ids = largest(values, options.topk);
+  r.values = values;
   weigh(r, options);
   return r;
 }
@@ -108,6 +109,7 @@ inline std::vector<Route> sinkhorn(const std::vector<std::vector<double>>& z, co
     for (std::size_t e = 0; e < E; ++e) plan[e] = d1[e] * cost[t][e] * d0[t];
     routes.push_back(score(z[t], options));
     routes.back().ids = largest(plan, options.topk);
+    routes.back().values = plan;
     weigh(routes.back(), options);
   }
   return routes;

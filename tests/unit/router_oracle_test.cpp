@@ -84,13 +84,16 @@ TEST_P(RouterOracle, agrees) {
         const oracle::Route want = oracle::route({z, z + E}, options, b);
         const std::int32_t* ids = routing.ids.as<std::int32_t>() + t * K;
         ASSERT_EQ(std::vector<int>(ids, ids + K), want.ids) << backend << ", token " << t;
-        const auto near = [&](const Tensor& got, const std::vector<double>& values) {
+        const auto near = [&](const Tensor& got, const std::vector<double>& values, double least = 0) {
           for (std::size_t i = 0; i < values.size(); ++i) {
             const double value = values[i];
-            EXPECT_NEAR(got.rows(t, 1).as<float>()[i], value, 2e-6 * std::abs(value)) << backend << ", token " << t;
+            const float number = got.rows(t, 1).as<float>()[i];
+            if (double{number} == value) continue;  // both -inf
+            EXPECT_NEAR(number, value, 2e-6 * std::max(std::abs(value), least)) << backend << ", token " << t;
           }
         };
         near(routing.scores, want.scores);
+        near(routing.choice_scores, want.values, 0.1);  // a bias may take away what a score is
         near(routing.loss_scores, want.loss_scores);
         near(routing.weights, want.weights);
         near(routing.probabilities, oracle::scores_of({z, z + E}, Score::softmax));
@@ -186,6 +189,10 @@ TEST_P(RouterOfAll, agrees) {
         continue;
       }
       const oracle::Route& w = want[number++];
+      // A token's plan is exp(what is compared), but for a factor.
+      const float* compared = routing.choice_scores.rows(t, 1).as<float>();
+      for (std::size_t e = 1; is_sinkhorn && e < kExperts; ++e)
+        EXPECT_NEAR(compared[e] - compared[0], std::log(w.values[e] / w.values[0]), 2e-6);
       ASSERT_EQ(std::vector<int>(ids, ids + slots), w.ids) << "token " << number - 1;
       for (std::int64_t k = 0; k < slots; ++k) {
         const double weight = w.weights[static_cast<std::size_t>(k)];
