@@ -1,5 +1,6 @@
 // A fork-join pool: the caller and its workers claim task indexes from one word until none is left.
 #include <expar/pool.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -69,6 +70,7 @@ struct Pool::State {
 
   std::vector<Scratch> scratch;  // one for each worker
   bool spin = false;
+  const pid_t owner = getpid();
 
   alignas(64) std::atomic<std::uint64_t> claim{0};
   alignas(64) std::atomic<std::uint32_t> signal{0};  // what idle workers sleep on: changes with every run
@@ -159,6 +161,11 @@ Pool::Pool(int threads) {
 }
 
 Pool::~Pool() {
+  if (getpid() != state_->owner) {
+    // A forked child has copies of the workers' handles without the workers: nothing can be stopped or joined.
+    [[maybe_unused]] State* const copy = state_.release();
+    return;
+  }
   state_->stop.store(true, std::memory_order_relaxed);
   state_->wake();
 }
