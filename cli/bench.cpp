@@ -6,6 +6,7 @@
 
 #include "bench/bench.h"
 #include "cli/machine.h"
+#include "cli/output.h"
 #include "cli/verbs.h"
 
 namespace expar::cli {
@@ -26,12 +27,6 @@ std::vector<std::string> layout_names() {
   std::vector<std::string> names;
   for (const Layout layout : kLayouts) names.emplace_back(name(layout));
   return names;
-}
-
-std::string joined(const std::vector<std::string>& names) {
-  std::string list;
-  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-  return list;
 }
 
 std::vector<std::string> activation_names() {

@@ -20,6 +20,8 @@
 #include <optional>
 #include <sstream>
 
+#include "cli/output.h"
+
 namespace expar::cli {
 namespace {
 
@@ -41,12 +43,6 @@ std::string gib(double bytes) { return decimal(bytes / kGib) + " GiB"; }
 
 std::string counted(int count, const char* thing) {
   return std::to_string(count) + " " + thing + (count == 1 ? "" : "s");
-}
-
-std::string joined(const std::vector<std::string>& words) {
-  std::string line;
-  for (const std::string& word : words) line += (line.empty() ? "" : ", ") + word;
-  return line;
 }
 
 std::uint64_t limit_of(int resource) {

@@ -5,6 +5,8 @@
 #include <numeric>
 #include <span>
 
+#include "cli/phases.h"
+
 namespace expar::cli {
 namespace {
 
@@ -24,11 +26,7 @@ void add_times(io::Summary& summary, const Progress& progress) {
   const auto add = [&](const char* phase, double milliseconds) {
     summary.scalar(std::string("phase_ms/") + phase, static_cast<float>(milliseconds));
   };
-  add("route", progress.phase_ms.route);
-  add("dispatch", progress.phase_ms.dispatch);
-  add("experts", progress.phase_ms.experts);
-  add("combine", progress.phase_ms.combine);
-  add("backward", progress.phase_ms.backward);
+  for (const NamedPhase& phase : kPhases) add(phase.name, progress.phase_ms.*phase.ms);
   add("optimizer", progress.optimizer_ms);
 }
 

@@ -11,12 +11,10 @@
 #include <fstream>
 #include <new>
 
+#include "io/file.h"
+
 namespace expar::cli {
 namespace {
-
-Error cannot_write(const std::string& path, int reason) {
-  return {ErrorCode::io, "cannot write " + path + ": " + std::strerror(reason)};
-}
 
 /// False for a terminal, a pipe, and for /dev/stdout even where that is a file: it has other text in it.
 bool is_regular_or_new(const std::string& path) {
@@ -37,10 +35,16 @@ void write_text(const std::string& path, const std::string& text, const std::str
   std::ofstream file(path, std::ios::binary | std::ios::app);
   file << text;
   file.close();
-  if (!file) throw cannot_write(shown, errno == 0 ? EIO : errno);
+  if (!file) throw io::cannot("write", shown, errno == 0 ? EIO : errno);
 }
 
 }  // namespace
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string line;
+  for (const std::string& word : words) line += (line.empty() ? "" : ", ") + word;
+  return line;
+}
 
 void write_json(const std::string& path, const nlohmann::json& object) {
   // Text from outside (a path in a message) need not be UTF-8.
@@ -53,7 +57,7 @@ void write_file(const std::string& path, const std::string& text) {
   const std::string fresh = target + "." + std::to_string(getpid()) + ".new";
   try {
     write_text(fresh, text, path);
-    if (std::rename(fresh.c_str(), target.c_str()) != 0) throw cannot_write(path, errno);
+    if (std::rename(fresh.c_str(), target.c_str()) != 0) throw io::cannot("write", path, errno);
   } catch (...) {
     unlink(fresh.c_str());
     throw;
@@ -63,15 +67,15 @@ void write_file(const std::string& path, const std::string& text) {
 void check_writable(const std::string& path) {
   struct stat status {};
   if (stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
-    throw cannot_write(path, EISDIR);
+    throw io::cannot("write", path, EISDIR);
   }
   if (!is_regular_or_new(path)) {
-    if (access(path.c_str(), W_OK) != 0) throw cannot_write(path, errno);
+    if (access(path.c_str(), W_OK) != 0) throw io::cannot("write", path, errno);
     return;
   }
   const std::filesystem::path folder = std::filesystem::path(resolved(path)).parent_path();
   if (access(folder.empty() ? "." : folder.c_str(), W_OK | X_OK) != 0) {
-    throw cannot_write(path, errno);
+    throw io::cannot("write", path, errno);
   }
 }
 

@@ -2,12 +2,16 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include <nlohmann/json.hpp>
 
 #include <expar/error.h>
 
 namespace expar::cli {
+
+/// "a, b, c"
+std::string joined(const std::vector<std::string>& words);
 
 /// Writes `text` to `path`, whole or not at all: to a new file beside it that then takes its name. What is no regular
 /// file (a terminal, a pipe) is written to directly. Throws Error: io.

@@ -9,6 +9,7 @@
 #include <expar/random.h>
 
 #include "cli/output.h"
+#include "cli/phases.h"
 #include "cli/verbs.h"
 #include "io/moe_block.h"
 
@@ -131,19 +132,12 @@ Array gather(const Context& context, const ConstTensor& mine, std::int64_t rows)
   return all;
 }
 
-constexpr struct {
-  const char* name;
-  double PhaseTimes::*phase;
-} kPhases[] = {{"route", &PhaseTimes::route},
-               {"dispatch", &PhaseTimes::dispatch},
-               {"experts", &PhaseTimes::experts},
-               {"combine", &PhaseTimes::combine}};
-
 /// Milliseconds of each phase, the mean over ranks.
 nlohmann::json mean_times(const Context& context, const PhaseTimes& times) {
-  constexpr auto kCount = static_cast<std::int64_t>(std::size(kPhases));
+  constexpr auto kCount = std::int64_t{kForwardPhases.size()};
   Array mine(DType::f32, {1, kCount});
-  for (std::int64_t i = 0; i < kCount; ++i) mine.as<float>()[i] = static_cast<float>(times.*kPhases[i].phase);
+  float* own = mine.as<float>();
+  for (const NamedPhase& phase : kForwardPhases) *own++ = static_cast<float>(times.*phase.ms);
   const Array all = gather(context, mine, context.size());
   nlohmann::json means;
   for (std::int64_t i = 0; i < kCount; ++i) {
@@ -163,7 +157,7 @@ void print(const RunFlags& flags, const Files& files, const nlohmann::json& resu
               std::string(name(files.block.dtype())).c_str());
   std::printf("%lld tokens in %s on %lld ranks\n\n", static_cast<long long>(files.tokens),
               std::string(name(files.dtype)).c_str(), result["ranks"].get<long long>());
-  for (const auto& phase : kPhases)
+  for (const NamedPhase& phase : kForwardPhases)
     std::printf("%-10s %9.3f ms\n", phase.name, result["phase_ms"].value(phase.name, 0.0));
   const auto [least, most] = std::minmax_element(load.begin(), load.end());
   const auto idle = std::count(load.begin(), load.end(), 0);

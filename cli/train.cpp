@@ -11,6 +11,7 @@
 
 #include "cli/chart.h"
 #include "cli/dashboard.h"
+#include "cli/phases.h"
 #include "cli/verbs.h"
 #include "models/checkpoint.h"
 
@@ -191,16 +192,6 @@ TrainReport train_one(const Context& context, const Text& text, const TrainOptio
   return report;
 }
 
-using Phase = double PhaseTimes::*;
-constexpr struct {
-  const char* name;
-  Phase phase;
-} kPhases[] = {{"route", &PhaseTimes::route},
-               {"dispatch", &PhaseTimes::dispatch},
-               {"experts", &PhaseTimes::experts},
-               {"combine", &PhaseTimes::combine},
-               {"backward", &PhaseTimes::backward}};
-
 /// [layers][E]
 std::vector<std::span<const std::int64_t>> by_layer(const std::vector<std::int64_t>& loads,
                                                     const TrainOptions& options) {
@@ -213,7 +204,7 @@ std::vector<std::span<const std::int64_t>> by_layer(const std::vector<std::int64
 nlohmann::json to_json(const Communicator& communicator, const TrainOptions& options, const TrainReport& moe,
                        const std::optional<TrainReport>& dense) {
   nlohmann::json phases = {{"optimizer", moe.optimizer_ms}};
-  for (const auto& [name, phase] : kPhases) phases[name] = moe.phase_ms.*phase;
+  for (const auto& [name, ms] : kPhases) phases[name] = moe.phase_ms.*ms;
   nlohmann::json result = {
       {"ranks", communicator.size()},
       {"transport", communicator.transport_name()},
@@ -236,7 +227,7 @@ void print_model(const char* name, const TrainReport& report) {
 
 void print_phases(const char* name, const TrainReport& report) {
   std::printf("%-8s", name);
-  for (const auto& row : kPhases) std::printf(" %9.2f", report.phase_ms.*row.phase);
+  for (const NamedPhase& phase : kPhases) std::printf(" %9.2f", report.phase_ms.*phase.ms);
   std::printf(" %9.2f\n", report.optimizer_ms);
 }
 
@@ -262,7 +253,7 @@ void print(const TrainOptions& options, const TrainReport& moe, const std::optio
   print_model("MoE", moe);
   if (dense) print_model("dense", *dense);
   std::printf("\n%-8s", "ms/step");
-  for (const auto& row : kPhases) std::printf(" %9s", row.name);
+  for (const NamedPhase& phase : kPhases) std::printf(" %9s", phase.name);
   std::printf(" %9s\n", "optimizer");
   print_phases("MoE", moe);
   if (dense) print_phases("dense", *dense);

@@ -13,6 +13,8 @@
 
 #include <expar/error.h>
 
+#include "io/file.h"
+
 namespace expar::io {
 namespace {
 
@@ -101,10 +103,6 @@ std::string framed(const std::string& bytes) {
 
 // ---- files
 
-[[noreturn]] void cannot(const std::string& doing, const std::string& path, int reason) {
-  throw Error(ErrorCode::io, "cannot " + doing + " " + path + ": " + std::strerror(reason));
-}
-
 std::string host_name() {
   char name[256] = {};
   if (gethostname(name, sizeof name - 1) != 0 || name[0] == '\0') return "localhost";
@@ -121,7 +119,7 @@ int create_file(const std::string& directory, std::string& path) {
     path = stem + std::to_string(n);
     const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (file >= 0) return file;
-    if (errno != EEXIST) cannot("write", path, errno);
+    if (errno != EEXIST) throw cannot("write", path, errno);
   }
 }
 
@@ -178,12 +176,12 @@ void Summary::add(std::string_view tag, std::string_view value) {
 void prepare_log_directory(const std::string& directory) {
   std::error_code error;
   std::filesystem::create_directories(directory, error);
-  if (error) cannot("make the directory", directory, error.value());
-  if (!std::filesystem::is_directory(directory, error)) cannot("make the directory", directory, ENOTDIR);
+  if (error) throw cannot("make the directory", directory, error.value());
+  if (!std::filesystem::is_directory(directory, error)) throw cannot("make the directory", directory, ENOTDIR);
   // Permissions do not tell everything, so try.
   const std::string probe = (std::filesystem::path(directory) / (".expar." + std::to_string(getpid()))).string();
   const int file = open(probe.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-  if (file < 0) cannot("write in", directory, errno);
+  if (file < 0) throw cannot("write in", directory, errno);
   close(file);
   unlink(probe.c_str());
 }
@@ -216,7 +214,7 @@ void EventWriter::append(const std::string& event) {
   while (!rest.empty()) {
     const ssize_t written = ::write(file_, rest.data(), rest.size());
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) cannot("write", path_, errno);
+    if (written < 0) throw cannot("write", path_, errno);
     rest.remove_prefix(static_cast<std::size_t>(written));
   }
 }

@@ -12,17 +12,11 @@
 #include <cstring>
 #include <filesystem>
 
-#include <expar/error.h>
-
 namespace expar::io {
 namespace {
 
 /// Linux moves no more than 2 GiB per call.
 constexpr std::size_t kMaxPiece = std::size_t{1} << 30;
-
-Error cannot(const std::string& verb, const std::string& path, int reason) {
-  return {ErrorCode::io, "cannot " + verb + " " + path + ": " + std::strerror(reason)};
-}
 
 Error no_file(const std::string& path) { return {ErrorCode::io, path + " is not a regular file"}; }
 
@@ -44,6 +38,10 @@ int flush_directory_of(const std::string& path) {
 }
 
 }  // namespace
+
+Error cannot(const std::string& verb, const std::string& path, int reason) {
+  return {ErrorCode::io, "cannot " + verb + " " + path + ": " + std::strerror(reason)};
+}
 
 MappedFile::MappedFile(const std::string& path) : path_(path) {
   // Without O_NONBLOCK a named pipe would wait here for its writer.

@@ -7,7 +7,12 @@
 #include <string>
 #include <string_view>
 
+#include <expar/error.h>
+
 namespace expar::io {
+
+/// io: "cannot write /tmp/a: No space left on device", from an errno.
+Error cannot(const std::string& verb, const std::string& path, int reason);
 
 /// A regular file, open for reading. Its mapping costs address space only: nothing is read until it is touched.
 /// The file may be replaced (renamed over) meanwhile, but must not be cut short: what touches bytes() then dies of

@@ -13,7 +13,7 @@ constexpr const char* kSeparator = ",\n";
 constexpr int kJob = 1;  // the one "process" of the file; its "threads" are the ranks
 
 /// With its quotes. Words may come from callers, so they may hold anything.
-std::string in_quotes(std::string_view word) {
+std::string json_string(std::string_view word) {
   return nlohmann::json(word).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
@@ -36,13 +36,13 @@ std::string_view name(Span::Kind kind) {
 }
 
 std::string title(const Span& span) {
-  if (span.kind != Span::Kind::wait) return in_quotes(span.name);
-  return in_quotes(span.peer >= 0 ? "wait for rank " + std::to_string(span.peer) : "wait");
+  if (span.kind != Span::Kind::wait) return json_string(span.name);
+  return json_string(span.peer >= 0 ? "wait for rank " + std::to_string(span.peer) : "wait");
 }
 
 std::string arguments(const Span& span) {
   if (span.kind != Span::Kind::wait) return {};
-  std::string text = R"(,"args":{"operation":)" + in_quotes(span.name) + R"(,"what":)" + in_quotes(span.what);
+  std::string text = R"(,"args":{"operation":)" + json_string(span.name) + R"(,"what":)" + json_string(span.what);
   if (span.peer >= 0) text += R"(,"peer":)" + std::to_string(span.peer);
   return text + "}";
 }
@@ -50,7 +50,7 @@ std::string arguments(const Span& span) {
 std::string place(int rank) { return R"("pid":)" + std::to_string(kJob) + R"(,"tid":)" + std::to_string(rank); }
 
 std::string metadata(std::string_view what, int rank, const std::string& arguments) {
-  return R"({"ph":"M","name":)" + in_quotes(what) + "," + place(rank) + R"(,"args":{)" + arguments + "}}";
+  return R"({"ph":"M","name":)" + json_string(what) + "," + place(rank) + R"(,"args":{)" + arguments + "}}";
 }
 
 std::string event(const Span& span, int rank) {
@@ -63,7 +63,7 @@ std::string event(const Span& span, int rank) {
 std::string left_out(const Trace& trace, int rank) {
   const auto end = trace.spans().empty() ? Span::Time{} : trace.spans().back().end;
   const std::string count = std::to_string(trace.left_out());
-  return R"({"ph":"i","s":"t","name":)" + in_quotes(count + " later spans are left out") + "," + place(rank) +
+  return R"({"ph":"i","s":"t","name":)" + json_string(count + " later spans are left out") + "," + place(rank) +
          R"(,"ts":)" + microseconds(end.time_since_epoch()) + R"(,"args":{"left_out":)" + count + "}}";
 }
 
@@ -80,7 +80,7 @@ std::string trace_row(const Trace& trace, int rank) {
 
 std::string trace_file(const std::string& job, std::span<const std::string> rows) {
   std::string text =
-      "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n" + metadata("process_name", 0, R"("name":)" + in_quotes(job));
+      "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n" + metadata("process_name", 0, R"("name":)" + json_string(job));
   for (const std::string& row : rows) text += kSeparator + row;
   return text + "\n]}\n";
 }
