@@ -74,7 +74,7 @@ void expect_no_failures(const std::vector<Outcome>& outcomes);
 /// Every rank but `but` threw, and all threw the same. Returns that error.
 Error expect_same_error(const std::vector<Outcome>& outcomes, int but = -1);
 
-/// All combinations: kinds x ranks x mapping on and off.
+/// All combinations: kinds x ranks x mapping on and off; under ThreadSanitizer without many processes.
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks = {1, 2, 3, 4, 7, 8});
 
 /// A value that the test and all its ranks see, processes included. T must need no destructor and hold no pointers.
