@@ -8,8 +8,6 @@
 
 #include <expar/collectives.h>
 
-#include "models/norm.h"
-
 namespace expar {
 namespace {
 
@@ -149,27 +147,28 @@ void TextModel::forward(const Context& context, const Batch& batch, const Shardi
                             .subspan(static_cast<std::size_t>(sharding.first_token * options_.context),
                                      static_cast<std::size_t>(tokens * options_.context));
   embedding_.forward(context, contexts, norms_[0].x);
+  rms_norm(context, norms_[0].x, norm_to(0));
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
     const std::string name = shown(layer);
     const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
     const Norm& in = norms_[layer];
     const Tensor out = norms_[layer + 1].x;
-    norm(context, layer);
+    const MoeInputs inputs{.norm = norm_to(layer + 1)};
     if (pass == Pass::training) {
-      block.moe.forward(context, in.y, out, in.x, sharding.offsets, block.record);
+      block.moe.forward(context, in.y, out, in.x, sharding.offsets, block.record, inputs);
     } else {
-      block.moe.forward(context, in.y, out, in.x);
+      block.moe.forward(context, in.y, out, in.x, inputs);
     }
   }
   const Phase phase(context.trace(), "head");
-  norm(context, blocks_.size());
   predict(context);
 }
 
-void TextModel::norm(const Context& context, std::size_t index) {
+RmsNorm TextModel::norm_to(std::size_t index) const {
+  constexpr float kEpsilon = 1e-5F;
   const Norm& norm = norms_[index];
-  rms_norm(context, norm.x, gain(index), norm.y, norm.scale);
+  return {.gain = flat(gain(index)), .epsilon = kEpsilon, .y = norm.y, .scale = norm.scale};
 }
 
 void TextModel::predict(const Context& context) {

@@ -81,7 +81,7 @@ class TextModel {
   enum class Pass : std::uint8_t { training, inference };
 
   void forward(const Context& context, const Batch& batch, const Sharding& sharding, Pass pass);
-  void norm(const Context& context, std::size_t index);
+  RmsNorm norm_to(std::size_t index) const;
   void predict(const Context& context);
   double nats_of(const Batch& batch, const Sharding& sharding, std::int64_t shard) const;
   void backward(const Context& context, const Batch& batch, const Sharding& sharding);

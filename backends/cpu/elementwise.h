@@ -198,6 +198,37 @@ inline void gather(const Gather& p, Pool& pool) {
   });
 }
 
+template <class E>
+void norm_row(const E* x, std::int64_t t, std::int64_t width, const NormOutput& norm) {
+  constexpr std::int64_t kChains = 8;
+  float chains[kChains] = {};
+  std::int64_t h = 0;
+  for (; h + kChains <= width; h += kChains) {
+    for (std::int64_t c = 0; c < kChains; ++c) {
+      const float value = widen(x[h + c]);
+      chains[c] += value * value;
+    }
+  }
+  for (std::int64_t c = 0; h < width; ++h, ++c) chains[c] += widen(x[h]) * widen(x[h]);
+  const float squares =
+      ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
+  const float scale = 1.0F / __builtin_sqrtf(squares / static_cast<float>(width) + norm.epsilon);
+  if (norm.scale != nullptr) norm.scale[t] = scale;
+  E* const y = static_cast<E*>(norm.y) + t * width;
+#pragma GCC ivdep
+  for (std::int64_t i = 0; i < width; ++i) y[i] = narrow<E>(widen(narrow<E>(widen(x[i]) * scale)) * norm.gain[i]);
+}
+
+inline void rms_norm(const RmsNormRows& p, Pool& pool) {
+  with_element(p.dtype, [&](auto element) {
+    using E = decltype(element);
+    for_blocks(pool, p.tokens, 2 * p.width * static_cast<std::int64_t>(sizeof(E)),
+               [&](std::int64_t t, std::int64_t last) {
+                 for (; t < last; ++t) norm_row(static_cast<const E*>(p.x) + t * p.width, t, p.width, p.norm);
+               });
+  });
+}
+
 /// Columns that a token's slots are summed over at once; their sums stay in registers or close to them.
 constexpr std::int64_t kReduceColumns = 128;
 
@@ -226,6 +257,7 @@ void reduce_token(const Reduce& p, std::int64_t t) {
     }
     for (std::int64_t h = 0; h < columns; ++h) out[first + h] = narrow<E>(sum[h]);
   }
+  if (p.norm.gain != nullptr) norm_row(out, t, p.width, p.norm);
 }
 
 inline void reduce(const Reduce& p, Pool& pool) {

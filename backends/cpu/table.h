@@ -22,6 +22,7 @@ constexpr Kernels kTable = {
     .activate_grad = activate_grad,
     .gather = gather,
     .reduce = reduce,
+    .rms_norm = rms_norm,
     .softmax_topk = softmax_topk,
     .adamw = adamw,
     .quantise = quantise,

@@ -31,6 +31,7 @@ void activate(const Activate& p, Pool& pool);
 void activate_grad(const ActivateGrad& p, Pool& pool);
 void gather(const Gather& p, Pool& pool);
 void reduce(const Reduce& p, Pool& pool);
+void rms_norm(const RmsNormRows& p, Pool& pool);
 void softmax_topk(const SoftmaxTopK& p, Pool& pool);
 void adamw(const AdamWStep& p, Pool& pool);
 void quantise(const Quantise& p, Pool& pool);

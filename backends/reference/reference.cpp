@@ -31,6 +31,7 @@ const Kernels& reference_kernels() {
       .activate_grad = activate_grad,
       .gather = gather,
       .reduce = reduce,
+      .rms_norm = rms_norm,
       .softmax_topk = softmax_topk,
       .adamw = adamw,
       .quantise = quantise,

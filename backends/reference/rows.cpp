@@ -1,4 +1,6 @@
-// Gathering rows by list, and summing a token's rows by weight.
+// Gathering rows by list, summing a token's rows by weight, and their norm.
+#include <cmath>
+
 #include "backends/reference/kernels.h"
 #include "src/util/processor.h"
 
@@ -19,6 +21,33 @@ void gather(const Gather& p, Pool& pool) {
   });
 }
 
+namespace {
+
+void norm_row(const void* rows, DType dtype, std::int64_t t, std::int64_t width, const NormOutput& norm) {
+  float chains[8] = {};
+  for (std::int64_t h = 0; h < width; ++h) {
+    const float value = load(rows, dtype, t * width + h);
+    chains[h % 8] += value * value;
+  }
+  const float squares =
+      ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
+  const float scale = 1.0F / std::sqrt(squares / static_cast<float>(width) + norm.epsilon);
+  if (norm.scale) norm.scale[t] = scale;
+  for (std::int64_t i = t * width; i < (t + 1) * width; ++i) {
+    store(norm.y, dtype, i, load(rows, dtype, i) * scale);
+    store(norm.y, dtype, i, load(norm.y, dtype, i) * norm.gain[i - t * width]);
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormRows& p, Pool& pool) {
+  pool.run(p.tokens, [&](std::int64_t t, int) {
+    const FloatMode mode;
+    norm_row(p.x, p.dtype, t, p.width, p.norm);
+  });
+}
+
 void reduce(const Reduce& p, Pool& pool) {
   pool.run(p.tokens, [&](std::int64_t t, int) {
     const FloatMode mode;
@@ -33,6 +62,7 @@ void reduce(const Reduce& p, Pool& pool) {
       if (p.residual) sum += load(p.residual, p.dtype, t * p.width + h);
       store(p.out, p.dtype, t * p.width + h, sum);
     }
+    if (p.norm.gain) norm_row(p.out, p.dtype, t, p.width, p.norm);
   });
 }
 

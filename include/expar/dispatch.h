@@ -9,6 +9,7 @@
 #include <span>
 #include <string_view>
 
+#include <expar/norm.h>
 #include <expar/plan.h>
 
 namespace expar {
@@ -135,6 +136,8 @@ struct CombineOptions {
   ConstTensor shared_weights = {};
   /// [T, H] added last, same dtype; absent: nothing.
   ConstTensor residual = {};
+  /// Of the rows of out, in the pass that makes them; absent where its y is.
+  RmsNorm norm = {};
 };
 
 class PendingCombine {

@@ -9,6 +9,7 @@
 #include <expar/error.h>         // Error: code, rank, peer, operation
 #include <expar/experts.h>       // the experts' networks
 #include <expar/layer.h>         // MoeLayer: all of the above in one object
+#include <expar/norm.h>          // RMSNorm
 #include <expar/optimizer.h>     // AdamW
 #include <expar/plan.h>          // make_plan: who sends which row where
 #include <expar/random.h>        // numbers keyed by what they are for

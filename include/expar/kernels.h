@@ -142,8 +142,25 @@ struct Gather {
   float* dot = nullptr;         // [count]; with `other`
 };
 
+/// RMSNorm of a row x: scale = 1 / sqrt(mean(x^2) + epsilon), y = (x * scale) * gain, in f32, each product of y rounded
+/// to its dtype. The squares are summed in eight chains, element j in chain j % 8, which are then added in pairs.
+struct NormOutput {
+  const float* gain = nullptr;  // [width]; null: there is no norm
+  float epsilon = 0;
+  void* y = nullptr;       // [T, width], dtype of the rows, which it may be
+  float* scale = nullptr;  // [T] or null
+};
+
+/// The norm of each row.
+struct RmsNormRows {
+  std::int64_t tokens = 0, width = 0;
+  DType dtype = DType::f32;
+  const void* x = nullptr;  // [T, width]
+  NormOutput norm;
+};
+
 /// out[t] = sum_k weight[t, k] * slot[t, k] + shared_weight[t] * shared[t] + residual[t], in this order, in f32,
-/// rounded once. A null slot is skipped. Without weights every weight is one.
+/// rounded once. A null slot is skipped. Without weights every weight is one. Then the norm of out[t], if asked for.
 struct Reduce {
   std::int64_t tokens = 0, topk = 0, width = 0;
   DType dtype = DType::f32;
@@ -153,6 +170,7 @@ struct Reduce {
   const float* shared_weights = nullptr;  // [T] or null
   const void* residual = nullptr;         // [T, width] or null
   void* out = nullptr;                    // [T, width]
+  NormOutput norm = {};
 };
 
 /// scores = softmax(logits) over E; then the K largest, descending, ties to the lower index.
@@ -228,6 +246,7 @@ struct Kernels {
   void (*activate_grad)(const ActivateGrad&, Pool&) = nullptr;
   void (*gather)(const Gather&, Pool&) = nullptr;
   void (*reduce)(const Reduce&, Pool&) = nullptr;
+  void (*rms_norm)(const RmsNormRows&, Pool&) = nullptr;
   void (*softmax_topk)(const SoftmaxTopK&, Pool&) = nullptr;
   void (*adamw)(const AdamWStep&, Pool&) = nullptr;
   void (*quantise)(const Quantise&, Pool&) = nullptr;

@@ -93,6 +93,7 @@ struct MoeInputs {
   /// micro-batches so far, for the balancing losses.
   LossInputs losses = {};
   ConstTensor ids = {};  // [T, K] int32: the Routing::ids of a pass that is to be repeated, by all ranks or none
+  RmsNorm norm = {};     // of out, made while out is (see CombineOptions::norm); absent where its y is
   /// What the jitter of this call is drawn by: a name that no other call has ("layers.3, step 17").
   std::uint64_t seed = 0;
   std::string stream = {};

@@ -99,6 +99,7 @@ struct PendingCombine::State final : InFlight {
   const float* weights = nullptr;
   Tensor out;
   CombineOptions options;
+  NormOutput norm;
   RowOrder order;
   std::optional<Results> results;
   Operation operation;  // last: it leaves the communicator's list before anything it uses goes
@@ -128,6 +129,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
       require("shared_weights", options.shared_weights, DType::f32, Shape{plan.tokens()});
     }
     if (!options.residual.absent()) require("residual", options.residual, dtype, out.shape());
+    state->norm = checked(options.norm, dtype, out.shape());
     if (weights) state->weights = weights->as<float>();
     return show_outbox(y, state->order, state->operation);
   });
@@ -152,7 +154,8 @@ void PendingCombine::finish() {
                                    .shared = static_cast<const float*>(state->options.shared.data()),
                                    .shared_weights = static_cast<const float*>(state->options.shared_weights.data()),
                                    .residual = state->options.residual.data(),
-                                   .out = out.data()},
+                                   .out = out.data(),
+                                   .norm = state->norm},
                                   state->context.pool());
   state->operation.complete();
 }

@@ -277,7 +277,8 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     combine(c, plan, record.y, by_slot, out,
             {.shared = has_shared() ? shared.y : Tensor(),
              .shared_weights = has_shared() ? shared.gate : Tensor(),
-             .residual = residual});
+             .residual = residual,
+             .norm = inputs.norm});
   }
   if (!keeps) record.y = {};
   record.plan = std::move(plan);

@@ -104,6 +104,45 @@ TEST_P(Inference, gives_a_training_layers_bytes_from_packed_weights_alone) {
   }
 }
 
+TEST_P(Inference, makes_the_norm_of_what_comes_out_in_one_pass) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const LayerCase c({.dtype = dtype, .shared_inner = 21});
+    expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {
+      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      const Tokens plain(c, context), normed(c, context);
+      const Array residual = rows_of(c, c.residual, c.held(context.rank(), context.size()));
+      const std::int64_t tokens = plain.x.view().size(0);
+      Array gain(DType::f32, {c.spec.hidden});
+      for (std::int64_t h = 0; h < c.spec.hidden; ++h) gain.as<float>()[h] = 1 + static_cast<float>(h) / 8;
+      const Array wanted(dtype, {tokens, c.spec.hidden}), got(dtype, {tokens, c.spec.hidden});
+      const Array wanted_scale(DType::f32, {tokens}), got_scale(DType::f32, {tokens});
+      MoeLayer layer(context, c.options());
+      c.fill(layer);
+      layer.forward(context, plain.x, plain.out, residual);
+      rms_norm(context, plain.out, {gain, 1e-5F, wanted, wanted_scale});
+      layer.forward(context, normed.x, normed.out, residual, {.norm = {gain, 1e-5F, got, got_scale}});
+      expect_same(plain.out, normed.out);
+      expect_same(wanted, got);
+      expect_same(wanted_scale, got_scale);
+    }));
+  }
+}
+
+TEST_P(Inference, tells_every_rank_of_a_norm_of_the_wrong_shape) {
+  const LayerCase c({});
+  const auto ends = run_communicators(GetParam(), [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    const Tokens tokens(c, context);
+    const Array gain(DType::f32, {c.spec.hidden + context.rank()});
+    MoeLayer layer(context, c.options());
+    c.fill(layer);
+    layer.forward(context, tokens.x, tokens.out, {}, {.norm = {gain, -1.0F, tokens.out}});
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::bad_argument);
+  EXPECT_NE(std::string(error.what()).find("the norm's epsilon is -1"), std::string::npos) << error.what();
+}
+
 TEST_P(Inference, rejects_training_and_says_how_to_write_weights) {
   const LayerCase c({.shared_inner = 21});
   expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {

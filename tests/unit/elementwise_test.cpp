@@ -249,6 +249,65 @@ TEST_P(ReduceSlots, sums_the_slots_of_a_token_by_weight) {
   }
 }
 
+// ---- Norm ----------------------------------------------------------------------------------------
+
+EXPAR_FOR_EVERY_TABLE(Norm);
+
+TEST_P(Norm, divides_each_row_by_its_root_mean_square) {
+  Pool pool(2);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t width : {1, 7, 8, 9, 64, 130, 1000}) {
+      for (const std::int64_t tokens : {0, 1, 70}) {
+        const NormProblem p(dtype, tokens, width);
+        const NormProblem::Out got = p.run(kernels(), pool, p.x);
+        Worst scales, rows;
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          double squares = 0;
+          for (std::int64_t h = 0; h < width; ++h) squares += std::pow(double{p.x[t * width + h]}, 2);
+          const double scale = 1 / std::sqrt(squares / static_cast<double>(width) + double{p.epsilon});
+          const double error = (static_cast<double>(width) / 8 + 10) * kEpsF32;
+          scales.see(t, got.scale[t], scale, error * scale);
+          for (std::int64_t h = 0; h < width; ++h) {
+            const double wanted = double{p.x[t * width + h]} * scale * double{p.gain[h]};
+            rows.see(t * width + h, got.y[t * width + h], wanted,
+                     (error + 2.01 * rounding(dtype)) * std::abs(wanted) + kFlushed);
+          }
+        }
+        EXPECT_TRUE(scales.good()) << scales;
+        EXPECT_TRUE(rows.good()) << rows;
+      }
+    }
+  }
+}
+
+TEST_P(Norm, rounds_before_the_gain_and_after_it) {
+  Pool pool(1);
+  const NormProblem p(DType::bf16, 40, 65);
+  const NormProblem::Out got = p.run(kernels(), pool, p.x);
+  for (std::int64_t i = 0; i < 40 * 65; ++i) {
+    const auto once = static_cast<float>(bf16(p.x[i] * got.scale[i / 65]));
+    EXPECT_EQ(got.y[i], static_cast<float>(bf16(once * p.gain[i % 65])));
+  }
+}
+
+TEST_P(Norm, gives_the_same_bits_in_place_and_with_a_sum_of_slots) {
+  Pool pool(2);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const std::int64_t width : {1, 9, 130, 300}) {
+      const ReduceProblem sum(dtype, 70, 3, width);
+      const NormProblem p(dtype, 70, width);
+      Operand out;
+      const NormProblem::Out fused = sum.run_normed(kernels(), pool, out);
+      EXPECT_EQ(out.bytes(), sum.run(kernels(), pool, false, true).bytes());
+      const NormProblem::Out after = p.run(kernels(), pool, out);
+      EXPECT_EQ(fused.y.bytes(), after.y.bytes());
+      EXPECT_EQ(fused.scale.bytes(), after.scale.bytes());
+      kernels().rms_norm({70, width, dtype, out.data(), {p.gain.memory.as<float>(), p.epsilon, out.data()}}, pool);
+      EXPECT_EQ(out.bytes(), after.y.bytes());
+    }
+  }
+}
+
 // ---- Router --------------------------------------------------------------------------------------
 
 EXPAR_FOR_EVERY_TABLE(Router);
@@ -365,6 +424,9 @@ std::string bytes_of(const Kernels& kernels, Pool& pool) {
       const auto out = gathered.run(kernels, pool, true, true, true);
       all += out.rows.bytes() + out.dot.bytes() +
              ReduceProblem(dtype, 40, 4, width).run(kernels, pool, true, true, true).bytes();
+      const NormProblem norm(dtype, 40, width);
+      const NormProblem::Out normed = norm.run(kernels, pool, norm.x);
+      all += normed.y.bytes() + normed.scale.bytes();
     }
   }
   for (const std::int64_t experts : {1, 5, 64, 67}) {
@@ -414,7 +476,7 @@ TEST(BitsOfIsas, are_the_same_for_all) {
 // Measured once: processors of different kinds must give the same bits, too.
 TEST(BitsOfIsas, are_those_of_all_processors) {
   Pool pool(1);
-  EXPECT_EQ(hash_of(bytes_of(*cpu_kernels().front(), pool)), 5075621090705207501u);
+  EXPECT_EQ(hash_of(bytes_of(*cpu_kernels().front(), pool)), 10425986925034599584u);
 }
 
 }  // namespace

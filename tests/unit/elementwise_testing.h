@@ -86,6 +86,31 @@ struct GatherProblem {
   std::vector<RowRef> refs;
 };
 
+struct NormProblem {
+  NormProblem(DType dtype_, std::int64_t tokens_, std::int64_t width_)
+      : dtype(dtype_),
+        tokens(tokens_),
+        width(width_),
+        x(Operand::random(dtype_, tokens * width, 41, 3)),
+        gain(Operand::random(DType::f32, width, 42)) {}
+
+  struct Out {
+    Operand y, scale;
+  };
+  Out room() const { return {Operand(dtype, tokens * width), Operand(DType::f32, tokens)}; }
+  NormOutput to(Out& out) const { return {gain.memory.as<float>(), epsilon, out.y.data(), out.scale.f32()}; }
+  Out run(const Kernels& kernels, Pool& pool, const Operand& rows) const {
+    Out out = room();
+    kernels.rms_norm({tokens, width, dtype, rows.data(), to(out)}, pool);
+    return out;
+  }
+
+  DType dtype;
+  std::int64_t tokens, width;
+  float epsilon = 1e-3F;
+  Operand x, gain;
+};
+
 struct ReduceProblem {
   ReduceProblem(DType dtype_, std::int64_t tokens_, std::int64_t topk_, std::int64_t width_)
       : dtype(dtype_),
@@ -110,6 +135,23 @@ struct ReduceProblem {
                     with_residual ? residual.data() : nullptr, out.data()},
                    pool);
     return out;
+  }
+
+  /// The same with the norm of each row that comes out.
+  NormProblem::Out run_normed(const Kernels& kernels, Pool& pool, Operand& out) const {
+    out = Operand(dtype, tokens * width);
+    const NormProblem norm(dtype, tokens, width);
+    NormProblem::Out normed = norm.room();
+    kernels.reduce({.tokens = tokens,
+                    .topk = topk,
+                    .width = width,
+                    .dtype = dtype,
+                    .slots = slots.data(),
+                    .residual = residual.data(),
+                    .out = out.data(),
+                    .norm = norm.to(normed)},
+                   pool);
+    return normed;
   }
 
   DType dtype;

@@ -1,14 +1,14 @@
-// RMSNorm, row by row.
-#include "models/norm.h"
+// RMSNorm over tensors: checks, and the backward pass row by row.
+#include <expar/norm.h>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <string>
+
+#include <expar/error.h>
 
 namespace expar {
 namespace {
-
-constexpr float kEpsilon = 1e-5F;
 
 // Sums of products run in eight chains, which the compiler turns into vectors; element j always joins
 // chain j % 8, so the order does not depend on the machine's vectors.
@@ -21,20 +21,6 @@ float sum_over(std::int64_t count, F&& term) {
   }
   for (std::int64_t c = 0; j < count; ++j, ++c) chains[static_cast<std::size_t>(c)] += term(j);
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
-}
-
-template <class T>
-float row_scale(const T* x, std::int64_t width) {
-  const float squares = sum_over(width, [x](std::int64_t j) {
-    const auto value = static_cast<float>(x[j]);
-    return value * value;
-  });
-  return 1.0F / std::sqrt(squares / static_cast<float>(width) + kEpsilon);
-}
-
-template <class T>
-void forward_row(const T* x, const float* gain, float scale, std::int64_t width, T* y) {
-  for (std::int64_t j = 0; j < width; ++j) y[j] = T(static_cast<float>(x[j]) * scale * gain[j]);
 }
 
 // With n = x * scale and g = dy * gain: dx = scale * (g - n * mean(g * n)).
@@ -56,19 +42,6 @@ void backward_row(const T* x, const float* gain, float scale, const T* dy, const
 }
 
 template <class T>
-void forward(const Context& context, ConstTensor x, ConstTensor gain, Tensor y, Tensor scale) {
-  constexpr std::int64_t kRows = 64;  // of one task; any number gives the same bits
-  const std::int64_t rows = x.size(0), width = x.size(1);
-  context.pool().run((rows + kRows - 1) / kRows, [&](std::int64_t task, int) {
-    for (std::int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); ++i) {
-      const T* row = x.as<T>() + i * width;
-      const float s = scale.as<float>()[i] = row_scale(row, width);
-      forward_row(row, gain.as<float>(), s, width, y.as<T>() + i * width);
-    }
-  });
-}
-
-template <class T>
 void backward(const Context& context, ConstTensor x, ConstTensor gain, ConstTensor scale, ConstTensor dy,
               ConstTensor residual, std::span<const std::int64_t> shards, Tensor dx, float* dgain,
               std::int64_t stride) {
@@ -86,11 +59,38 @@ void backward(const Context& context, ConstTensor x, ConstTensor gain, ConstTens
   });
 }
 
+void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
+  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
+  throw Error(ErrorCode::bad_argument, std::string("the norm's ") + what + " is " + std::string(name(tensor.dtype())) +
+                                           " " + tensor.shape().str() + ", not " + std::string(name(dtype)) + " " +
+                                           shape.str());
+}
+
 }  // namespace
 
-void rms_norm(const Context& context, ConstTensor x, ConstTensor gain, Tensor y, Tensor scale) {
-  if (x.dtype() == DType::bf16) return forward<bf16>(context, x, gain, y, scale);
-  forward<float>(context, x, gain, y, scale);
+NormOutput checked(const RmsNorm& norm, DType dtype, const Shape& rows) {
+  if (norm.y.absent()) return {};
+  if ((dtype != DType::f32 && dtype != DType::bf16) || rows.rank() != 2) {
+    throw Error(ErrorCode::bad_argument,
+                "a norm's rows are " + std::string(name(dtype)) + " " + rows.str() + ", not [T, H] of f32 or bf16");
+  }
+  require("gain", norm.gain, DType::f32, Shape{rows[1]});
+  require("y", norm.y, dtype, rows);
+  if (!norm.scale.absent()) require("scale", norm.scale, DType::f32, Shape{rows[0]});
+  if (!(norm.epsilon >= 0)) {
+    throw Error(ErrorCode::bad_argument, "the norm's epsilon is " + std::to_string(norm.epsilon) + ", not from 0 on");
+  }
+  return {.gain = norm.gain.as<float>(),
+          .epsilon = norm.epsilon,
+          .y = norm.y.data(),
+          .scale = norm.scale.absent() ? nullptr : norm.scale.as<float>()};
+}
+
+void rms_norm(const Context& context, ConstTensor x, const RmsNorm& norm) {
+  require("y", norm.y, x.dtype(), x.shape());
+  const NormOutput output = checked(norm, x.dtype(), x.shape());
+  context.kernels().rms_norm(
+      {.tokens = x.size(0), .width = x.size(1), .dtype = x.dtype(), .x = x.data(), .norm = output}, context.pool());
 }
 
 void rms_norm_backward(const Context& context, ConstTensor x, ConstTensor gain, ConstTensor scale, ConstTensor dy,
