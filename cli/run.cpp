@@ -22,6 +22,7 @@ struct RunFlags {
   std::string model, input, output, dtype;
   std::int64_t layer = 0, tokens = 128;
   std::uint64_t seed = 1;
+  int shared_ranks = 0;
   std::vector<const CLI::Option*> random;  // flags of the input that is drawn where none is given
 };
 
@@ -31,6 +32,9 @@ void add_flags(CLI::App& app, RunFlags& flags) {
   app.add_option("--input", flags.input, "safetensors file with hidden_states [T, H]; left out: random numbers");
   app.add_option("--output", flags.output,
                  "safetensors file to write: hidden_states [T, H], topk_ids and topk_weights [T, K]");
+  app.add_option("--shared-ranks", flags.shared_ranks,
+                 "the first so many ranks hold the shared experts, and nothing else (default 0: every rank does)")
+      ->check(whole_number(0, INT32_MAX));
   flags.random = {
       app.add_option("--tokens", flags.tokens, "random input: T (default 128)")->check(whole_number(0, INT32_MAX)),
       app.add_option("--dtype", flags.dtype, "random input: f32, bf16 or f16 (default: of the weights)")
@@ -117,9 +121,10 @@ void draw(const RunFlags& flags, DType dtype, std::int64_t first_row, const Tens
   }
 }
 
-MoeLayer load(const Context& context, const Files& files) {
+MoeLayer load(const Context& context, const RunFlags& flags, const Files& files) {
   MoeLayerOptions options = io::layer_options(files.config, files.working());
   options.inference = true;
+  options.shared_ranks = flags.shared_ranks;
   MoeLayer layer(context, options);
   files.block.load(layer);
   return layer;
@@ -169,7 +174,7 @@ void print(const RunFlags& flags, const Files& files, const nlohmann::json& resu
 nlohmann::json run_block(const RunFlags& flags, const Communicator& communicator, const Common& common) {
   const Context context(communicator, common.context_options());
   const Files files(flags);
-  MoeLayer layer = load(context, files);
+  MoeLayer layer = load(context, flags, files);
 
   const std::int64_t first = context.rank() * files.tokens / context.size();
   const std::int64_t count = (context.rank() + 1) * files.tokens / context.size() - first;
@@ -184,7 +189,8 @@ nlohmann::json run_block(const RunFlags& flags, const Communicator& communicator
   layer.forward(context, x, out);
 
   const MoeRecord& record = layer.last();
-  const std::span<const std::int64_t> load = record.plan.expert_totals();
+  const auto copies = static_cast<std::size_t>(flags.shared_ranks);  // in the plan they are the first experts
+  const std::span<const std::int64_t> load = record.plan.expert_totals().subspan(copies);
   const auto rows = static_cast<double>(std::accumulate(load.begin(), load.end(), std::int64_t{0}));
   const auto most = static_cast<double>(*std::max_element(load.begin(), load.end()));
   nlohmann::json result = {{"ranks", context.size()},
@@ -195,6 +201,7 @@ nlohmann::json run_block(const RunFlags& flags, const Communicator& communicator
                            {"phase_ms", mean_times(context, layer.take_times())},
                            {"load", load},
                            {"load_max_over_mean", rows > 0 ? most * static_cast<double>(load.size()) / rows : 1.0}};
+  if (copies > 0) result["shared_load"] = record.plan.expert_totals().first(copies);
   if (!flags.output.empty()) {
     const Array rounded(files.dtype, out.view().shape());
     convert(out, rounded);

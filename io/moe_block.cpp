@@ -189,6 +189,7 @@ void MoeBlock::load(ExpertRange experts, const BlockTargets& to) const {
                                              std::to_string(config_.experts));
   }
   load_common(to);
+  load_shared(to);
   load_experts(experts, to);
 }
 
@@ -204,7 +205,9 @@ void MoeBlock::load_common(const BlockTargets& to) const {
     check_target("the selection bias", to.selection_bias, {config_.experts});
     selection_bias_->read_rows(0, to.selection_bias);
   }
-  load_shared(to);
+  if (shared_gate_ == nullptr) return;
+  check_target("the gate of the shared experts", to.shared_gate, {config_.hidden});
+  shared_gate_->read_rows(0, Tensor(to.shared_gate.data(), to.shared_gate.dtype(), {1, config_.hidden}));
 }
 
 void MoeBlock::load_experts(ExpertRange experts, const BlockTargets& to) const {
@@ -243,9 +246,6 @@ void MoeBlock::load_shared(const BlockTargets& to) const {
   shared_.gate->read_rows(0, to.shared_up.rows(0, inner));
   shared_.up->read_rows(0, to.shared_up.rows(inner, inner));
   shared_.down->read_rows(0, to.shared_down);
-  if (shared_gate_ == nullptr) return;
-  check_target("the gate of the shared experts", to.shared_gate, {h});
-  shared_gate_->read_rows(0, Tensor(to.shared_gate.data(), to.shared_gate.dtype(), {1, h}));
 }
 
 void MoeBlock::load(MoeLayer& layer) const {
@@ -260,6 +260,7 @@ void MoeBlock::load(MoeLayer& layer) const {
   to.shared_down = down;
   to.shared_gate = gate;
   load_common(to);
+  if (layer.holds_shared()) load_shared(to);
   if (inner > 0) layer.write_shared(up, down, shared_gate_ == nullptr ? ConstTensor() : gate);
 
   // One expert at a time, so that there is no second copy of all.

@@ -69,6 +69,8 @@ class Signature {
   explicit Signature(std::string_view operation) : operation_(operation) {}
   Signature& with(std::string_view field, std::int64_t value);
   Signature& with_real(std::string_view field, double value);
+  /// Shown as one number.
+  Signature& with_list(std::string_view field, std::span<const std::int64_t> values);
   std::string_view operation() const { return operation_; }
   std::uint64_t hash() const;
   std::string str() const;  // "dispatch (hidden 64, dtype 1)"

@@ -45,6 +45,11 @@ struct MoeLayerOptions {
   /// Experts that every token visits, of this inner size together, without biases; 0: none. Every rank holds them and
   /// runs them on its own tokens while those of others arrive.
   std::int64_t shared_inner = 0;
+  /// Else they lie on ranks of their own: the first so many, fewer than P, hold one copy each and none of the other
+  /// experts, and each token's row travels to one copy as to any expert. For inference alone. Results are the same
+  /// bytes for any P and any number of copies; in bf16 what the shared experts give is rounded once more than beside
+  /// the dispatch. In the plan the copies are the first experts, and each token has one slot more, the last.
+  int shared_ranks = 0;
   bool shared_gate = false;  // their output is multiplied by sigmoid(x . shared.gate) (Qwen2-MoE)
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
   /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
@@ -135,6 +140,7 @@ class MoeLayer {
 
   const MoeLayerOptions& options() const;
   ExpertRange local_experts() const;
+  bool holds_shared() const;  // the shared experts, on this rank
 
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
   /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also
@@ -144,6 +150,7 @@ class MoeLayer {
   /// Write one of this rank's experts, by its global number, or the shared ones: from a file, say, with room for one
   /// expert at a time. refresh() afterwards. Not collective. Throws Error: bad_argument (not an expert of this rank;
   /// shapes or dtypes).
+  /// Of the shared ones a rank that does not hold them takes the gate alone.
   void write_expert(std::int64_t expert, const ExpertSource& from);
   void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate = {});
   /// Bytes of all that this rank holds of the parameters: values, copies, packed weights, gradients.

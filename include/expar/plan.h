@@ -11,7 +11,7 @@
 
 namespace expar {
 
-/// The experts of a rank without a placement: floor(r E / P) ... floor((r + 1) E / P) - 1. May be none.
+/// The experts of a rank where nothing else is said: floor(r E / P) ... floor((r + 1) E / P) - 1. May be none.
 struct ExpertRange {
   std::int64_t first = 0;
   std::int64_t count = 0;
@@ -21,6 +21,9 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts);
 
 struct PlanOptions {
   std::int64_t experts = 0;  // E
+  /// [P + 1] where each rank's experts begin, ascending from 0 to E, the same on all ranks: rank r holds those from
+  /// first_experts[r] up to first_experts[r + 1]. Empty: experts_of. Read until the plan is made.
+  std::span<const std::int64_t> first_experts = {};
   /// Each expert's rows begin at a multiple of this (for callers' own kernels); the rows between are zero.
   std::int64_t alignment = 1;
   /// 0: an exact plan. Else a bounded one, for decoding, where waiting costs more than bytes: the most tokens that any
@@ -52,7 +55,8 @@ class Plan {
   std::int64_t experts() const;  // E
   std::int64_t bound() const;    // 0: exact
   bool open() const;
-  ExpertRange local() const;  // the experts of this rank
+  ExpertRange held_by(int rank) const;
+  ExpertRange local() const;  // those of this rank
 
   /// [P, E] rows that each rank has for each expert.
   std::span<const std::int32_t> counts() const;

@@ -40,6 +40,12 @@ Signature& Signature::with_real(std::string_view field, double value) {
   return *this;
 }
 
+Signature& Signature::with_list(std::string_view field, std::span<const std::int64_t> values) {
+  std::uint64_t hash = mix(0, static_cast<std::uint64_t>(values.size()));
+  for (const std::int64_t value : values) hash = mix(hash, static_cast<std::uint64_t>(value));
+  return with(field, static_cast<std::int64_t>(hash >> 1));
+}
+
 std::uint64_t Signature::hash() const {
   std::uint64_t hash = mix(0, operation_);
   for (std::size_t i = 0; i < count_; ++i)

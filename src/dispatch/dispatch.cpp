@@ -55,7 +55,7 @@ Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& o
   signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
   if (plan && plan.open()) {
     signature.with("bound", plan.bound()).with("topk", plan.topk()).with("experts", plan.experts());
-    signature.with("alignment", plan.data().alignment);
+    signature.with("alignment", plan.data().alignment).with_list("first_experts", plan.data().first_experts);
   }
   return signature;
 }

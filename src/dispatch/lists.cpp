@@ -13,7 +13,7 @@ std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 void write_tags(const Plan& plan, int destination, std::span<const std::int32_t> tokens, const float* weights,
                 SlotTag* tags) {
-  const ExpertRange range = experts_of(destination, static_cast<int>(plan.sources().size()) - 1, plan.experts());
+  const ExpertRange range = plan.held_by(destination);
   const auto first = static_cast<std::int32_t>(range.first);
   const auto end = static_cast<std::int32_t>(range.first + range.count);
   const std::int64_t topk = plan.topk();

@@ -18,9 +18,21 @@ std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 [[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
-void validate(ConstTensor ids, const PlanOptions& options) {
+void validate_first_experts(std::span<const std::int64_t> first, int ranks, std::int64_t experts) {
+  if (first.empty()) return;
+  bool right = first.size() == at(ranks) + 1 && first.front() == 0 && first.back() == experts;
+  for (std::size_t r = 1; right && r < first.size(); ++r) right = first[r - 1] <= first[r];
+  if (right) return;
+  std::string text;
+  for (const std::int64_t e : first) text += (text.empty() ? "" : ", ") + std::to_string(e);
+  refuse("first_experts are [" + text + "], should be " + std::to_string(ranks + 1) +
+         " numbers that ascend from 0 to " + std::to_string(experts));
+}
+
+void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
   if (options.failure) throw *options.failure;
   if (options.experts < 1) refuse("num_experts is " + std::to_string(options.experts) + ", below 1");
+  validate_first_experts(options.first_experts, ranks, options.experts);
   if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
   if (options.bound > std::numeric_limits<std::int32_t>::max())
     refuse("bound is " + std::to_string(options.bound) + ", above 2^31 - 1");
@@ -53,7 +65,7 @@ void count(const Context& context, ConstTensor ids, const PlanOptions& options, 
 void count_bounded(const Context& context, ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.bound = options.bound;
   try {
-    validate(ids, options);
+    validate(ids, options, context.size());
     if (ids.size(0) > options.bound) {
       refuse(std::to_string(ids.size(0)) + " tokens are more than the plan's bound of " +
              std::to_string(options.bound));
@@ -116,10 +128,10 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
   }
   Signature signature("plan");
   signature.with("topk", ids.shape().rank() == 2 ? ids.size(1) : 0).with("experts", options.experts);
-  signature.with("alignment", options.alignment);
+  signature.with("alignment", options.alignment).with_list("first_experts", options.first_experts);
   Operation& operation = state->operation.emplace(state->communicator, signature, context.timeout());
   operation.ready([&] {
-    validate(ids, options);
+    validate(ids, options, context.size());
     Plan::Data& plan = *state->plan;
     count(context, ids, options, plan);
     state->block = context.communicator().arena().allocate(plan.own.size() * sizeof plan.own[0]);
@@ -153,7 +165,8 @@ std::int64_t Plan::topk() const { return data_->topk; }
 std::int64_t Plan::experts() const { return data_->experts; }
 std::int64_t Plan::bound() const { return data_->bound; }
 bool Plan::open() const { return data_->id == 0; }
-ExpertRange Plan::local() const { return experts_of(data_->rank, data_->ranks, data_->experts); }
+ExpertRange Plan::held_by(int rank) const { return data_->held_by(rank); }
+ExpertRange Plan::local() const { return data_->held_by(data_->rank); }
 std::span<const std::int32_t> Plan::counts() const { return complete_only(data_).counts; }
 std::span<const std::int64_t> Plan::expert_totals() const { return complete_only(data_).totals; }
 std::span<const std::int64_t> Plan::offsets() const { return complete_only(data_).offsets; }

@@ -20,7 +20,7 @@ void take_counts(const Communicator& communicator, int source, std::span<const s
   std::memcpy(unique_counts, bytes.data() + at(plan.experts) * sizeof *counts, at(plan.ranks) * sizeof *unique_counts);
   bool sane = true;
   for (int d = 0; d < plan.ranks; ++d) {
-    const ExpertRange range = experts_of(d, plan.ranks, plan.experts);
+    const ExpertRange range = plan.held_by(d);
     std::int64_t slots = 0;
     for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
       sane = sane && counts[e] >= 0;
@@ -37,7 +37,7 @@ void take_counts(const Communicator& communicator, int source, std::span<const s
 /// The first outbox row of each expert of `owner`, and one past the last row.
 template <class Write>
 std::int64_t lay_out(const Plan::Data& plan, int owner, Write write) {
-  const ExpertRange range = experts_of(owner, plan.ranks, plan.experts);
+  const ExpertRange range = plan.held_by(owner);
   std::int64_t row = 0;
   for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
     write(e, row);
@@ -62,7 +62,7 @@ void derive_offsets(Plan::Data& plan, const std::pmr::vector<std::int32_t>& uniq
     });
   }
 
-  const ExpertRange local = experts_of(plan.rank, plan.ranks, experts);
+  const ExpertRange local = plan.held_by(plan.rank);
   plan.offsets.resize(at(local.count) + 1);
   plan.rows.resize(at(local.count));
   plan.offsets.back() = lay_out(plan, plan.rank, [&](std::int64_t e, std::int64_t row) {
@@ -109,11 +109,19 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.alignment = options.alignment;
   plan.bound = options.bound;
   plan.reserve();
+  plan.first_experts.resize(at(plan.ranks) + 1);
+  for (int r = 0; r <= plan.ranks; ++r) {
+    const bool named = !options.first_experts.empty();
+    plan.first_experts[at(r)] = named ? options.first_experts[at(r)] : experts_of(r, plan.ranks, plan.experts).first;
+  }
   plan.ids.assign(ids.as<std::int32_t>(), ids.as<std::int32_t>() + ids.elements());
 
   // Slot -1 is an expert too, the one before the first, on a rank before the first: no branch to mispredict.
   std::pmr::vector<SlotRow> next(at(plan.experts) + 1, plan.memory.get());
-  for (std::int64_t e = 0; e < plan.experts; ++e) next[at(e + 1)].rank = owner_of(e, plan.ranks, plan.experts);
+  for (int owner = 0; owner < plan.ranks; ++owner) {
+    const ExpertRange range = plan.held_by(owner);
+    for (std::int64_t e = range.first; e < range.first + range.count; ++e) next[at(e + 1)].rank = owner;
+  }
   std::pmr::vector<std::int32_t> last(at(plan.ranks) + 1, -1, plan.memory.get());  // the token last seen to need a rank
   // What is sent, in token order; one more is written than there is.
   const std::size_t most = plan.ids.capacity() + 1;

@@ -16,24 +16,29 @@ struct Plan::Data {
 
   /// Makes room for the bound's tokens where there is one: what calls give each other is then of one size.
   void reserve();
+  ExpertRange held_by(int r) const {
+    const std::int64_t first = first_experts[static_cast<std::size_t>(r)];
+    return {first, first_experts[static_cast<std::size_t>(r) + 1] - first};
+  }
 
   std::shared_ptr<std::pmr::memory_resource> memory;
   int rank = 0, ranks = 1;
   std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1, bound = 0;
-  std::uint64_t id = 0;                                       // 0: open
-  std::optional<Error> failure;                               // why an open plan cannot be dispatched
-  std::pmr::vector<std::int32_t> ids{memory.get()};           // [T, K]
-  std::pmr::vector<std::int32_t> send_tokens{memory.get()};   // destination by destination
-  std::pmr::vector<std::int32_t> own{memory.get()};           // [E + P] this rank's rows per expert, tokens per rank
-  std::pmr::vector<std::int64_t> send_begin{memory.get()};    // [P + 1] into send_tokens
-  std::pmr::vector<std::int64_t> send_row{memory.get()};      // [P]
-  std::pmr::vector<std::int32_t> counts{memory.get()};        // [P, E]
-  std::pmr::vector<std::int64_t> totals{memory.get()};        // [E]
-  std::pmr::vector<std::int64_t> offsets{memory.get()};       // [L + 1]
-  std::pmr::vector<std::int64_t> rows{memory.get()};          // [L]
-  std::pmr::vector<std::int64_t> sources{memory.get()};       // [P + 1]
-  std::pmr::vector<std::int32_t> slot_start{memory.get()};    // [1 + E], from expert -1
-  std::pmr::vector<std::int64_t> source_start{memory.get()};  // [P, L]
+  std::pmr::vector<std::int64_t> first_experts{memory.get()};  // [P + 1]
+  std::uint64_t id = 0;                                        // 0: open
+  std::optional<Error> failure;                                // why an open plan cannot be dispatched
+  std::pmr::vector<std::int32_t> ids{memory.get()};            // [T, K]
+  std::pmr::vector<std::int32_t> send_tokens{memory.get()};    // destination by destination
+  std::pmr::vector<std::int32_t> own{memory.get()};            // [E + P] this rank's rows per expert, tokens per rank
+  std::pmr::vector<std::int64_t> send_begin{memory.get()};     // [P + 1] into send_tokens
+  std::pmr::vector<std::int64_t> send_row{memory.get()};       // [P]
+  std::pmr::vector<std::int32_t> counts{memory.get()};         // [P, E]
+  std::pmr::vector<std::int64_t> totals{memory.get()};         // [E]
+  std::pmr::vector<std::int64_t> offsets{memory.get()};        // [L + 1]
+  std::pmr::vector<std::int64_t> rows{memory.get()};           // [L]
+  std::pmr::vector<std::int64_t> sources{memory.get()};        // [P + 1]
+  std::pmr::vector<std::int32_t> slot_start{memory.get()};     // [1 + E], from expert -1
+  std::pmr::vector<std::int64_t> source_start{memory.get()};   // [P, L]
   std::pmr::vector<SlotRow> slots{memory.get()};  // [T, K]; while open, the place among this rank's of an expert
 };
 

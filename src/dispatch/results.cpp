@@ -41,7 +41,7 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
     if (communicator.transport().mapped(peer)) continue;
     peers.push_back(peer);
     sent += count(plan, peer, plan.local());
-    received += count(plan, self, experts_of(peer, communicator.size(), plan.experts()));
+    received += count(plan, self, plan.held_by(peer));
   }
   staging_.resize(sent * row_bytes_);
   received_.resize(received * row_bytes_);
@@ -58,7 +58,7 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
     transfers_.send(peer, first_sent, static_cast<std::size_t>(stage - first_sent));
 
     std::byte* first_received = arrival;
-    const ExpertRange theirs = experts_of(peer, communicator.size(), plan.experts());
+    const ExpertRange theirs = plan.held_by(peer);
     for (std::int64_t e = theirs.first; e < theirs.first + theirs.count; ++e) {
       arrived_[at(e)] = arrival;
       arrival += count(plan, self, e) * row_bytes_;

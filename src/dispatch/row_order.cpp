@@ -48,7 +48,7 @@ void RowOrder::order_by_rank(int rank) {
   }
   shifts_.resize(at(plan_.experts()));
   for (int owner = 0; owner < ranks_of(plan_); ++owner) {
-    const ExpertRange range = experts_of(owner, ranks_of(plan_), plan_.experts());
+    const ExpertRange range = plan_.held_by(owner);
     std::int64_t row = rows_below(plan_, rank, range);
     for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
       shifts_[at(e)] = row - plan_.slot_start(e);
@@ -61,7 +61,7 @@ void RowOrder::pad(int rank) {
   for (std::int64_t e = 0; e <= plan_.local().count; ++e) offsets_.push_back(e * capacity_);
   shifts_.resize(at(plan_.experts()));
   for (int owner = 0; owner < ranks_of(plan_); ++owner) {
-    const ExpertRange range = experts_of(owner, ranks_of(plan_), plan_.experts());
+    const ExpertRange range = plan_.held_by(owner);
     for (std::int64_t e = 0; e < range.count; ++e) {
       const std::int64_t row = e * capacity_ + rows_below(plan_, rank, {range.first + e, 1});
       shifts_[at(range.first + e)] = row - plan_.slot_start(range.first + e);

@@ -20,6 +20,7 @@ void validate(const MoeLayerOptions& options) {
   if (options.shared_inner < 0) {
     refuse("shared_inner is " + std::to_string(options.shared_inner) + ", must be at least 0");
   }
+  if (options.shared_ranks < 0) refuse("shared_ranks is " + std::to_string(options.shared_ranks) + ", below 0");
   if (options.shared_gate && options.shared_inner == 0) {
     refuse("shared_gate asks for shared experts, but shared_inner is 0");
   }
@@ -113,6 +114,7 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with_real("alpha", options.numbers.alpha).with_real("limit", options.numbers.limit);
   signature.with_real("offset", options.numbers.offset);
   signature.with("shared_inner", options.shared_inner).with("shared_gate", options.shared_gate);
+  signature.with("shared_ranks", options.shared_ranks);
   signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(options.dtype)));

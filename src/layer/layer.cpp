@@ -12,6 +12,7 @@
 #include "src/layer/jitter.h"
 #include "src/layer/parameters.h"
 #include "src/layer/shared_expert.h"
+#include "src/layer/shared_ranks.h"
 
 namespace expar {
 namespace {
@@ -51,11 +52,14 @@ ConstTensor without_padding(const ConstTensor& rows, const ConstTensor& mask, Bu
 struct MoeLayer::State {
   State(const Context& c, const MoeLayerOptions& o) : context(c), options(o) {
     agree(context, options, [&] {
-      range = experts_of(context.rank(), context.size(), options.router.experts);
-      parameters.emplace(options, range, context.kernels());
+      if (options.shared_ranks > 0) apart.emplace(options, context.rank(), context.size());
+      range = apart ? apart->routed() : experts_of(context.rank(), context.size(), options.router.experts);
+      parameters.emplace(options, range, holds_shared(), context.kernels());
     });
     shape = options.expert_shape();
     shared_shape = options.shared_shape();
+    // Combine weighs the rows of all experts or of none.
+    if (apart && shape.weights_on != WeightsOn::output) shared_shape.weights_on = WeightsOn::inner;
     workspace = options.workspace ? options.workspace : std::make_shared<ExpertsWorkspace>();
   }
 
@@ -63,6 +67,7 @@ struct MoeLayer::State {
   MoeLayerOptions options;
   ExpertShape shape, shared_shape;
   ExpertRange range;
+  std::optional<SharedRanks> apart;  // where shared experts have ranks of their own
   std::optional<LayerParameters> parameters;
   PhaseTimes times;
 
@@ -92,8 +97,11 @@ struct MoeLayer::State {
                         const DispatchOptions& dispatch_options, double* ms, FunctionRef<void()> work);
   ConstTensor gate_input(const Context& c, ConstTensor x) { return options.shared_gate ? wide(c, x) : ConstTensor(); }
   bool has_shared() const { return options.shared_inner > 0; }
-  void run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan, Outbox& y,
-                   ExpertsRecord& record);
+  bool shares_beside() const { return has_shared() && !apart; }
+  bool holds_shared() const { return apart ? apart->hold_here() : has_shared(); }
+  ConstTensor with_shared_weight(const Context& c, ConstTensor x, ConstTensor weights);
+  void run_experts(const Context& c, const ExpertShape& as, const ExpertWeights& weights, const Inbox& inbox,
+                   const Plan& plan, Outbox& y, ExpertsRecord& record);
 
   // ---- backward
   void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
@@ -206,7 +214,8 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   SharedWeights shared_weights;
   SharedRecord& shared = keeps ? record.shared : workspace->shared;
   PlanOptions plan_options;
-  plan_options.experts = options.router.experts;
+  plan_options.experts = apart ? apart->experts() : options.router.experts;
+  if (apart) plan_options.first_experts = apart->first_experts();
   plan_options.bound = shards ? 0 : options.bound;
   ConstTensor scored;
   {
@@ -244,7 +253,11 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   {
     const Phase phase(c.trace(), "plan", &times.dispatch);
     bound_rows(c, options.capacity, options.router.experts, record.routing, capacity, plan_options.failure);
-    plan = make_plan(c, capacity.ids, plan_options);
+    ConstTensor ids = capacity.ids;
+    if (apart && !plan_options.failure) {
+      plan_options.failure = attempt([&] { ids = apart->ids(capacity.ids, record.routing.mask); });
+    }
+    plan = make_plan(c, ids, plan_options);
   }
   if (shards) {
     const Phase phase(c.trace(), "route", &times.route);
@@ -260,23 +273,28 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     alone(c, [&] { route(c, options.router, scored, record.routing, route_inputs(rerouted, record)); });
     capacity.weights = record.routing.weights;
   }
-  record.inbox = dispatch_beside(c, x, capacity.weights, plan, {.payload = options.payload}, &times.dispatch, [&] {
+  ConstTensor weights_by_slot = capacity.weights;
+  if (apart && !plan_options.failure) alone(c, [&] { weights_by_slot = with_shared_weight(c, x, capacity.weights); });
+  record.inbox = dispatch_beside(c, x, weights_by_slot, plan, {.payload = options.payload}, &times.dispatch, [&] {
     const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
     shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
   });
   plan = record.inbox.plan();
   {
     const Phase phase(c.trace(), "experts", &times.experts);
-    alone(c,
-          [&] { run_experts(c, weights, record.inbox, plan, record.y, keeps ? record.experts : workspace->record); });
+    const bool runs_shared = apart && apart->hold_here();
+    alone(c, [&] {
+      run_experts(c, runs_shared ? shared_shape : shape, runs_shared ? shared_weights.expert : weights, record.inbox,
+                  plan, record.y, keeps ? record.experts : workspace->record);
+    });
   }
   {
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
-    if (shape.weights_on == WeightsOn::output) by_slot = capacity.weights;
+    if (shape.weights_on == WeightsOn::output) by_slot = weights_by_slot;
     combine(c, plan, record.y, by_slot, out,
-            {.shared = has_shared() ? shared.y : Tensor(),
-             .shared_weights = has_shared() ? shared.gate : Tensor(),
+            {.shared = shares_beside() ? shared.y : Tensor(),
+             .shared_weights = shares_beside() ? shared.gate : Tensor(),
              .residual = residual,
              .norm = inputs.norm});
   }
@@ -284,12 +302,22 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   record.plan = std::move(plan);
 }
 
+/// The weights of all slots, where shared experts have ranks of their own.
+ConstTensor MoeLayer::State::with_shared_weight(const Context& c, ConstTensor x, ConstTensor weights) {
+  Tensor gate;
+  if (options.shared_gate) {
+    gate = workspace->shared.gate_memory.view(DType::f32, {x.size(0)});
+    open_gate(c, parameters->shared().gate, wide(c, x), gate);
+  }
+  return apart->weights(weights, gate);
+}
+
 /// Dispatches; the shared experts' `work` is done while rows are on their way.
 Inbox MoeLayer::State::dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
                                        const DispatchOptions& dispatch_options, double* ms, FunctionRef<void()> work) {
   std::optional<Phase> phase(std::in_place, c.trace(), "dispatch", ms);
   PendingDispatch pending = start_dispatch(c, rows, weights, plan, dispatch_options);
-  if (has_shared() && !dispatch_options.failure) {
+  if (shares_beside() && !dispatch_options.failure) {
     phase.emplace(c.trace(), "shared experts", ms == nullptr ? nullptr : &times.experts);
     alone(c, work);
     phase.emplace(c.trace(), "dispatch", ms);
@@ -297,10 +325,10 @@ Inbox MoeLayer::State::dispatch_beside(const Context& c, ConstTensor rows, Const
   return pending.finish();
 }
 
-void MoeLayer::State::run_experts(const Context& c, const ExpertWeights& weights, const Inbox& inbox, const Plan& plan,
-                                  Outbox& y, ExpertsRecord& record) {
+void MoeLayer::State::run_experts(const Context& c, const ExpertShape& as, const ExpertWeights& weights,
+                                  const Inbox& inbox, const Plan& plan, Outbox& y, ExpertsRecord& record) {
   y = make_outbox(c, plan, options.hidden, options.dtype);
-  experts_forward(c, shape, weights, inbox, y, record);
+  experts_forward(c, as, weights, inbox, y, record);
 }
 
 // ---- backward
@@ -393,7 +421,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     dweights_rows = make_outbox(c, record.plan, 1, DType::f32);
     const ExpertWeights weights = parameters->plain();
     Outbox y_again;
-    if (options.recompute) run_experts(c, weights, record.inbox, record.plan, y_again, workspace->record);
+    if (options.recompute) run_experts(c, shape, weights, record.inbox, record.plan, y_again, workspace->record);
     const Outbox& y = options.recompute ? y_again : record.y;
     const ExpertsRecord& made = options.recompute ? workspace->record : record.experts;
     experts_backward(c, shape, weights, record.inbox, gradients, y, made, parameters->gradients(), dx_rows,
@@ -422,6 +450,7 @@ MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
 
 const MoeLayerOptions& MoeLayer::options() const { return state_->options; }
 ExpertRange MoeLayer::local_experts() const { return state_->range; }
+bool MoeLayer::holds_shared() const { return state_->holds_shared(); }
 
 void MoeLayer::initialise(std::uint64_t seed, std::string_view prefix) {
   state_->parameters->initialise(seed, prefix, state_->context.pool());

@@ -72,7 +72,8 @@ void copy(const ConstTensor& from, const Tensor& to, Pool& pool) {
 
 }  // namespace
 
-LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range, const Kernels& kernels)
+LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range, bool holds_shared,
+                                 const Kernels& kernels)
     : first_(range.first),
       dtype_(options.dtype),
       bias_(options.bias),
@@ -97,10 +98,10 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
     up_bias_.value = Array(DType::f32, {range.count, wide});
     down_bias_.value = Array(DType::f32, {range.count, options.hidden});
   }
-  if (options.shared_inner == 0) return;
+  if (options.shared_inner > 0 && options.shared_gate) shared_gate_.value = Array(DType::f32, {options.hidden});
+  if (!holds_shared) return;
   matrix(shared_up_, {1, options.shared_shape().up_rows(), options.hidden});
   matrix(shared_down_, {1, options.hidden, options.shared_inner});
-  if (options.shared_gate) shared_gate_.value = Array(DType::f32, {options.hidden});
 }
 
 void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
@@ -145,8 +146,10 @@ void LayerParameters::write(std::int64_t e, const ExpertSource& from, Pool& pool
 }
 
 void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool) {
-  write(shared_up_, "shared.up", 0, up, pool);
-  write(shared_down_, "shared.down", 0, down, pool);
+  if (has_shared()) {
+    write(shared_up_, "shared.up", 0, up, pool);
+    write(shared_down_, "shared.down", 0, down, pool);
+  }
   if (!shared_gate_.value) return;
   require("shared.gate", gate, shared_gate_.value.view().shape());
   copy(gate, shared_gate_.value, pool);
@@ -229,10 +232,10 @@ ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool)
 
 SharedWeights LayerParameters::shared() const {
   SharedWeights weights;
+  if (shared_gate_.value) weights.gate = shared_gate_.value;
   if (!has_shared()) return weights;
   weights.expert.up = {read(shared_up_).view().data(), dtype_, false};
   weights.expert.down = {read(shared_down_).view().data(), dtype_, false};
-  if (shared_gate_.value) weights.gate = shared_gate_.value;
   return weights;
 }
 

@@ -16,7 +16,7 @@ namespace expar {
 class LayerParameters {
  public:
   /// `kernels` pack what is for inference alone.
-  LayerParameters(const MoeLayerOptions& options, ExpertRange range, const Kernels& kernels);
+  LayerParameters(const MoeLayerOptions& options, ExpertRange range, bool holds_shared, const Kernels& kernels);
 
   void initialise(std::uint64_t seed, std::string_view prefix, Pool& pool);
   /// Of local expert `e`, and of the shared ones.

@@ -17,16 +17,6 @@ struct All {
   std::int64_t offsets[2];
 };
 
-/// gate[t] = sigmoid(x[t] . w), in double but for the product, so that it is right to the last bit but one.
-void open_gate(const Pass& pass, const ConstTensor& w, const ConstTensor& wide_x, const Tensor& gate) {
-  const std::int64_t tokens = gate.size(0);
-  pass.nt(Pass::in_order(wide_x), {w.data(), DType::f32, false}, nullptr, Tensor(gate.data(), DType::f32, {tokens, 1}));
-  const FloatMode mode;
-  for (std::int64_t t = 0; t < tokens; ++t) {
-    gate.as<float>()[t] = static_cast<float>(1 / (1 + std::exp(-double{gate.as<float>()[t]})));
-  }
-}
-
 /// The gate of each token as the weight of its row.
 const RowRef* by_gate(const Tensor& gate, std::vector<RowRef>& weights) {
   weights.resize(static_cast<std::size_t>(gate.size(0)));
@@ -50,6 +40,19 @@ void add_outer(const ConstTensor& dz, const ConstTensor& w, const Tensor& dx, Po
 
 }  // namespace
 
+// In double but for the product, so that it is right to the last bit but one.
+void open_gate(const Context& context, const ConstTensor& w, const ConstTensor& x, const Tensor& gate) {
+  const std::int64_t tokens = gate.size(0);
+  const All all(tokens);
+  const ExpertShape shape{.hidden = w.size(0), .inner = 1};
+  Pass(context, shape, all.groups())
+      .nt(Pass::in_order(x), {w.data(), DType::f32, false}, nullptr, Tensor(gate.data(), DType::f32, {tokens, 1}));
+  const FloatMode mode;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    gate.as<float>()[t] = static_cast<float>(1 / (1 + std::exp(-double{gate.as<float>()[t]})));
+  }
+}
+
 void shared_forward(const Context& context, const ExpertShape& shape, const SharedWeights& weights, ConstTensor x,
                     ConstTensor wide_x, SharedRecord& record) {
   const std::int64_t tokens = x.size(0);
@@ -63,7 +66,7 @@ void shared_forward(const Context& context, const ExpertShape& shape, const Shar
   pass.nt(Pass::in_order(x), weights.expert.up, nullptr, made.pre);
   pass.activate(made.pre, made.h);
   pass.nt(Pass::in_order(made.h), weights.expert.down, nullptr, record.y);
-  if (!weights.gate.absent()) open_gate(pass, weights.gate, wide_x, record.gate);
+  if (!weights.gate.absent()) open_gate(context, weights.gate, wide_x, record.gate);
 }
 
 Tensor shared_backward(const Context& context, const ExpertShape& shape, const SharedWeights& weights, ConstTensor x,

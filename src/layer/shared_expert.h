@@ -24,6 +24,10 @@ struct SharedScratch {
   std::vector<RowRef> weights;
 };
 
+/// gate [T] = sigmoid(x . w).
+///   w, x : [H] and [T, H] f32
+void open_gate(const Context& context, const ConstTensor& w, const ConstTensor& x, const Tensor& gate);
+
 /// record.y [T, H] f32 = expert(x), and record.gate [T] = sigmoid(x . gate), which combine multiplies it by.
 ///   x      : [T, H] of the shape's dtype; wide_x the same in f32
 void shared_forward(const Context& context, const ExpertShape& shape, const SharedWeights& weights, ConstTensor x,

@@ -35,7 +35,8 @@ void multiply(const Inbox& inbox, Outbox& y) {
 }
 
 void step(const Context& context, const Workload& w, Share& share, std::int64_t bound) {
-  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .bound = bound});
+  const Plan plan =
+      make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts, .bound = bound});
   const Inbox inbox = dispatch(context, share.x, share.weights, plan);
   check_rows(w, inbox);
   Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);
@@ -63,7 +64,9 @@ TEST_P(EveryWay, serves_everything_that_an_exact_plan_serves) {
     const Workload w = workloads(context.size())[2];
     Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
     for (int round = 0; round < 34; ++round) {  // more operations than there are slots
-      const Plan plan = make_plan(context, a.id_tensor(w), {.experts = w.experts, .alignment = 4, .bound = 11});
+      const Plan plan =
+          make_plan(context, a.id_tensor(w),
+                    {.experts = w.experts, .first_experts = w.first_experts, .alignment = 4, .bound = 11});
       auto first = start_dispatch(context, a.x, a.weights, plan, {.layout = Layout::expert_major});
       auto second = start_dispatch(context, b.x, {}, plan);
       const bool swap = (context.rank() + round) % 2 == 0;
@@ -173,7 +176,8 @@ std::set<std::string> waits(const Context& context, std::int64_t bound) {
   const auto trace = std::make_shared<Trace>();
   context.communicator().record(trace);
   linger();
-  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .bound = bound});
+  const Plan plan =
+      make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts, .bound = bound});
   linger();
   const Inbox inbox = dispatch(context, share.x, share.weights, plan);
   Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);

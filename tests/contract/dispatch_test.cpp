@@ -31,7 +31,7 @@ void fill(const Inbox& inbox, Outbox& y) {
 
 void round_trip(const Context& context, const Workload& w, DType dtype, Layout layout) {
   Share share(w, context.rank(), dtype);
-  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+  const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
   const Inbox inbox = dispatch(context, share.x, share.weights, plan, {.layout = layout});
   check_rows(w, inbox);
   if (layout == Layout::expert_major && plan.received() * w.hidden > 0) {
@@ -74,7 +74,7 @@ TEST_P(EveryWay, finishes_split_phases_in_any_order) {
     const Workload w = workloads(context.size())[2];
     Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
     for (int round = 0; round < 40; ++round) {  // more operations than there are slots
-      const Plan plan = make_plan(context, a.id_tensor(w), {.experts = w.experts});
+      const Plan plan = make_plan(context, a.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
       auto first = start_dispatch(context, a.x, a.weights, plan);
       auto second = start_dispatch(context, b.x, b.weights, plan);
       const bool swap = (context.rank() + round) % 2 == 0;
@@ -99,7 +99,7 @@ TEST_P(EveryWay, keeps_inboxes_alive_in_any_number_and_order) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
-    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
     std::vector<Inbox> alive;
     for (int round = 0; round < 100; ++round) {
       alive.push_back(dispatch(context, share.x, share.weights, plan));
@@ -117,7 +117,8 @@ TEST_P(EveryWay, brings_one_value_per_slot_home) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       Share share(w, context.rank(), DType::f32);
-      const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+      const Plan plan =
+          make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
       const Inbox inbox = dispatch(context, share.x, share.weights, plan);
       Outbox values = make_outbox(context, plan, 1, DType::f32);
       for (std::int64_t i = 0; i < plan.received(); ++i)
@@ -136,7 +137,8 @@ TEST_P(EveryWay, aligns_the_rows_of_each_expert) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
-    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .alignment = 16});
+    const Plan plan = make_plan(context, share.id_tensor(w),
+                                {.experts = w.experts, .first_experts = w.first_experts, .alignment = 16});
     for (const std::int64_t offset : plan.offsets()) require_equal(offset % 16, 0, "remainder of an offset");
     const Inbox inbox = dispatch(context, share.x, share.weights, plan, {.layout = Layout::expert_major});
     check_rows(w, inbox);

@@ -31,6 +31,30 @@ TEST_P(EveryWay, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
   });
 }
 
+TEST_P(EveryWay, tells_all_ranks_that_first_experts_are_no_ranges) {
+  run(GetParam(), [](const Context& context) {
+    const int bad = context.size() - 1;
+    const std::vector<std::int32_t> ids(8, 1);
+    const auto ranks = static_cast<std::size_t>(context.size());
+    std::vector<std::int64_t> right(ranks + 1, 4);
+    right.front() = 0;
+    std::vector<std::int64_t> late = right, short_ = right, falling = right;
+    late.front() = 1;
+    short_.pop_back();
+    falling.back() = 3;
+    for (const auto& wrong : {late, short_, falling}) {
+      const Error error = error_of([&] {
+        make_plan(context, ConstTensor(ids.data(), Shape{4, 2}),
+                  {.experts = 4, .first_experts = context.rank() == bad ? wrong : right});
+      });
+      require(error.code() == ErrorCode::bad_argument, error.what());
+      require_equal(error.rank(), bad, "rank of the error");
+      require(error.message().find(" numbers that ascend from 0 to 4") != std::string::npos, error.message());
+      barrier(context);
+    }
+  });
+}
+
 TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
   if (GetParam().ranks == 1) return;  // nobody to disagree with
   run(GetParam(), [](const Context& context) {
@@ -54,6 +78,13 @@ TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
             make_plan(context, ConstTensor(ids.data(), mine ? Shape{2, 4} : Shape{4, 2}), {.experts = 4});
           }),
           "topk 4");
+    std::vector<std::int64_t> first(static_cast<std::size_t>(context.size()) + 1, 4);
+    first.front() = 0;
+    if (mine) first[1] = 0;
+    check(error_of([&] {
+            make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4, .first_experts = first});
+          }),
+          "first_experts");
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
     const Array wide(DType::f32, Shape{4, 16}), narrow(DType::f32, Shape{4, 8}), low(DType::bf16, Shape{4, 16});
     check(error_of([&] { dispatch(context, mine ? narrow : wide, {}, plan); }), "hidden 8");

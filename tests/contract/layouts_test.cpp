@@ -99,7 +99,8 @@ TEST_P(EveryWay, packs_rows_in_each_layout_and_finds_the_results_there) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
         Share share(w, context.rank(), dtype);
         const std::int64_t alignment = dtype == DType::bf16 ? 8 : 1;
-        const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .alignment = alignment});
+        const Plan plan = make_plan(context, share.id_tensor(w),
+                                    {.experts = w.experts, .first_experts = w.first_experts, .alignment = alignment});
         for (const Layout layout : kPacked) {
           const DispatchOptions options{.layout = layout, .capacity = most_rows(plan) + 2};
           const Inbox inbox = dispatch(context, share.x, share.weights, plan, options);
@@ -118,7 +119,7 @@ TEST_P(EveryWay, brings_values_home_from_each_layout) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
-    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts});
+    const Plan plan = make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
     for (const Layout layout : kPacked) {
       const DispatchOptions options{.layout = layout, .capacity = most_rows(plan)};
       const Inbox inbox = dispatch(context, share.x, share.weights, plan, options);

@@ -1,6 +1,7 @@
 // Tokens and routes that every rank can work out for every other, so that each checks what it got by itself.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -29,7 +30,8 @@ struct Workload {
   int ranks = 1;
   std::int64_t experts = 8, topk = 2, hidden = 16;
   Pattern pattern = Pattern::uniform;
-  std::vector<std::int64_t> tokens;  // [P]
+  std::vector<std::int64_t> tokens;              // [P]
+  std::vector<std::int64_t> first_experts = {};  // as PlanOptions::first_experts
 
   /// [T, K] of `rank`.
   std::vector<std::int32_t> ids(int rank) const {
@@ -67,7 +69,9 @@ struct Workload {
 
 inline std::vector<Workload> workloads(int ranks) {
   const auto p = static_cast<std::size_t>(ranks);
-  std::vector<std::int64_t> uneven, idle(p, 9), one(p, 0);
+  std::vector<std::int64_t> uneven, idle(p, 9), one(p, 0), first_experts{0};
+  for (int r = 1; r < ranks; ++r) first_experts.push_back(std::min(10, r * r + 1));  // 2, 3, 5 and none
+  first_experts.push_back(10);
   for (std::size_t r = 0; r < p; ++r) uneven.push_back(static_cast<std::int64_t>((r * 5 + 3) % 11));
   idle.back() = 0;
   one[0] = 1;
@@ -83,6 +87,7 @@ inline std::vector<Workload> workloads(int ranks) {
       {"the same expert twice", ranks, 8, 2, 1, Pattern::repeated, uneven},
       {"many tokens", ranks, 64, 8, 130, Pattern::uniform, std::vector<std::int64_t>(p, 150)},
       {"rows of zero bytes", ranks, 8, 2, 0, Pattern::uniform, uneven},
+      {"experts placed unevenly", ranks, 10, 3, 16, Pattern::uniform, uneven, first_experts},
   };
 }
 

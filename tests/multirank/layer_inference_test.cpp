@@ -104,6 +104,72 @@ TEST_P(Inference, gives_a_training_layers_bytes_from_packed_weights_alone) {
   }
 }
 
+/// Inference on `x` where the first `shared_ranks` ranks hold the shared experts.
+Array with_shared_ranks(const LayerCase& c, const Context& context, int shared_ranks, const Tokens& tokens,
+                        const MoeInputs& inputs) {
+  MoeLayerOptions options = c.options();
+  options.inference = true;
+  options.shared_ranks = shared_ranks;
+  MoeLayer layer(context, options);
+  EXPECT_EQ(layer.holds_shared(), context.rank() < shared_ranks);
+  if (layer.holds_shared()) {
+    EXPECT_EQ(layer.local_experts().count, 0);
+  }
+  write(c, layer);
+  Array out(tokens.x.view().dtype(), tokens.x.view().shape());
+  layer.forward(context, tokens.x, out, {}, inputs);
+  return out;
+}
+
+TEST_P(Inference, may_have_shared_experts_on_ranks_of_their_own) {
+  if (GetParam().ranks == 1) return;  // which has no rank left for the other experts
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const WeightsOn weights_on : {WeightsOn::output, WeightsOn::inner}) {
+      const LayerCase c({.weights_on = weights_on, .dtype = dtype, .shared_inner = 21, .shared_gate = true});
+      expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {
+        const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+        const Tokens tokens(c, context);
+        Array mask(DType::int8, {tokens.x.view().size(0)});
+        for (std::int64_t t = 0; t < mask.view().size(0); ++t) mask.as<std::int8_t>()[t] = t % 5 != 2;
+        const MoeInputs inputs{.mask = mask};
+        MoeLayer usual(context, c.options());
+        c.fill(usual);
+        usual.forward(context, tokens.x, tokens.out, {}, inputs);
+        const Array one = with_shared_ranks(c, context, 1, tokens, inputs);
+        expect_same(one, with_shared_ranks(c, context, context.size() - 1, tokens, inputs));
+        if (dtype == DType::f32 && weights_on == WeightsOn::output) return expect_same(one, tokens.out);
+        for (std::int64_t i = 0; i < one.view().elements(); ++i) {
+          const auto at = [&](const Array& a) {
+            return dtype == DType::f32 ? a.as<float>()[i] : static_cast<float>(a.as<bf16>()[i]);
+          };
+          EXPECT_NEAR(at(one), at(tokens.out), dtype == DType::f32 ? 1e-5 : 0.05) << i;
+        }
+      }));
+    }
+  }
+}
+
+TEST_P(Inference, needs_ranks_for_both_kinds_of_experts) {
+  const LayerCase c({.shared_inner = 21});
+  const auto message = [&](int shared_ranks, bool inference) {
+    const auto ends = run_communicators(GetParam(), [&](const Communicator& communicator) {
+      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      MoeLayerOptions options = c.options();
+      options.inference = inference;
+      options.shared_ranks = shared_ranks;
+      MoeLayer layer(context, options);
+    });
+    return expect_same_error(ends).message();
+  };
+  const std::string ranks = std::to_string(GetParam().ranks);
+  EXPECT_EQ(message(GetParam().ranks, true),
+            "shared_ranks is " + ranks + ", which leaves none of " + ranks + " ranks for the other experts");
+  EXPECT_EQ(message(-1, true), "shared_ranks is -1, below 0");
+  if (GetParam().ranks == 1) return;
+  EXPECT_EQ(message(1, false),
+            "shared_ranks is 1: shared experts on ranks of their own are for MoeLayerOptions::inference");
+}
+
 TEST_P(Inference, makes_the_norm_of_what_comes_out_in_one_pass) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const LayerCase c({.dtype = dtype, .shared_inner = 21});

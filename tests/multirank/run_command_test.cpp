@@ -249,6 +249,12 @@ TEST_P(RunCommand, computes_the_block_on_any_number_of_ranks) {
     EXPECT_EQ(result["load"].size(), static_cast<std::size_t>(kExperts));
     if (ranks == 1) first = contents(y);
     EXPECT_TRUE(contents(y) == first) << ranks << " ranks";
+    if (c.family.shared == 0 || ranks == 1 || c.weights == DType::bf16) continue;
+    const nlohmann::json apart = result_of(flags() + " --input " + path("x") + " --output " + y + " --shared-ranks 1" +
+                                           " --ranks " + std::to_string(ranks));
+    EXPECT_EQ(apart["load"], result["load"]);
+    EXPECT_EQ(apart["shared_load"], nlohmann::json({kTokens}));
+    EXPECT_TRUE(contents(y) == first) << ranks << " ranks, the first for the shared experts";
   }
 
   const io::SafetensorsFile file(path("y1"));
