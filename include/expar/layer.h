@@ -13,6 +13,7 @@
 #include <expar/experts.h>
 #include <expar/optimizer.h>
 #include <expar/router.h>
+#include <expar/special.h>
 
 namespace expar {
 
@@ -35,6 +36,9 @@ struct MoeLayerOptions {
   std::int64_t hidden = 0;  // H
   std::int64_t inner = 0;   // F
   RouterOptions router;     // E, K, losses
+  /// The last of the router's experts compute next to nothing, each rank for its own tokens: they have no rows in
+  /// plans, no capacity, and their weights count on their results. `E` below are the others.
+  SpecialExperts special = {};
   /// Of each expert, in training and inference alike. A layer has no second pass for an overflow. Re-routed slots weigh
   /// what the router would have given them.
   CapacityOptions capacity = {};
@@ -68,6 +72,7 @@ struct MoeLayerOptions {
   /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
   std::shared_ptr<ExpertsWorkspace> workspace = {};
 
+  std::int64_t routed_experts() const { return router.experts - special.count(); }  // E
   ExpertShape expert_shape() const { return {hidden, inner, activation, numbers, bias, weights_on, dtype}; }
   ExpertShape shared_shape() const {
     return {hidden, shared_inner, activation, numbers, false, WeightsOn::output, dtype};
@@ -118,6 +123,7 @@ struct MoeRecord {
   std::int64_t first_token = 0;  // likewise: global number of this rank's first token
   std::vector<std::int64_t> shards;
   Routing routing;
+  Buffer routed_ids;  // those of routing, without special experts
   Capacity capacity;  // what its bound left of the routing; counts are empty where the layer has none
   RouterLosses losses;
   Plan plan;
@@ -182,6 +188,11 @@ class MoeLayer {
   std::vector<Parameter> shared_parameters(std::string_view prefix);
   /// [S, ...] f32 of each of shared_parameters(), after backward and until the next one.
   std::vector<ConstTensor> shared_shard_gradients() const;
+
+  /// special.mix [C, 2, H] and special.value [C, H] f32 of the C constant experts, where there are any, the same on all
+  /// ranks; as the router's, their gradients are to be summed over shards and ranks by the caller.
+  std::vector<Parameter> special_parameters(std::string_view prefix);
+  std::vector<ConstTensor> special_shard_gradients() const;
 
   /// out = moe(x) + shared(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype

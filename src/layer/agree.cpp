@@ -25,7 +25,16 @@ void validate(const MoeLayerOptions& options) {
     refuse("shared_gate asks for shared experts, but shared_inner is 0");
   }
   validate(options.router);
+  const auto& [zero, copy, constant] = options.special;
+  if (zero < 0 || copy < 0 || constant < 0 || options.routed_experts() < 1) {
+    refuse(std::to_string(zero) + " zero, " + std::to_string(copy) + " copy and " + std::to_string(constant) +
+           " constant experts of " + std::to_string(options.router.experts) +
+           ": none may be below 0, and one expert must be left");
+  }
   validate(options.capacity);
+  if (options.special.count() > 0 && options.capacity.policy == CapacityPolicy::reroute) {
+    refuse("slots are not re-routed where a layer has special experts: choose another capacity policy");
+  }
   if (options.router.choice == Choice::experts && options.capacity.policy != CapacityPolicy::none) {
     refuse("experts that choose their tokens take as many each: the layer must have no capacity");
   }
@@ -113,6 +122,8 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("activation", static_cast<std::int64_t>(options.activation)).with("bias", options.bias);
   signature.with_real("alpha", options.numbers.alpha).with_real("limit", options.numbers.limit);
   signature.with_real("offset", options.numbers.offset);
+  signature.with("zero", options.special.zero).with("copy", options.special.copy);
+  signature.with("constant", options.special.constant);
   signature.with("shared_inner", options.shared_inner).with("shared_gate", options.shared_gate);
   signature.with("shared_ranks", options.shared_ranks);
   signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));

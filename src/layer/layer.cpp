@@ -13,6 +13,7 @@
 #include "src/layer/parameters.h"
 #include "src/layer/shared_expert.h"
 #include "src/layer/shared_ranks.h"
+#include "src/layer/special_part.h"
 
 namespace expar {
 namespace {
@@ -50,10 +51,10 @@ ConstTensor without_padding(const ConstTensor& rows, const ConstTensor& mask, Bu
 }  // namespace
 
 struct MoeLayer::State {
-  State(const Context& c, const MoeLayerOptions& o) : context(c), options(o) {
+  State(const Context& c, const MoeLayerOptions& o) : context(c), options(o), special(options) {
     agree(context, options, [&] {
       if (options.shared_ranks > 0) apart.emplace(options, context.rank(), context.size());
-      range = apart ? apart->routed() : experts_of(context.rank(), context.size(), options.router.experts);
+      range = apart ? apart->routed() : experts_of(context.rank(), context.size(), options.routed_experts());
       parameters.emplace(options, range, holds_shared(), context.kernels());
     });
     shape = options.expert_shape();
@@ -68,6 +69,7 @@ struct MoeLayer::State {
   ExpertShape shape, shared_shape;
   ExpertRange range;
   std::optional<SharedRanks> apart;  // where shared experts have ranks of their own
+  SpecialPart special;
   std::optional<LayerParameters> parameters;
   PhaseTimes times;
 
@@ -75,7 +77,7 @@ struct MoeLayer::State {
   std::shared_ptr<ExpertsWorkspace> workspace;
   Buffer wide_x, jittered_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
   Tensor shard_gradients, bias_shard_gradients;
-  Buffer shared_up_memory, shared_down_memory, shared_gate_memory, shared_x, shared_dout;
+  Buffer shared_up_memory, shared_down_memory, shared_gate_memory, shared_x, shared_dout, wide_dout, special_dx;
   SharedGradients shared_gradients;
   SharedScratch shared_scratch;
 
@@ -85,7 +87,8 @@ struct MoeLayer::State {
   void check_trains() const {
     if (options.inference) refuse("the layer is for inference alone (MoeLayerOptions::inference)");
   }
-  ConstTensor wide(const Context& c, ConstTensor x);
+  static ConstTensor wide(const Context& c, ConstTensor x, Buffer& memory);
+  ConstTensor wide(const Context& c, ConstTensor x) { return wide(c, x, wide_x); }
   Jitter jitter_of(const MoeRecord& record, ConstTensor mask) const;
   ConstTensor router_input(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
   ConstTensor score(const Context& c, ConstTensor x, const std::optional<Jitter>& jitter);
@@ -106,6 +109,7 @@ struct MoeLayer::State {
   // ---- backward
   void check_backward(const Context& c, const MoeRecord& record, ConstTensor dout, Tensor dx) const;
   Tensor shared_backward(const Context& c, const MoeRecord& record, ConstTensor dout);
+  Tensor own_backward(const Context& c, const MoeRecord& record, ConstTensor dout);
   ConstTensor router_backward(const Context& c, const MoeRecord& record, ConstTensor by_slot);
   void backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx);
 
@@ -145,9 +149,9 @@ void MoeLayer::State::check_training(ConstTensor x, Tensor out, std::span<const 
 }
 
 /// The tokens in f32.
-ConstTensor MoeLayer::State::wide(const Context& c, ConstTensor x) {
+ConstTensor MoeLayer::State::wide(const Context& c, ConstTensor x, Buffer& memory) {
   if (x.dtype() == DType::f32) return x;
-  const Tensor converted = wide_x.view(DType::f32, x.shape());
+  const Tensor converted = memory.view(DType::f32, x.shape());
   to_f32(x, converted, c.pool());
   return converted;
 }
@@ -214,7 +218,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   SharedWeights shared_weights;
   SharedRecord& shared = keeps ? record.shared : workspace->shared;
   PlanOptions plan_options;
-  plan_options.experts = apart ? apart->experts() : options.router.experts;
+  plan_options.experts = apart ? apart->experts() : options.routed_experts();
   if (apart) plan_options.first_experts = apart->first_experts();
   plan_options.bound = shards ? 0 : options.bound;
   ConstTensor scored;
@@ -252,7 +256,10 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   Capacity& capacity = record.capacity;
   {
     const Phase phase(c.trace(), "plan", &times.dispatch);
-    bound_rows(c, options.capacity, options.router.experts, record.routing, capacity, plan_options.failure);
+    const Tensor chosen = record.routing.ids;  // neither capacity nor plan knows special experts
+    record.routing.ids = special.routed(chosen, record.routed_ids);
+    bound_rows(c, options.capacity, options.routed_experts(), record.routing, capacity, plan_options.failure);
+    record.routing.ids = chosen;
     ConstTensor ids = capacity.ids;
     if (apart && !plan_options.failure) {
       plan_options.failure = attempt([&] { ids = apart->ids(capacity.ids, record.routing.mask); });
@@ -265,7 +272,8 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     record.shards.assign(shards->begin(), shards->end());
     // The losses look at what the router wanted, dropped or not.
     const auto counts = capacity.chosen.empty() ? plan.expert_totals() : std::span<const std::int64_t>(capacity.chosen);
-    record.losses = router_losses(c, options.router, record.routing, counts, *shards, inputs.losses);
+    const std::vector<std::int64_t> wanted = special.counts(c, record.routing, counts);
+    record.losses = router_losses(c, options.router, record.routing, wanted, *shards, inputs.losses);
   }
   if (options.capacity.policy == CapacityPolicy::reroute) {
     const Phase phase(c.trace(), "route", &times.route);
@@ -275,9 +283,19 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   }
   ConstTensor weights_by_slot = capacity.weights;
   if (apart && !plan_options.failure) alone(c, [&] { weights_by_slot = with_shared_weight(c, x, capacity.weights); });
+  CombineOptions beside{.residual = residual, .norm = inputs.norm};
   record.inbox = dispatch_beside(c, x, weights_by_slot, plan, {.payload = options.payload}, &times.dispatch, [&] {
-    const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
-    shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
+    if (shares_beside()) {
+      const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
+      shared_forward(c, shared_shape, shared_weights, tokens, gate_input(c, tokens), shared);
+      beside.shared = shared.y;
+      beside.shared_weights = shared.gate;
+    }
+    if (special) {
+      const SpecialPass pass = special.pass(record.routing, wide(c, x), *parameters);
+      beside.shared = special.forward(c, pass, beside.shared, beside.shared_weights);
+      beside.shared_weights = {};
+    }
   });
   plan = record.inbox.plan();
   {
@@ -292,11 +310,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
     if (shape.weights_on == WeightsOn::output) by_slot = weights_by_slot;
-    combine(c, plan, record.y, by_slot, out,
-            {.shared = shares_beside() ? shared.y : Tensor(),
-             .shared_weights = shares_beside() ? shared.gate : Tensor(),
-             .residual = residual,
-             .norm = inputs.norm});
+    combine(c, plan, record.y, by_slot, out, beside);
   }
   if (!keeps) record.y = {};
   record.plan = std::move(plan);
@@ -312,12 +326,12 @@ ConstTensor MoeLayer::State::with_shared_weight(const Context& c, ConstTensor x,
   return apart->weights(weights, gate);
 }
 
-/// Dispatches; the shared experts' `work` is done while rows are on their way.
+/// Dispatches; `work` for what each rank computes of its own tokens is done while rows are on their way.
 Inbox MoeLayer::State::dispatch_beside(const Context& c, ConstTensor rows, ConstTensor weights, const Plan& plan,
                                        const DispatchOptions& dispatch_options, double* ms, FunctionRef<void()> work) {
   std::optional<Phase> phase(std::in_place, c.trace(), "dispatch", ms);
   PendingDispatch pending = start_dispatch(c, rows, weights, plan, dispatch_options);
-  if (shares_beside() && !dispatch_options.failure) {
+  if ((shares_beside() || special) && !dispatch_options.failure) {
     phase.emplace(c.trace(), "shared experts", ms == nullptr ? nullptr : &times.experts);
     alone(c, work);
     phase.emplace(c.trace(), "dispatch", ms);
@@ -397,6 +411,14 @@ Tensor MoeLayer::State::shared_backward(const Context& c, const MoeRecord& recor
                                 options.recompute ? workspace->shared : record.shared, to, shared_scratch);
 }
 
+/// The same of all that each rank computed of its own tokens; absent: nothing.
+Tensor MoeLayer::State::own_backward(const Context& c, const MoeRecord& record, ConstTensor dout) {
+  if (shares_beside()) return shared_backward(c, record, dout);
+  const Tensor dx = special_dx.view(DType::f32, record.x.shape());
+  std::memset(dx.data(), 0, dx.byte_size());
+  return dx;
+}
+
 void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor dout, Tensor dx) {
   const Phase phase(c.trace(), "backward", &times.backward);
   parameters->expect_step();
@@ -409,8 +431,9 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     check_backward(c, record, dout, dx);
   });
   CombineOptions combine_options;
+  Tensor beside;  // dx of what each rank computed of its own tokens
   const Inbox gradients = dispatch_beside(c, dout, {}, record.plan, dispatch_options, nullptr,
-                                          [&] { combine_options.shared = shared_backward(c, record, dout); });
+                                          [&] { beside = own_backward(c, record, dout); });
 
   Outbox dx_rows;
   Outbox dweights_rows;
@@ -434,7 +457,12 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
   // for every P.
   alone(c, [&] {
     const Phase part(c.trace(), "route");
-    const ConstTensor by_slot(fetched.data(), DType::f32, record.routing.weights.shape());
+    const Tensor by_slot(fetched.data(), DType::f32, record.routing.weights.shape());
+    if (special) {
+      const SpecialPass pass = special.pass(record.routing, wide(c, record.x), *parameters);
+      special.backward(c, pass, record.shards, wide(c, dout, wide_dout), beside, by_slot);
+    }
+    combine_options.shared = beside;
     combine_options.residual = router_backward(c, record, by_slot);
   });
   const Phase part(c.trace(), "combine");
@@ -488,6 +516,13 @@ Tensor MoeLayer::selection_bias() { return state_->parameters->selection_bias();
 Tensor MoeLayer::token_table() { return state_->parameters->token_table(); }
 std::vector<Parameter> MoeLayer::shared_parameters(std::string_view prefix) {
   return state_->parameters->shared(prefix);
+}
+std::vector<Parameter> MoeLayer::special_parameters(std::string_view prefix) {
+  return state_->parameters->special(prefix);
+}
+std::vector<ConstTensor> MoeLayer::special_shard_gradients() const {
+  if (state_->options.special.constant == 0) return {};
+  return {state_->special.gradients().mix, state_->special.gradients().value};
 }
 std::vector<ConstTensor> MoeLayer::shared_shard_gradients() const {
   if (!state_->has_shared()) return {};

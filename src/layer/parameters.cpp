@@ -92,6 +92,10 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
   if (options.router.choice == Choice::token_table) {
     token_table_ = Array(DType::int32, {options.router.vocabulary, options.router.topk});
   }
+  if (const std::int64_t constant = options.special.constant; constant > 0) {
+    special_mix_.value = Array(DType::f32, {constant, 2, options.hidden});
+    special_value_.value = Array(DType::f32, {constant, options.hidden});
+  }
   matrix(up_, {range.count, wide, options.hidden});
   matrix(down_, {range.count, options.hidden, options.inner});
   if (bias_) {
@@ -115,6 +119,8 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
     zero(up_bias_.value);
     zero(down_bias_.value);
   }
+  if (special_mix_.value) draw(special_mix_.value, seed, join(prefix, "special.mix"), pool);
+  if (special_value_.value) draw(special_value_.value, seed, join(prefix, "special.value"), pool);
   if (router_bias_.value) zero(router_bias_.value);
   if (selection_bias_) zero(selection_bias_);
   if (token_table_)
@@ -182,7 +188,8 @@ std::size_t LayerParameters::bytes() const {
   std::size_t sum = 0;
   const auto add = [&](const Array& array) { sum += array ? array.view().byte_size() : 0; };
   for (const Array* array : {&selection_bias_, &token_table_}) add(*array);
-  for (const Trained* t : {&router_, &router_bias_, &up_bias_, &down_bias_, &shared_gate_}) {
+  for (const Trained* t :
+       {&router_, &router_bias_, &up_bias_, &down_bias_, &shared_gate_, &special_mix_, &special_value_}) {
     add(t->value);
     add(t->gradient);
   }
@@ -330,6 +337,18 @@ std::vector<Parameter> LayerParameters::shared(std::string_view prefix) {
   add("shared.up", shared_up_, &shared_up_.low);
   add("shared.down", shared_down_, &shared_down_.low);
   add("shared.gate", shared_gate_, nullptr);
+  return all;
+}
+
+std::vector<Parameter> LayerParameters::special(std::string_view prefix) {
+  std::vector<Parameter> all;
+  const auto add = [&](const char* what, Trained& t) {
+    if (!t.value) return;
+    if (!inference_ && !t.gradient) t.gradient = Array(DType::f32, t.value.view().shape());
+    all.push_back({join(prefix, what), t.value, t.gradient, {}, true});
+  };
+  add("special.mix", special_mix_);
+  add("special.value", special_value_);
   return all;
 }
 

@@ -32,6 +32,9 @@ class LayerParameters {
   Tensor selection_bias() const { return selection_bias_; }
   /// [V, K] int32, or absent.
   Tensor token_table() const { return token_table_; }
+  /// Of the constant experts, or absent.
+  ConstTensor special_mix() const { return special_mix_.value; }
+  ConstTensor special_value() const { return special_value_.value; }
   SharedWeights shared() const;
   SharedWeights shared_for_inference(const Kernels& kernels, Pool& pool);
   /// The weights as they are now.
@@ -44,6 +47,7 @@ class LayerParameters {
   Parameter router(std::string_view prefix);
   Parameter router_bias(std::string_view prefix);
   std::vector<Parameter> shared(std::string_view prefix);
+  std::vector<Parameter> special(std::string_view prefix);
   /// A step of the optimizer is to be expected: packed copies are out of use until the next refresh().
   void expect_step() { watched_ = true; }
 
@@ -73,7 +77,7 @@ class LayerParameters {
   DType dtype_;
   bool bias_, inference_;
   Kernels kernels_;  // of the layer's own context
-  Trained router_, router_bias_, up_bias_, down_bias_, shared_gate_;
+  Trained router_, router_bias_, up_bias_, down_bias_, shared_gate_, special_mix_, special_value_;
   Array selection_bias_, token_table_;
   Matrix up_, down_, shared_up_, shared_down_;   // those of shared experts are of one group
   decltype(Kernels::pack) packed_by_ = nullptr;  // null: the packed copies are stale or absent

@@ -16,7 +16,7 @@ SharedRanks::SharedRanks(const MoeLayerOptions& options, int rank, int ranks)
   if (!options.inference) refuse(": shared experts on ranks of their own are for MoeLayerOptions::inference");
   for (int r = 0; r < copies_; ++r) first_experts_.push_back(r);
   for (int r = 0; r <= ranks - copies_; ++r) {
-    first_experts_.push_back(copies_ + experts_of(r, ranks - copies_, options.router.experts).first);
+    first_experts_.push_back(copies_ + experts_of(r, ranks - copies_, options.routed_experts()).first);
   }
 }
 

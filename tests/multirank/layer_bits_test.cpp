@@ -28,7 +28,8 @@ std::vector<LayerSpec> specs() {
           {.experts = 5, .topk = 3, .activation = Activation::gelu, .bias = true, .dtype = DType::bf16, .hot = 1},
           {.experts = 8, .bias = true, .weights_on = WeightsOn::inner, .dtype = DType::bf16},
           {.experts = 8, .weights_on = WeightsOn::input, .dtype = DType::bf16, .recompute = true},
-          {.experts = 5, .dtype = DType::bf16, .shared_inner = 70, .shared_gate = true}};
+          {.experts = 5, .dtype = DType::bf16, .shared_inner = 70, .shared_gate = true},
+          {.experts = 5, .topk = 4, .dtype = DType::bf16, .hidden = 136, .special = {1, 1, 2}}};
 }
 
 class LayerBits : public testing::TestWithParam<LayerSpec> {};

@@ -40,7 +40,7 @@ std::string LayerSpec::name() const {
           : weights_on == WeightsOn::input ? "_input"
                                            : "") +
          (recompute ? "_recompute" : "") + (shared_inner > 0 ? "_shared" : "") + (shared_gate ? "_gate" : "") +
-         (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "") +
+         (special.count() > 0 ? "_special" : "") + (hot >= 0 ? "_hot" : "") + (cold >= 0 ? "_cold" : "") +
          (capacity.policy == CapacityPolicy::none ? "" : "_" + std::string(expar::name(capacity.policy)));
 }
 
@@ -51,7 +51,9 @@ LayerCase::LayerCase(const LayerSpec& s) : spec(s) {
   for (std::int64_t t = 0; t < T; ++t) x[static_cast<std::size_t>(t * H)] = 1.0F;  // the router's bias, so to speak
   residual = drawn("residual", T * H, 1.0, spec.dtype);
   dout = drawn("dout", T * H, 1.0 / static_cast<double>(T), spec.dtype);
-  router = drawn("router", E * H, 2.0 * root(H), DType::f32);
+  router = drawn("router", spec.all_experts() * H, 2.0 * root(H), DType::f32);
+  special_mix = drawn("special_mix", spec.special.constant * 2 * H, 2.0 * root(H), DType::f32);
+  special_value = drawn("special_value", spec.special.constant * H, 1.0, DType::f32);
   if (spec.hot >= 0) router[static_cast<std::size_t>(spec.hot * H)] = 20.0F;
   if (spec.cold >= 0) router[static_cast<std::size_t>(spec.cold * H)] = -20.0F;
   up = drawn("up", E * wide() * H, root(H), spec.dtype);
@@ -69,7 +71,8 @@ MoeLayerOptions LayerCase::options() const {
   MoeLayerOptions options;
   options.hidden = spec.hidden;
   options.inner = spec.inner;
-  options.router.experts = spec.experts;
+  options.router.experts = spec.all_experts();
+  options.special = spec.special;
   options.router.topk = spec.topk;
   options.router.renormalise = spec.renormalise;
   options.router.balance = 0.5F;
@@ -116,6 +119,8 @@ void LayerCase::fill(MoeLayer& layer) const {
   const std::vector<float>* const shared[] = {&shared_up, &shared_down, &shared_gate};
   const std::vector<Parameter> shared_parameters = layer.shared_parameters("");
   for (std::size_t i = 0; i < shared_parameters.size(); ++i) copy(*shared[i], 0, shared_parameters[i].value);
+  const std::vector<Parameter> special = layer.special_parameters("");
+  for (std::size_t i = 0; i < special.size(); ++i) copy(i == 0 ? special_mix : special_value, 0, special[i].value);
   layer.refresh();
 }
 
@@ -132,12 +137,14 @@ LayerResult::LayerResult(const LayerCase& c) {
   add("down", c.down.size());
   add("up_bias", c.spec.bias ? c.up_bias.size() : 0);
   add("down_bias", c.spec.bias ? c.down_bias.size() : 0);
-  for (const auto* shared : {&c.shared_up, &c.shared_down, &c.shared_gate}) {
-    const char* const name = shared == &c.shared_up     ? "shared_up"
-                             : shared == &c.shared_down ? "shared_down"
-                                                        : "shared_gate";
-    add(name, (c.shards.size() - 1) * shared->size());
-  }
+  const auto add_shards = [&](const char* name, const std::vector<float>& one) {
+    add(name, (c.shards.size() - 1) * one.size());
+  };
+  add_shards("shared_up", c.shared_up);
+  add_shards("shared_down", c.shared_down);
+  add_shards("shared_gate", c.shared_gate);
+  add_shards("special_mix", c.special_mix);
+  add_shards("special_value", c.special_value);
   add("losses", 2);
   void* memory = mmap(nullptr, total_ * sizeof(float), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -213,16 +220,18 @@ void run_layer(const LayerCase& c, const Context& context, const LayerResult& re
   to_f32(dx, result.at("dx") + row);
   EXPECT_EQ(std::memcmp(result.at("out") + row, result.at("inference") + row, x.view().elements() * sizeof(float)), 0)
       << "training and inference differ";
-  const auto per_shard = static_cast<std::size_t>(c.spec.experts * c.spec.hidden);
+  const auto per_shard = static_cast<std::size_t>(c.spec.all_experts() * c.spec.hidden);
   to_f32(layer.router_shard_gradients(), result.at("router") + held.first * per_shard);
-  const char* const shared[] = {"shared_up", "shared_down", "shared_gate"};
-  const std::vector<ConstTensor> shared_gradients = layer.shared_shard_gradients();
-  for (std::size_t i = 0; i < shared_gradients.size(); ++i) {
-    const auto rows = static_cast<std::int64_t>(held.count);
-    EXPECT_EQ(shared_gradients[i].size(0), rows);
-    if (rows == 0) continue;
-    to_f32(shared_gradients[i], result.at(shared[i]) + held.first * (shared_gradients[i].elements() / rows));
-  }
+  const auto keep_shards = [&](std::initializer_list<const char*> names, const std::vector<ConstTensor>& gradients) {
+    for (std::size_t i = 0; i < gradients.size(); ++i) {
+      const auto rows = static_cast<std::int64_t>(held.count);
+      EXPECT_EQ(gradients[i].size(0), rows);
+      if (rows == 0) continue;
+      to_f32(gradients[i], result.at(names.begin()[i]) + held.first * (gradients[i].elements() / rows));
+    }
+  };
+  keep_shards({"shared_up", "shared_down", "shared_gate"}, layer.shared_shard_gradients());
+  keep_shards({"special_mix", "special_value"}, layer.special_shard_gradients());
   for (const Parameter& p : layer.expert_parameters("")) {
     const std::int64_t local = layer.local_experts().count;
     if (local == 0) continue;

@@ -27,7 +27,9 @@ struct LayerSpec {
   std::int64_t bound = 0;
   std::optional<DType> payload = {}, gradient_payload = {};
   CapacityOptions capacity = {};
+  SpecialExperts special = {};  // beside `experts`
 
+  std::int64_t all_experts() const { return experts + special.count(); }
   std::string name() const;
 };
 
@@ -42,6 +44,7 @@ struct LayerCase {
   std::vector<float> x, residual, dout;                               // [T, H]
   std::vector<float> router, up, down, up_bias, down_bias;            // [E, ...]
   std::vector<float> shared_up, shared_down, shared_gate;
+  std::vector<float> special_mix, special_value;
 
   std::int64_t tokens() const { return shards.back(); }
   std::int64_t wide() const { return gated(spec.activation) ? 2 * spec.inner : spec.inner; }

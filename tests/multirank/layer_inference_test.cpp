@@ -44,6 +44,11 @@ void write(const LayerCase& c, MoeLayer& layer) {
     }
     layer.write_expert(e, one);
   }
+  for (const Parameter& p : layer.special_parameters("")) {
+    EXPECT_TRUE(p.gradient.absent());
+    std::memcpy(p.value.data(), (p.name == "special.mix" ? c.special_mix : c.special_value).data(),
+                p.value.byte_size());
+  }
   if (c.spec.shared_inner == 0) return;
   const std::int64_t S = c.spec.shared_inner;
   layer.write_shared(ConstTensor(c.shared_up.data(), {W / F * S, H}), ConstTensor(c.shared_down.data(), {H, S}),
@@ -55,6 +60,7 @@ std::vector<LayerSpec> specs() {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     all.push_back({.dtype = dtype});
     all.push_back({.bias = true, .dtype = dtype, .shared_inner = 21, .shared_gate = true});
+    all.push_back({.experts = 5, .topk = 3, .dtype = dtype, .special = {.zero = 1, .copy = 1, .constant = 1}});
   }
   return all;
 }
@@ -125,7 +131,9 @@ TEST_P(Inference, may_have_shared_experts_on_ranks_of_their_own) {
   if (GetParam().ranks == 1) return;  // which has no rank left for the other experts
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const WeightsOn weights_on : {WeightsOn::output, WeightsOn::inner}) {
-      const LayerCase c({.weights_on = weights_on, .dtype = dtype, .shared_inner = 21, .shared_gate = true});
+      LayerSpec spec{.weights_on = weights_on, .dtype = dtype, .shared_inner = 21, .shared_gate = true};
+      if (weights_on == WeightsOn::inner) spec.special = {.zero = 1, .copy = 1, .constant = 1};
+      const LayerCase c(spec);
       expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {
         const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
         const Tokens tokens(c, context);

@@ -41,6 +41,8 @@ std::vector<Case> cases() {
   grouped.groups_used = 4;
   add("sigmoid with groups", grouped);
   add("rows as int8", grouped).payload = DType::int8;
+  MoeLayerOptions& special = add("special experts", router_preset("mixtral", 36, 8));
+  special.special = {.zero = 1, .copy = 1, .constant = 2};
   MoeLayerOptions& shared = add("shared experts and biases", router_preset("gpt_oss", 32, 4));
   shared.bias = shared.shared_gate = true;
   shared.shared_inner = 32;
@@ -74,7 +76,7 @@ TEST_P(Memory, of_decoding_is_taken_in_the_first_calls) {
       // The most rows that can come: every slot of every rank goes to one rank, to each in turn.
       const Array ids(DType::int32, {kTokens, options.router.topk});
       for (int rank = 0; rank < context.size(); ++rank) {
-        const ExpertRange range = experts_of(rank, context.size(), options.router.experts);
+        const ExpertRange range = experts_of(rank, context.size(), options.routed_experts());
         for (std::int64_t i = 0; i < ids.view().elements(); ++i) {
           ids.as<std::int32_t>()[i] =
               static_cast<std::int32_t>(range.first + i % std::min(range.count, ids.view().size(1)));

@@ -39,6 +39,8 @@ oracle::Layer oracle_layer(const LayerCase& c) {
   layer.balance = c.options().router.balance;
   layer.z = c.options().router.z;
   layer.router = part(c.router, 0, 1);
+  layer.zero = at(c.spec.special.zero), layer.copy = at(c.spec.special.copy);
+  layer.mix = part(c.special_mix, 0, 1), layer.value = part(c.special_value, 0, 1);
   if (c.spec.shared_inner > 0) {
     layer.shared = {part(c.shared_up, 0, 1), part(c.shared_down, 0, 1), {}, {}};
     layer.shared_gate = part(c.shared_gate, 0, 1);
@@ -71,7 +73,7 @@ std::vector<std::vector<bool>> dropped_slots(const LayerCase& c, const oracle::L
   for (std::int64_t t = 0; t < c.tokens(); ++t) {
     const oracle::Token walk = oracle::forward(layer, part(c.x, t, c.tokens()), part(c.residual, t, c.tokens()));
     for (const std::size_t e : walk.ids) {
-      batch.ids.push_back(static_cast<std::int32_t>(e));
+      batch.ids.push_back(e < layer.experts.size() ? static_cast<std::int32_t>(e) : -1);
       batch.top.push_back(static_cast<float>(walk.scores[e].value));
     }
   }
@@ -84,8 +86,8 @@ Expected::Expected(const LayerCase& c) {
   const oracle::Layer layer = oracle_layer(c);
   const auto tokens = static_cast<double>(c.tokens());
   std::vector<oracle::Token> walks;
-  std::vector<double> load(layer.experts.size());
-  Vector means(layer.experts.size());
+  std::vector<double> load(at(c.spec.all_experts()));
+  Vector means(load.size());
   Real balance, z, squares;
   const std::vector<std::vector<bool>> dropped = dropped_slots(c, layer);
   for (std::int64_t t = 0; t < c.tokens(); ++t) {
@@ -104,12 +106,14 @@ Expected::Expected(const LayerCase& c) {
     gradients.push_back(
         {Vector(net.up.size()), Vector(net.down.size()), Vector(net.up_bias.size()), Vector(net.down_bias.size())});
   }
-  Vector out, dx, router, shared_up, shared_down, shared_gate;
+  Vector out, dx, router, shared_up, shared_down, shared_gate, special_mix, special_value;
   for (std::size_t s = 0; s + 1 < c.shards.size(); ++s) {
     Vector shard(layer.router.size());
     const oracle::Network& s_net = layer.shared;
     oracle::SharedGradient shared{{Vector(s_net.up.size()), Vector(s_net.down.size()), {}, {}},
-                                  Vector(layer.shared_gate.size())};
+                                  Vector(layer.shared_gate.size()),
+                                  Vector(layer.mix.size()),
+                                  Vector(layer.value.size())};
     for (std::int64_t t = c.shards[s]; t < c.shards[s + 1]; ++t) {
       const oracle::Token& walk = walks[static_cast<std::size_t>(t)];
       append(out, walk.out);
@@ -117,12 +121,14 @@ Expected::Expected(const LayerCase& c) {
     }
     append(router, shard);
     append(shared_up, shared.expert.up), append(shared_down, shared.expert.down), append(shared_gate, shared.gate);
+    append(special_mix, shared.mix), append(special_value, shared.value);
   }
   Vector up, down, up_bias, down_bias;
   for (const oracle::Network& g : gradients) {
     append(up, g.up), append(down, g.down), append(up_bias, g.up_bias), append(down_bias, g.down_bias);
   }
-  sections = {out, out, dx, router, up, down, up_bias, down_bias, shared_up, shared_down, shared_gate, {balance, z}};
+  sections = {out,       out,       dx,          router,      up,          down,          up_bias,
+              down_bias, shared_up, shared_down, shared_gate, special_mix, special_value, {balance, z}};
 }
 
 /// The layer for one token, in twenty lines that anyone can check by eye: softmax, top-k, renormalisation, SwiGLU.
@@ -296,6 +302,28 @@ TEST(LayerShared, agrees_with_and_without_a_gate) {
     }
   }
   compare({.experts = 5, .activation = Activation::gelu, .recompute = true, .shared_inner = 70, .shared_gate = true});
+}
+
+TEST(LayerSpecial, agrees_with_zero_copy_and_constant_experts) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    compare({.experts = 5, .topk = 3, .bias = true, .dtype = dtype, .special = {.zero = 1, .copy = 2, .constant = 2}});
+    compare({.experts = 2, .topk = 4, .dtype = dtype, .renormalise = false, .special = {.constant = 3}});
+    compare({.experts = 5,
+             .topk = 3,
+             .weights_on = WeightsOn::input,
+             .dtype = dtype,
+             .recompute = true,
+             .shared_inner = 29,
+             .shared_gate = true,
+             .special = {.zero = 2, .copy = 1, .constant = 1}});
+    for (const CapacityPolicy policy : {CapacityPolicy::drop_by_position, CapacityPolicy::drop_by_score}) {
+      compare({.experts = 5,
+               .topk = 3,
+               .dtype = dtype,
+               .capacity = {.policy = policy, .factor = 0.5},
+               .special = {.zero = 1, .copy = 1, .constant = 1}});
+    }
+  }
 }
 
 TEST(LayerActivations, agree) {

@@ -83,6 +83,13 @@ Batch without_padding(const Batch& batch, std::int64_t hidden) {
 
 /// With shared experts, which must not see padding either.
 LayerSpec spec() { return {.experts = kExperts, .topk = kTopk, .shared_inner = 9, .shared_gate = true}; }
+/// The same router, whose last experts are special ones.
+LayerSpec special() {
+  LayerSpec with = spec();
+  with.special = {.zero = 1, .copy = 1, .constant = 1};
+  with.experts -= with.special.count();
+  return with;
+}
 
 /// What a training step and an inference gave, in global order.
 struct Result {
@@ -103,8 +110,8 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
   result.router_bias.resize(static_cast<std::size_t>(S * kExperts));
   result.up.resize(c.up.size());
   result.down.resize(c.down.size());
-  result.shared.resize(static_cast<std::size_t>(S) *
-                       (c.shared_up.size() + c.shared_down.size() + c.shared_gate.size()));
+  result.shared.resize(static_cast<std::size_t>(S) * (c.shared_up.size() + c.shared_down.size() + c.shared_gate.size() +
+                                                      c.special_mix.size() + c.special_value.size()));
   result.losses.resize(2);
   expect_success(run_communicators({.ranks = ranks}, [&](const Communicator& communicator) {
     const Context context(communicator, {.threads = ranks == 1 ? 2 : 1, .backend = fastest_backend()});
@@ -140,8 +147,11 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
     copy(layer.router_shard_gradients(), result.router, from * kExperts * H);
     if (router.bias) copy(layer.router_bias_shard_gradients(), result.router_bias, from * kExperts);
     std::int64_t section = 0;
-    for (const ConstTensor& gradient : layer.shared_shard_gradients()) {
-      const std::int64_t each = gradient.shape().rank() == 3 ? gradient.size(1) * gradient.size(2) : gradient.size(1);
+    std::vector<ConstTensor> everywhere = layer.shared_shard_gradients();
+    for (const ConstTensor& gradient : layer.special_shard_gradients()) everywhere.push_back(gradient);
+    for (const ConstTensor& gradient : everywhere) {
+      std::int64_t each = 1;
+      for (int axis = 1; axis < gradient.shape().rank(); ++axis) each *= gradient.size(axis);
       copy(gradient, result.shared, section + from * each);
       section += S * each;
     }
@@ -187,44 +197,48 @@ INSTANTIATE_TEST_SUITE_P(all, LayerRouters, testing::ValuesIn(routers()),
                          [](const auto& test) { return test.param.name; });
 
 TEST_P(LayerRouters, give_the_same_bytes_on_any_number_of_ranks) {
-  const LayerCase c(spec());
-  Batch batch = batch_of(c);
-  for (const bool padded : {false, true}) {
-    if (padded) batch.mask = some_padding(batch.words.size());
-    const Result alone = run(c, GetParam().options, batch, 1);
-    EXPECT_FALSE(std::any_of(alone.dx.begin(), alone.dx.end(), [](float v) { return std::isnan(v); }));
-    for (const int ranks : {2, 3, 8}) {
-      expect_same(run(c, GetParam().options, batch, ranks), alone, std::to_string(ranks) + " ranks");
+  for (const LayerSpec& with : {spec(), special()}) {
+    const LayerCase c(with);
+    Batch batch = batch_of(c);
+    for (const bool padded : {false, true}) {
+      if (padded) batch.mask = some_padding(batch.words.size());
+      const Result alone = run(c, GetParam().options, batch, 1);
+      EXPECT_FALSE(std::any_of(alone.dx.begin(), alone.dx.end(), [](float v) { return std::isnan(v); }));
+      for (const int ranks : {2, 3, 8}) {
+        expect_same(run(c, GetParam().options, batch, ranks), alone, std::to_string(ranks) + " ranks");
+      }
     }
   }
 }
 
 TEST_P(LayerRouters, treat_padding_as_if_it_were_not_there) {
-  const LayerCase c(spec());
-  const std::int64_t H = c.spec.hidden;
-  Batch batch = batch_of(c);
-  batch.mask = some_padding(batch.words.size());
-  for (std::size_t t = 0; t < batch.mask.size(); ++t) {
-    if (batch.mask[t] == 0) batch.words[t] = -7;  // nobody reads it
-  }
-  Result padded = run(c, GetParam().options, batch, 3);
-  // The rows of padding are zero; the others are what is left.
-  std::size_t rows = 0;
-  for (auto* all : {&padded.out, &padded.inference, &padded.dx}) {
-    std::vector<float> left;
+  for (const LayerSpec& with : {spec(), special()}) {
+    const LayerCase c(with);
+    const std::int64_t H = c.spec.hidden;
+    Batch batch = batch_of(c);
+    batch.mask = some_padding(batch.words.size());
     for (std::size_t t = 0; t < batch.mask.size(); ++t) {
-      const auto row = all->begin() + static_cast<std::ptrdiff_t>(t) * H;
-      if (batch.mask[t] != 0) {
-        left.insert(left.end(), row, row + H);
-      } else {
-        EXPECT_TRUE(std::all_of(row, row + H, [](float v) { return v == 0.0F; })) << "token " << t;
-        ++rows;
-      }
+      if (batch.mask[t] == 0) batch.words[t] = -7;  // nobody reads it
     }
-    *all = left;
+    Result padded = run(c, GetParam().options, batch, 3);
+    // The rows of padding are zero; the others are what is left.
+    std::size_t rows = 0;
+    for (auto* all : {&padded.out, &padded.inference, &padded.dx}) {
+      std::vector<float> left;
+      for (std::size_t t = 0; t < batch.mask.size(); ++t) {
+        const auto row = all->begin() + static_cast<std::ptrdiff_t>(t) * H;
+        if (batch.mask[t] != 0) {
+          left.insert(left.end(), row, row + H);
+        } else {
+          EXPECT_TRUE(std::all_of(row, row + H, [](float v) { return v == 0.0F; })) << "token " << t;
+          ++rows;
+        }
+      }
+      *all = left;
+    }
+    EXPECT_GT(rows, 3U);
+    expect_same(padded, run(c, GetParam().options, without_padding(batch, H), 2), "padding and none");
   }
-  EXPECT_GT(rows, 3U);
-  expect_same(padded, run(c, GetParam().options, without_padding(batch, H), 2), "padding and none");
 }
 
 TEST(LayerRouter, repeats_a_recorded_pass) {

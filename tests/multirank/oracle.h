@@ -63,6 +63,7 @@ struct Network {  // one expert: up [N, H], down [H, F]; N is 2F (gate, then up)
 struct SharedGradient {
   Network expert;
   Vector gate;
+  Vector mix, value;  // of constant experts
 };
 
 struct Layer {
@@ -72,11 +73,13 @@ struct Layer {
   bool renormalise = true, bf16 = false;
   WeightsOn weights_on = WeightsOn::output;
   double balance = 0, z = 0;
-  Vector router;       // [E, H]
+  Vector router;       // [E and special ones, H]
   Vector router_bias;  // [E], or empty
   std::vector<Network> experts;
-  Network shared;      // empty: none
-  Vector shared_gate;  // [H], or empty: its output counts as it is
+  Network shared;                  // empty: none
+  Vector shared_gate;              // [H], or empty: its output counts as it is
+  std::size_t zero = 0, copy = 0;  // special experts: then as many constant ones as there are values
+  Vector mix, value;               // [C, 2, H], [C, H]
 
   std::size_t wide() const { return gated(activation) ? 2 * inner : inner; }
   /// What the library stores in the layer's dtype is rounded there.
@@ -148,6 +151,43 @@ struct Activated {
   Real h, dx, dup;
 };
 
+/// A zero, copy or constant expert at x: y = of_x x + of_value v.
+struct Special {
+  Special(const Layer& layer, std::size_t id, const Vector& x) : y(x.size()), v(x.size()), m1(x.size()), m2(x.size()) {
+    const std::size_t first = layer.experts.size() + layer.zero, H = x.size();
+    if (id >= first) of_x = Real(1);
+    if (id >= first + layer.copy) {
+      constant = static_cast<std::ptrdiff_t>(id - first - layer.copy);
+      const auto part = [&](const Vector& all, std::size_t index) {
+        const auto begin = all.begin() + static_cast<std::ptrdiff_t>(index * H);
+        return Vector(begin, begin + static_cast<std::ptrdiff_t>(H));
+      };
+      const auto c = static_cast<std::size_t>(constant);
+      m1 = part(layer.mix, 2 * c), m2 = part(layer.mix, 2 * c + 1), v = part(layer.value, c);
+      const Real a = exp(dot(m1, x)), b = exp(dot(m2, x));
+      of_x = a / (a + b), of_value = b / (a + b);
+    }
+    for (std::size_t i = 0; i < H; ++i) y[i] = of_x * x[i] + of_value * v[i];
+  }
+  /// Adds to dx and to the gradients, given dy; returns nothing else.
+  void backward(const Vector& x, const Vector& dy, Vector& dx, SharedGradient& gradient) const {
+    const std::size_t H = x.size();
+    for (std::size_t i = 0; i < H; ++i) dx[i] += of_x * dy[i];
+    if (constant < 0) return;
+    const Real dz = of_x * of_value * (dot(dy, x) - dot(dy, v));
+    const auto c = static_cast<std::size_t>(constant);
+    for (std::size_t i = 0; i < H; ++i) {
+      dx[i] += dz * (m1[i] - m2[i]);
+      gradient.mix[2 * c * H + i] += dz * x[i];
+      gradient.mix[(2 * c + 1) * H + i] += Real(-1) * dz * x[i];
+      gradient.value[c * H + i] += of_value * dy[i];
+    }
+  }
+  Real of_x, of_value;
+  std::ptrdiff_t constant = -1;
+  Vector y, v, m1, m2;
+};
+
 /// What one token meets on its way.
 struct Token {
   Vector x, scores, weights, out;
@@ -187,9 +227,15 @@ inline Token forward(const Layer& layer, const Vector& x, const Vector& residual
   }
   t.out.resize(layer.hidden);
   for (const std::size_t e : t.ids) {
-    const Network& net = layer.experts[e];
     t.weights.push_back(t.scores[e] / t.sum);
     const Real weight = t.weights.back();
+    if (e >= layer.experts.size()) {
+      t.row.emplace_back(), t.pre.emplace_back(), t.h.emplace_back();
+      t.y.push_back(Special(layer, e, x).y);
+      for (std::size_t i = 0; i < x.size(); ++i) t.out[i] += weight * t.y.back()[i];
+      continue;
+    }
+    const Network& net = layer.experts[e];
     const bool on_input = layer.weights_on == WeightsOn::input, on_inner = layer.weights_on == WeightsOn::inner;
     Vector row = x;
     if (on_input) row = layer.weighed(row, weight);
@@ -228,6 +274,13 @@ inline Vector backward(const Layer& layer, const Token& t, const Vector& dout, c
                        double tokens, Vector& drouter, std::vector<Network>& dexperts, SharedGradient& dshared) {
   Vector dx(layer.hidden), dweights;
   for (std::size_t k = 0; k < layer.topk; ++k) {
+    if (t.ids[k] >= layer.experts.size()) {
+      Vector dy = dout;
+      for (Real& d : dy) d = t.weights[k] * d;
+      dweights.push_back(dot(dout, t.y[k]));
+      Special(layer, t.ids[k], t.x).backward(t.x, dy, dx, dshared);
+      continue;
+    }
     const Network& net = layer.experts[t.ids[k]];
     Network& grad = dexperts[t.ids[k]];
     if (t.dropped[k]) {
