@@ -62,6 +62,13 @@ Context::Context(Communicator communicator, const ContextOptions& options)
   stores_ = std::make_shared<StoreChoice>();
 }
 
+Context Context::on(Communicator group) const {
+  if (!group) throw Error(ErrorCode::bad_argument, "rank " + std::to_string(rank()) + " is in no group here");
+  Context context = *this;
+  context.communicator_ = std::move(group);
+  return context;
+}
+
 Context Context::with_timeout(std::chrono::nanoseconds timeout) const {
   if (timeout.count() <= 0) throw Error(ErrorCode::bad_argument, "a timeout is not above 0");
   Context context = *this;

@@ -43,6 +43,7 @@ class Block {
   friend class Arena;
   struct Owner;
   std::shared_ptr<Owner> owner_;
+  std::shared_ptr<Transport> shown_to_;
   BlockRef ref_;
   std::span<std::byte> bytes_;
   std::uint64_t last_use_ = 0;
@@ -52,6 +53,8 @@ class Block {
 class Arena {
  public:
   explicit Arena(std::shared_ptr<Transport> transport);
+  /// The same memory, for blocks that the ranks of `group` are shown.
+  Arena(const Arena& arena, std::shared_ptr<Transport> group);
   ~Arena();
   /// 64-byte aligned; contents are whatever the last user left. Allocates from the system only while the arena grows.
   /// Throws Error: no_memory.
@@ -61,6 +64,7 @@ class Arena {
 
  private:
   std::shared_ptr<Block::Owner> owner_;
+  std::shared_ptr<Transport> shown_to_;
 };
 
 /// What all ranks must agree on when they start an operation: its name and a few numbers. At most 24 numbers.
@@ -110,11 +114,22 @@ class Communicator {
  public:
   Communicator() = default;
   explicit Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options = {});
+  explicit operator bool() const { return state_ != nullptr; }
 
   int rank() const;
   int size() const;
+  /// The rank of the whole job that is `rank` here, which is what errors name; another number only in a group.
+  int job_rank(int rank) const;
   std::string_view transport_name() const;
   std::chrono::nanoseconds timeout() const;
+
+  /// The ranks that name the same `group` become a communicator of their own, ordered by `key`, then by rank; -1 joins
+  /// none and gets an empty handle. A group shares the job's memory and its fate: what ends the job ends it for all.
+  /// Operations of several communicators may be in flight at once; where ranks share more than one of them, they start
+  /// the operations of all in one order.
+  /// Collective over this communicator. A rank is in at most 15 groups; one counts until its last handle has gone.
+  /// Throws Error: bad_argument (group below -1, or too many groups), mismatch, timeout, peer_lost. Cost: one meeting.
+  Communicator split(int group, int key = 0) const;
 
   /// Ends the job with a cause of the user's own: every rank's next or current call throws Error internal with this
   /// message and this rank. Not collective.
@@ -135,10 +150,14 @@ class Communicator {
   void wait(FunctionRef<bool()> done, const Waiting& waiting) const;
   /// Sets the job's cause and throws the one in force.
   [[noreturn]] void fail(const Error& cause) const;
+  /// The same, where the cause is what a rank of this communicator did: "rank 3 sent counts that cannot be".
+  [[noreturn]] void blame(int peer, std::string_view operation, std::string_view did,
+                          ErrorCode code = ErrorCode::internal) const;
 
  private:
   friend class Operation;
   struct State;
+  explicit Communicator(std::shared_ptr<State> state) : state_(std::move(state)) {}
   std::shared_ptr<State> state_;
 };
 
@@ -192,6 +211,7 @@ class Operation {
   Signature signature_;
   std::chrono::nanoseconds timeout_;
   std::uint64_t sequence_ = 0;
+  int ready_line_ = 0, done_line_ = 0;
   InFlight* work_ = nullptr;
   std::pmr::vector<Line> lines_;  // [P] what each rank showed in its ready; sequence 0: not yet seen
   std::pmr::vector<Words> words_;

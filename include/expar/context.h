@@ -34,6 +34,8 @@ class Context {
 
   /// The same context with another limit on how long one call may wait.
   Context with_timeout(std::chrono::nanoseconds timeout) const;
+  /// The same kernels, threads and memory for a group of these ranks (Communicator::split). Not collective.
+  Context on(Communicator group) const;
 
   const Communicator& communicator() const { return communicator_; }
   int rank() const { return communicator_.rank(); }

@@ -9,6 +9,7 @@
 #include <expar/error.h>         // Error: code, rank, peer, operation
 #include <expar/experts.h>       // the experts' networks
 #include <expar/layer.h>         // MoeLayer: all of the above in one object
+#include <expar/mesh.h>          // Mesh: ranks in a grid, and the groups along its dims
 #include <expar/norm.h>          // RMSNorm
 #include <expar/optimizer.h>     // AdamW
 #include <expar/plan.h>          // make_plan: who sends which row where

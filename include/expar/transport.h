@@ -57,8 +57,8 @@ struct Waiting {
   const FunctionRef<bool(int rank)>* awaited = nullptr;
 };
 
-/// The lines of a rank's board. The communicator decides what each line means.
-inline constexpr int kBoardLines = 129;
+/// The lines of a rank's board. Communicators decide what each line means.
+inline constexpr int kBoardLines = 384;
 /// A line can carry this much text beside its words (an error message); longer text is cut.
 inline constexpr std::size_t kLineText = 448;
 

@@ -99,9 +99,7 @@ Demand exchange_demand(const Context& context, const CapacityOptions& options, s
       return count >= 0 && count <= std::numeric_limits<std::int32_t>::max();
     };
     if (!std::all_of(begin, begin + experts + 1, sane)) {
-      context.communicator().fail(Error(ErrorCode::internal,
-                                        "rank " + std::to_string(r) + " sent counts that cannot be",
-                                        {.rank = context.rank(), .peer = r, .operation = "bound_rows"}));
+      context.communicator().blame(r, "bound_rows", "sent counts that cannot be");
     }
     demand.counts.insert(demand.counts.end(), begin, begin + experts);
     demand.tokens.push_back(begin[experts]);

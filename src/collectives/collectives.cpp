@@ -278,10 +278,11 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
   std::size_t given = table;
   for (std::size_t p = 0; p < ranks; ++p) {
     if (rows_from_to(p, self) != receive_rows[p]) {
-      communicator.fail(Error(ErrorCode::mismatch,
-                              "rank " + std::to_string(p) + " sends " + std::to_string(rows_from_to(p, self)) +
-                                  " rows, rank " + std::to_string(self) + " expects " + std::to_string(receive_rows[p]),
-                              {.rank = context.rank(), .peer = static_cast<int>(p), .operation = "all_to_all_v"}));
+      communicator.blame(static_cast<int>(p), "all_to_all_v",
+                         "sends " + std::to_string(rows_from_to(p, self)) + " rows, rank " +
+                             std::to_string(communicator.job_rank(context.rank())) + " expects " +
+                             std::to_string(receive_rows[p]),
+                         ErrorCode::mismatch);
     }
     std::size_t before = table;
     for (std::size_t q = 0; q < self; ++q) before += static_cast<std::size_t>(rows_from_to(p, q)) * row_bytes;

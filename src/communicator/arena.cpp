@@ -38,6 +38,7 @@ struct Block::Owner {
   struct Retired {
     Range range;
     std::uint64_t last_use;
+    std::shared_ptr<Transport> shown_to;
   };
 
   explicit Owner(std::shared_ptr<Transport> t) : transport(std::move(t)) {
@@ -62,8 +63,13 @@ struct Block::Owner {
   /// Frees the retired blocks that no rank can touch any more.
   void reclaim() {
     if (retired.empty() || transport->failure()) return;  // after a failure a late rank may still write: never reuse
-    const std::uint64_t completed = completed_by_all(*transport);
+    const Transport* asked = nullptr;
+    std::uint64_t completed = 0;
     std::erase_if(retired, [&](const Retired& block) {
+      if (block.shown_to.get() != asked) {
+        asked = block.shown_to.get();
+        completed = completed_by_all(*asked);
+      }
       if (block.last_use >= completed) return false;
       give_back(block.range);
       return true;
@@ -95,7 +101,10 @@ struct Block::Owner {
   std::size_t capacity = 0;
 };
 
-Arena::Arena(std::shared_ptr<Transport> transport) : owner_(std::make_shared<Block::Owner>(std::move(transport))) {}
+Arena::Arena(std::shared_ptr<Transport> transport)
+    : owner_(std::make_shared<Block::Owner>(transport)), shown_to_(std::move(transport)) {}
+Arena::Arena(const Arena& arena, std::shared_ptr<Transport> group)
+    : owner_(arena.owner_), shown_to_(std::move(group)) {}
 Arena::~Arena() = default;
 
 std::size_t Arena::capacity() const {
@@ -119,6 +128,7 @@ Block Arena::allocate(std::size_t bytes) {
 
   Block block;
   block.owner_ = owner_;
+  block.shown_to_ = shown_to_;
   block.ref_ = {place.segment, place.offset};
   block.bytes_ = owner_->segments.at(place.segment).subspan(place.offset, bytes);
   return block;
@@ -126,12 +136,14 @@ Block Arena::allocate(std::size_t bytes) {
 
 Block::Block(Block&& other) noexcept
     : owner_(std::exchange(other.owner_, nullptr)),
+      shown_to_(std::move(other.shown_to_)),
       ref_(other.ref_),
       bytes_(std::exchange(other.bytes_, {})),
       last_use_(other.last_use_) {}
 
 Block& Block::operator=(Block&& other) noexcept {
   std::swap(owner_, other.owner_);
+  std::swap(shown_to_, other.shown_to_);
   std::swap(ref_, other.ref_);
   std::swap(bytes_, other.bytes_);
   std::swap(last_use_, other.last_use_);
@@ -142,7 +154,7 @@ Block::~Block() {
   if (owner_ == nullptr) return;
   const std::lock_guard lock(owner_->mutex);
   const std::size_t room = round_up(std::max<std::size_t>(bytes_.size(), 1), kAlignment);
-  owner_->retired.push_back({{{ref_.segment, ref_.offset}, room}, last_use_});
+  owner_->retired.push_back({{{ref_.segment, ref_.offset}, room}, last_use_, std::move(shown_to_)});
 }
 
 }  // namespace expar

@@ -34,6 +34,7 @@ Communicator::Communicator(std::unique_ptr<Transport> transport, const Communica
 
 int Communicator::rank() const { return state_->transport->rank(); }
 int Communicator::size() const { return state_->transport->size(); }
+int Communicator::job_rank(int rank) const { return state_->job_rank(rank); }
 std::string_view Communicator::transport_name() const { return state_->transport->name(); }
 std::chrono::nanoseconds Communicator::timeout() const { return state_->timeout; }
 Transport& Communicator::transport() const { return *state_->transport; }
@@ -41,18 +42,23 @@ Arena& Communicator::arena() const { return state_->arena; }
 const std::shared_ptr<std::pmr::memory_resource>& Communicator::memory() const { return state_->memory; }
 
 void Communicator::abort(std::string_view message) const {
-  state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = rank()}));
+  state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = job_rank(rank())}));
 }
 
-void Communicator::record(std::shared_ptr<Trace> trace) const { state_->transport->record(std::move(trace)); }
-Trace* Communicator::trace() const { return state_->transport->trace(); }
+void Communicator::record(std::shared_ptr<Trace> trace) const { state_->rank->job->record(std::move(trace)); }
+Trace* Communicator::trace() const { return state_->rank->job->trace(); }
 
 void Communicator::fail(const Error& cause) const { throw state_->transport->abort(cause); }
+
+void Communicator::blame(int peer, std::string_view operation, std::string_view did, ErrorCode code) const {
+  fail(Error(code, "rank " + std::to_string(job_rank(peer)) + " " + std::string(did),
+             {.rank = job_rank(rank()), .peer = job_rank(peer), .operation = std::string(operation)}));
+}
 
 void Communicator::wait(FunctionRef<bool()> done, const Waiting& waiting) const {
   state_->transport->wait(
       [&] {
-        for (InFlight* work : state_->in_flight) work->advance();
+        for (InFlight* work : state_->rank->in_flight) work->advance();
         return done();
       },
       waiting);

@@ -75,24 +75,28 @@ Operation::Operation(const Communicator& communicator, const Signature& signatur
     completed_ = true;
     throw *failure;
   }
-  if (state.next - state.lowest >= kSlots) {
+  if (state.next - state.lowest >= state.slots) {
     completed_ = true;
     communicator_.fail(
         Error(ErrorCode::bad_argument,
-              std::to_string(kSlots) + " operations are in flight; finish one before the next is started",
-              {.rank = communicator_.rank(), .operation = std::string(signature.operation())}));
+              std::to_string(state.slots) + " operations are in flight; finish one before the next is started",
+              {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(signature.operation())}));
   }
   sequence_ = state.next++;
-  state.open |= std::uint64_t{1} << (sequence_ % kSlots);
+  ready_line_ = state.ready_line(sequence_);
+  done_line_ = state.done_line(sequence_);
+  state.open |= std::uint64_t{1} << (sequence_ % state.slots);
   const auto ranks = static_cast<std::size_t>(communicator_.size());
   lines_.resize(ranks);
   words_.resize(ranks);
   missing_ = communicator_.size();
 
-  // The lines of this operation were those of the one kSlots before it: nobody may still read them.
-  if (sequence_ < state.reusable + kSlots) return;
+  // The lines of this operation were those of the one `slots` before it: nobody may still read them.
+  if (sequence_ < state.reusable + state.slots) return;
   for (int peer = 0; peer < communicator_.size(); ++peer) {
-    const auto finished = [&] { return state.transport->peek(peer, kCompletedLine).sequence + kSlots > sequence_; };
+    const auto finished = [&] {
+      return state.transport->peek(peer, kCompletedLine).sequence + state.slots > sequence_;
+    };
     communicator_.wait(finished, waiting(peer, "to finish an earlier operation"));
   }
   state.reusable = completed_by_all(*state.transport);
@@ -101,11 +105,12 @@ Operation::Operation(const Communicator& communicator, const Signature& signatur
 Operation::~Operation() {
   if (completed_) return;
   auto& state = *communicator_.state_;
-  if (work_ != nullptr) std::erase(state.in_flight, work_);
+  if (work_ != nullptr) std::erase(state.rank->in_flight, work_);
   // While an exception unwinds, it is the cause, and whoever catches it at the rank's end tells the others.
   if (state.transport->failure() || std::uncaught_exceptions() > unwinding_) return;
-  state.transport->abort(Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
-                               {.rank = communicator_.rank(), .operation = std::string(signature_.operation())}));
+  state.transport->abort(
+      Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
+            {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(signature_.operation())}));
 }
 
 void Operation::ready(FunctionRef<Words()> prepare) {
@@ -126,13 +131,13 @@ void Operation::ready(FunctionRef<Words()> prepare) {
   } catch (const std::bad_alloc&) {
     refuse(ErrorCode::no_memory, "no memory to start " + signature_.str());
   }
-  transport.publish(ready_line(sequence_), line, text);
+  transport.publish(ready_line_, line, text);
 }
 
 bool Operation::seen(int peer) {
   auto& line = lines_[static_cast<std::size_t>(peer)];
   if (line.sequence == sequence_) return true;
-  line = communicator_.transport().peek(peer, ready_line(sequence_));
+  line = communicator_.transport().peek(peer, ready_line_);
   if (line.sequence != sequence_) return false;
   std::copy_n(line.words.begin() + kFirstUserWord, words_[0].size(), words_[static_cast<std::size_t>(peer)].begin());
   --missing_;
@@ -164,10 +169,10 @@ void Operation::check_agreement() {
   for (int rank = 0; rank < communicator_.size(); ++rank) {
     const std::uint64_t status = lines_[static_cast<std::size_t>(rank)].words[kStatusWord];
     if (status == 0) continue;
-    const std::string message = communicator_.transport().text(rank, ready_line(sequence_));
+    const std::string message = communicator_.transport().text(rank, ready_line_);
     complete();
     throw Error(static_cast<ErrorCode>(status - 1), message,
-                {.rank = rank, .operation = std::string(signature_.operation())});
+                {.rank = communicator_.job_rank(rank), .operation = std::string(signature_.operation())});
   }
   for (int rank = 1; rank < communicator_.size(); ++rank) {
     if (lines_[static_cast<std::size_t>(rank)].words[kHashWord] != lines_[0].words[kHashWord]) throw_mismatch(rank);
@@ -177,20 +182,21 @@ void Operation::check_agreement() {
 void Operation::throw_mismatch(int other) {
   // Every rank has seen the same lines and comes here; the descriptions travel only now that they are needed.
   auto& transport = communicator_.transport();
-  const int line = done_line(sequence_);
-  transport.publish(line, Line{.sequence = sequence_}, signature_.str());
+  transport.publish(done_line_, Line{.sequence = sequence_}, signature_.str());
   await_done(0, "to say what it is doing");
   await_done(other, "to say what it is doing");
-  const std::string message = "ranks disagree: rank 0 runs " + transport.text(0, line) + ", rank " +
-                              std::to_string(other) + " runs " + transport.text(other, line);
+  const int first = communicator_.job_rank(0), second = communicator_.job_rank(other);
+  const std::string message = "ranks disagree: rank " + std::to_string(first) + " runs " +
+                              transport.text(0, done_line_) + ", rank " + std::to_string(second) + " runs " +
+                              transport.text(other, done_line_);
   complete();
-  throw Error(ErrorCode::mismatch, message, {.rank = other, .peer = 0});
+  throw Error(ErrorCode::mismatch, message, {.rank = second, .peer = first});
 }
 
-void Operation::done() { communicator_.transport().publish(done_line(sequence_), Line{.sequence = sequence_}); }
+void Operation::done() { communicator_.transport().publish(done_line_, Line{.sequence = sequence_}); }
 
 bool Operation::is_done(int peer) const {
-  return communicator_.transport().peek(peer, done_line(sequence_)).sequence == sequence_;
+  return communicator_.transport().peek(peer, done_line_).sequence == sequence_;
 }
 
 void Operation::await_done(int peer, std::string_view what) {
@@ -201,16 +207,16 @@ void Operation::complete() {
   if (completed_) return;
   completed_ = true;
   auto& state = *communicator_.state_;
-  if (work_ != nullptr) std::erase(state.in_flight, work_);
-  state.open &= ~(std::uint64_t{1} << (sequence_ % kSlots));
+  if (work_ != nullptr) std::erase(state.rank->in_flight, work_);
+  state.open &= ~(std::uint64_t{1} << (sequence_ % state.slots));
   if (sequence_ != state.lowest) return;
-  while (state.lowest < state.next && (state.open >> (state.lowest % kSlots) & 1) == 0) ++state.lowest;
+  while (state.lowest < state.next && (state.open >> (state.lowest % state.slots) & 1) == 0) ++state.lowest;
   state.transport->publish(kCompletedLine, Line{.sequence = state.lowest});
 }
 
 void Operation::keep_advancing(InFlight* work) {
   work_ = work;
-  communicator_.state_->in_flight.push_back(work);
+  communicator_.state_->rank->in_flight.push_back(work);
 }
 
 Waiting Operation::waiting(int peer, std::string_view what) const {

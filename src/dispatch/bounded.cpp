@@ -13,13 +13,8 @@ namespace {
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-[[noreturn]] void end_job(const Communicator& communicator, int source, const std::string& what) {
-  communicator.fail(Error(ErrorCode::internal, "rank " + std::to_string(source) + " " + what,
-                          {.rank = communicator.rank(), .peer = source, .operation = "dispatch"}));
-}
-
 [[noreturn]] void disagree(const Communicator& communicator, int source) {
-  end_job(communicator, source, "sent other experts than its plan says");
+  communicator.blame(source, "dispatch", "sent other experts than its plan says");
 }
 
 }  // namespace
@@ -64,8 +59,9 @@ Plan Shelf::complete(const Operation& operation) {
 std::span<const std::int32_t> Shelf::take(const Operation& operation, int source, std::size_t most, SlotTag* tags) {
   const std::uint64_t tokens = first_word(operation.words(source));
   if (tokens > static_cast<std::uint64_t>(plan_.bound())) {
-    end_job(context_.communicator(), source,
-            "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan_.bound()));
+    context_.communicator().blame(
+        source, "dispatch",
+        "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan_.bound()));
   }
   const auto* from = reinterpret_cast<const SlotTag*>(reading_->from(source).data() + tags_at_);
   const ExpertRange local = plan_.local();

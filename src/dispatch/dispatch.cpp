@@ -161,10 +161,8 @@ struct PendingDispatch::State final : InFlight {
     const std::size_t tags_begin = first_word(operation.words(peer));
     const std::size_t end = first + tokens.size();
     if (end * row_bytes > tags_begin || tags_begin > block.size() || end * tag_bytes > block.size() - tags_begin) {
-      communicator.fail(Error(ErrorCode::internal,
-                              "rank " + std::to_string(peer) + " showed an inbox of " + std::to_string(block.size()) +
-                                  " bytes, too small for its plan",
-                              {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
+      communicator.blame(peer, "dispatch",
+                         "showed an inbox of " + std::to_string(block.size()) + " bytes, too small for its plan");
     }
     std::byte* const to = block.data() + first * row_bytes;
     if (cargo.rounded()) {
@@ -230,9 +228,7 @@ struct PendingDispatch::State final : InFlight {
     for (int peer = 0; peer < communicator.size(); ++peer) {
       const std::int64_t row = plan.sources()[at(peer)];
       if (peer == communicator.rank() || inbox->lists->add(plan, peer, tags + row * plan.topk())) continue;
-      communicator.fail(Error(ErrorCode::internal,
-                              "rank " + std::to_string(peer) + " sent other experts than its plan says",
-                              {.rank = communicator.rank(), .peer = peer, .operation = "dispatch"}));
+      communicator.blame(peer, "dispatch", "sent other experts than its plan says");
     }
   }
 

@@ -28,10 +28,7 @@ void take_counts(const Communicator& communicator, int source, std::span<const s
     }
     sane = sane && unique_counts[d] >= 0 && unique_counts[d] <= slots && (d != source || unique_counts[d] == 0);
   }
-  if (!sane) {
-    communicator.fail(Error(ErrorCode::internal, "rank " + std::to_string(source) + " sent counts that cannot be",
-                            {.rank = communicator.rank(), .peer = source, .operation = "plan"}));
-  }
+  if (!sane) communicator.blame(source, "plan", "sent counts that cannot be");
 }
 
 /// The first outbox row of each expert of `owner`, and one past the last row.

@@ -92,12 +92,8 @@ const void* const* Results::finish(const Communicator& communicator, const Opera
     const auto outbox = outboxes[at(slot.rank)];
     const std::size_t offset = at(order_.row(slot.row, expert)) * row_bytes_;
     if (offset > outbox.size() || row_bytes_ > outbox.size() - offset) {
-      communicator.fail(Error(ErrorCode::internal,
-                              "rank " + std::to_string(slot.rank) + " showed an outbox of " +
-                                  std::to_string(outbox.size()) + " bytes, too small for its plan",
-                              {.rank = communicator.rank(),
-                               .peer = slot.rank,
-                               .operation = std::string(operation.waiting(-1, "").operation)}));
+      communicator.blame(slot.rank, operation.waiting(-1, "").operation,
+                         "showed an outbox of " + std::to_string(outbox.size()) + " bytes, too small for its plan");
     }
     slots_[i] = outbox.data() + offset;
   }

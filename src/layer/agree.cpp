@@ -112,7 +112,8 @@ std::optional<Error> attempt(FunctionRef<void()> work) {
 void alone(const Context& context, FunctionRef<void()> work) {
   const std::optional<Error> error = attempt(work);
   if (!error) return;
-  context.communicator().fail(Error(error->code(), error->message(), {context.rank(), -1, "layer"}));
+  context.communicator().fail(
+      Error(error->code(), error->message(), {context.communicator().job_rank(context.rank()), -1, "layer"}));
 }
 
 void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<void()> make) {

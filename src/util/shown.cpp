@@ -20,11 +20,9 @@ std::span<std::byte> shown_block(const Communicator& communicator, const Operati
   const std::uint64_t offset = words[1];
   const std::uint64_t bytes = words[2];
   if (offset > segment.size() || bytes > segment.size() - offset) {
-    communicator.fail(Error(
-        ErrorCode::internal,
-        "rank " + std::to_string(peer) + " showed " + std::to_string(bytes) + " bytes at offset " +
-            std::to_string(offset) + " of a segment of " + std::to_string(segment.size()),
-        {.rank = communicator.rank(), .peer = peer, .operation = std::string(operation.waiting(peer, "").operation)}));
+    communicator.blame(peer, operation.waiting(peer, "").operation,
+                       "showed " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                           " of a segment of " + std::to_string(segment.size()));
   }
   return segment.subspan(offset, bytes);
 }
@@ -68,10 +66,9 @@ Reading::Reading(const Communicator& communicator, const Operation& operation, c
     } else if (transport.mapped(peer)) {
       const auto block = shown_block(communicator, operation, peer);
       if (wants[p].offset > block.size() || wants[p].bytes > block.size() - wants[p].offset) {
-        communicator.fail(Error(ErrorCode::internal,
-                                "rank " + std::to_string(peer) + " showed " + std::to_string(block.size()) +
-                                    " bytes where " + std::to_string(wants[p].offset + wants[p].bytes) + " are needed",
-                                {.rank = self, .peer = peer}));
+        communicator.blame(peer, operation.waiting(peer, "").operation,
+                           "showed " + std::to_string(block.size()) + " bytes where " +
+                               std::to_string(wants[p].offset + wants[p].bytes) + " are needed");
       }
       parts_[p] = block.subspan(wants[p].offset, wants[p].bytes);
     } else {

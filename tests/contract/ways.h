@@ -14,7 +14,7 @@ namespace expar::test {
 
 using Way = RankSetup;
 
-inline std::vector<Way> every_way() { return all_setups(); }
+inline std::vector<Way> every_way() { return all_communicators(); }
 inline std::string way_name(const testing::TestParamInfo<Way>& info) { return info.param.name(); }
 
 inline std::vector<Outcome> run_all(const Way& way, const std::function<void(const Context&)>& rank_main) {

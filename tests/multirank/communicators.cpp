@@ -2,6 +2,8 @@
 #include <exception>
 #include <thread>
 
+#include <gtest/gtest.h>
+
 #include "tests/multirank/processes.h"
 #include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
@@ -23,7 +25,25 @@ void run_rank(const Communicator& communicator, const std::function<void(Communi
 
 }  // namespace
 
+namespace {
+
+/// One rank more than the group has, which leaves as soon as the others are one.
+std::vector<Outcome> run_group(RankSetup setup, const std::function<void(Communicator)>& rank_main) {
+  const int members = setup.ranks;
+  setup.ranks += 1;
+  setup.group = false;
+  std::vector<Outcome> outcomes = run_communicators(setup, [&](const Communicator& job) {
+    if (const Communicator group = job.split(job.rank() < members ? 0 : -1)) rank_main(group);
+  });
+  EXPECT_TRUE(outcomes.back().ok()) << outcomes.back().describe();
+  outcomes.pop_back();
+  return outcomes;
+}
+
+}  // namespace
+
 std::vector<Outcome> run_communicators(const RankSetup& setup, const std::function<void(Communicator)>& rank_main) {
+  if (setup.group) return run_group(setup, rank_main);
   if (setup.kind == Kind::shm) {
     const std::string job = fresh_job_id();
     const auto run = [&](int rank) {

@@ -199,7 +199,7 @@ std::string fresh_job_id() {
 
 std::string RankSetup::name() const {
   return std::string(kind == Kind::threads ? "threads" : "shm") + "_" + std::to_string(ranks) +
-         (mapping ? "" : "_unmapped");
+         (mapping ? "" : "_unmapped") + (group ? "_group" : "");
 }
 
 std::ostream& operator<<(std::ostream& out, const RankSetup& setup) { return out << setup.name(); }
@@ -216,6 +216,15 @@ std::vector<RankSetup> all_setups(const std::vector<int>& ranks) {
       if (kind == Kind::shm && n > kMostProcesses) continue;
       for (bool mapping : {true, false}) setups.push_back({.kind = kind, .ranks = n, .mapping = mapping});
     }
+  }
+  return setups;
+}
+
+std::vector<RankSetup> all_communicators() {
+  std::vector<RankSetup> setups = all_setups();
+  for (const bool mapping : {true, false}) {
+    for (const int n : {1, 3, 4}) setups.push_back({.ranks = n, .mapping = mapping, .group = true});
+    setups.push_back({.kind = Kind::shm, .ranks = 3, .mapping = mapping, .group = true});
   }
   return setups;
 }

@@ -31,12 +31,14 @@ struct RankSetup {
   Kind kind = Kind::threads;
   int ranks = 1;
   bool mapping = true;
+  /// The ranks are a group of a job that has one rank more (communicators only).
+  bool group = false;
   /// How long a call may wait before it fails with timeout.
   std::chrono::nanoseconds timeout = std::chrono::seconds(30);
   /// When a rank still runs after this, it is killed and counts as hung (processes only).
   std::chrono::nanoseconds patience = std::chrono::seconds(100);
 
-  std::string name() const;  // "shm_4_unmapped"
+  std::string name() const;  // "shm_4_unmapped", "threads_3_group"
 };
 std::ostream& operator<<(std::ostream& out, const RankSetup& setup);
 
@@ -76,6 +78,8 @@ Error expect_same_error(const std::vector<Outcome>& outcomes, int but = -1);
 
 /// All combinations: kinds x ranks x mapping on and off; under ThreadSanitizer without many processes.
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks = {1, 2, 3, 4, 7, 8});
+/// Besides, groups of a few sizes.
+std::vector<RankSetup> all_communicators();
 
 /// A value that the test and all its ranks see, processes included. T must need no destructor and hold no pointers.
 template <class T>

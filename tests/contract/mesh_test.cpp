@@ -1,0 +1,88 @@
+// Meshes: coordinates, the groups along dims, and what is refused.
+#include <gtest/gtest.h>
+
+#include <expar/collectives.h>
+#include <expar/mesh.h>
+
+#include "tests/contract/routes.h"
+#include "tests/contract/ways.h"
+
+namespace expar::test {
+namespace {
+
+std::string message_of(const std::function<void()>& run) {
+  try {
+    run();
+  } catch (const Error& error) {
+    return error.message();
+  }
+  return "nothing was thrown";
+}
+
+void require_same(const std::string& got, const std::string& wanted) {
+  require(got == wanted, "got '" + got + "', not '" + wanted + "'");
+}
+
+/// The ranks of the job that `group` has.
+std::vector<int> ranks_of(const Communicator& group) {
+  std::vector<int> ranks;
+  for (int r = 0; r < group.size(); ++r) ranks.push_back(group.job_rank(r));
+  return ranks;
+}
+
+TEST(Mesh, groups_ranks_along_each_dim_and_along_several) {
+  run({.ranks = 12}, [](const Context& context) {
+    const Mesh mesh(context.communicator(), {{"dp", 2}, {"ep", 3}, {"tp", 2}});
+    const int r = context.rank();
+    const int dp = r / 6, ep = r / 2 % 3, tp = r % 2;
+    require_equal(mesh.coordinate("dp"), dp, "dp");
+    require_equal(mesh.coordinate("ep"), ep, "ep");
+    require_equal(mesh.coordinate("tp"), tp, "tp");
+    require_equal(mesh.coordinate("pp"), 0, "a dim that is not there");
+    require_equal(mesh.size("pp"), 1, "its size");
+    require(ranks_of(mesh.group("dp")) == std::vector<int>{r % 6, r % 6 + 6}, "along dp");
+    require(ranks_of(mesh.group("ep")) == std::vector<int>{dp * 6 + tp, dp * 6 + tp + 2, dp * 6 + tp + 4}, "along ep");
+    require(ranks_of(mesh.group("tp")) == std::vector<int>{r - tp, r - tp + 1}, "along tp");
+    require_equal(mesh.group("ep").rank(), ep, "rank along ep");
+    const Communicator both = mesh.join({"dp", "tp"});
+    require(ranks_of(both) == std::vector<int>{ep * 2, ep * 2 + 1, ep * 2 + 6, ep * 2 + 7}, "along dp and tp");
+    barrier(context.on(both));
+  });
+}
+
+TEST(Mesh, refuses_what_is_no_grid_of_these_ranks) {
+  run({.ranks = 4}, [](const Context& context) {
+    const auto message = [&](const std::vector<MeshDim>& dims) {
+      return message_of([&] { const Mesh mesh(context.communicator(), dims); });
+    };
+    require_same(message({{"dp", 2}, {"ep", 3}}), "the mesh dp=2,ep=3 has 6 places for 4 ranks");
+    require_same(message({{"ep", 0}}), "dim ep of the mesh has size 0, below 1");
+    require_same(message({{"ep", 2}, {"ep", 2}}), "the mesh names dim ep twice");
+    require_same(message({{"", 4}}), "dim 0 of the mesh has no name");
+    require_same(message({}), "a mesh has no dims; name some, like ep=4");
+    require_same(message({{"ep", 1 << 20}, {"tp", 1 << 20}, {"dp", 1 << 20}}),
+                 "the mesh ep=1048576,tp=1048576,dp=1048576 has 2147483648 places for 4 ranks");
+    const std::string disagree = message({{context.rank() == 3 ? "tp" : "ep", 4}});
+    require_same(disagree, "ranks disagree: rank 0 runs mesh ep=4, rank 3 runs mesh tp=4");
+    const Mesh mesh(context.communicator(), {{"ep", 4}});
+    require_same(message_of([&] { (void)mesh.group("tp"); }), "the mesh ep=4 has no dim tp");
+    require_same(message_of([&] { (void)mesh.join({"ep", "tp"}); }), "the mesh ep=4 has no dim tp");
+  });
+}
+
+TEST(Mesh, is_read_from_a_line) {
+  const std::vector<MeshDim> dims = parse_mesh("dp=2,ep=16");
+  ASSERT_EQ(dims.size(), 2u);
+  EXPECT_EQ(dims[0].name, "dp");
+  EXPECT_EQ(dims[1].name, "ep");
+  EXPECT_EQ(dims[1].size, 16);
+  for (const std::string bad :
+       {"", "ep", "=2", "ep=", "ep=two", "ep=2x", "ep=0", "ep=-1", "ep=2,", "ep=2,,tp=1", "ep=99999999999"}) {
+    EXPECT_NE(message_of([&] { parse_mesh(bad); }).find("is no part of a mesh, which is written like dp=2,ep=4"),
+              std::string::npos)
+        << bad;
+  }
+}
+
+}  // namespace
+}  // namespace expar::test
