@@ -64,6 +64,7 @@ struct Capacity {
 ///             route_backward goes through the router's own choice, with dweights 0 for what was dropped. Where slots
 ///             went elsewhere (reroute), or the weights of the kept ones are to be normalised anew, call route() again
 ///             with RouteInputs::ids = Capacity::ids.
+///   experts : E; Routing::choice_scores may have columns beyond, to which nothing is re-routed
 ///   failure : set when this rank has no routing: every rank throws it
 /// Reroute goes in rounds: what an expert has no room for asks for its token's next choice, all at once, again by
 /// position. A slot is dropped for good only if no expert of the token's groups is left that has room and that the

@@ -36,7 +36,9 @@ void check(const CapacityOptions& options, std::int64_t experts, const Routing& 
   }
   if (options.policy == CapacityPolicy::drop_by_score) require("top", routing.top, ids.shape());
   if (options.policy == CapacityPolicy::reroute) {
-    require("choice_scores", routing.choice_scores, {ids.size(0), experts});
+    const Shape& shape = routing.choice_scores.shape();
+    require("choice_scores", routing.choice_scores,
+            {ids.size(0), shape.rank() == 2 ? std::max(shape[1], experts) : experts});
   }
   for (std::int64_t i = 0; i < ids.elements(); ++i) {
     const std::int32_t id = ids.as<std::int32_t>()[i];

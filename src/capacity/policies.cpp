@@ -87,7 +87,7 @@ void keep_best(const Requests& requests, std::int64_t rows, const Routing& routi
 
 void reroute(Requests requests, std::int64_t rows, const Routing& routing, std::span<std::int32_t> ids,
              FunctionRef<std::vector<std::int64_t>(std::vector<std::int64_t>)> tell) {
-  const std::int64_t topk = routing.ids.size(1);
+  const std::int64_t topk = routing.ids.size(1), columns = routing.choice_scores.size(1);
   const auto experts = at(requests.experts);
   std::vector<std::int64_t> room(experts, rows);
   std::vector<std::size_t> asking, refused;
@@ -112,7 +112,7 @@ void reroute(Requests requests, std::int64_t rows, const Routing& routing, std::
     asking.clear();
     for (const std::size_t i : refused) {
       const auto token = static_cast<std::int64_t>(i) / topk;
-      ids[i] = next_choice({routing.choice_scores.as<float>() + token * requests.experts, experts},
+      ids[i] = next_choice({routing.choice_scores.as<float>() + token * columns, experts},
                            ids.subspan(at(token * topk), at(topk)), room);
       if (ids[i] < 0) continue;
       asking.push_back(i);

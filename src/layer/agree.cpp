@@ -32,9 +32,6 @@ void validate(const MoeLayerOptions& options) {
            ": none may be below 0, and one expert must be left");
   }
   validate(options.capacity);
-  if (options.special.count() > 0 && options.capacity.policy == CapacityPolicy::reroute) {
-    refuse("slots are not re-routed where a layer has special experts: choose another capacity policy");
-  }
   if (options.router.choice == Choice::experts && options.capacity.policy != CapacityPolicy::none) {
     refuse("experts that choose their tokens take as many each: the layer must have no capacity");
   }

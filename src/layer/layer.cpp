@@ -77,7 +77,8 @@ struct MoeLayer::State {
   std::shared_ptr<ExpertsWorkspace> workspace;
   Buffer wide_x, jittered_x, logits, dlogits, dweights, router_dx, low_router_dx, shard_memory, bias_shard_memory;
   Tensor shard_gradients, bias_shard_gradients;
-  Buffer shared_up_memory, shared_down_memory, shared_gate_memory, shared_x, shared_dout, wide_dout, special_dx;
+  Buffer shared_up_memory, shared_down_memory, shared_gate_memory, shared_x, shared_dout, wide_dout, special_dx,
+      rerouted_ids;
   SharedGradients shared_gradients;
   SharedScratch shared_scratch;
 
@@ -277,7 +278,8 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   }
   if (options.capacity.policy == CapacityPolicy::reroute) {
     const Phase phase(c.trace(), "route", &times.route);
-    const MoeInputs rerouted{.mask = inputs.mask, .ids = capacity.ids};
+    const MoeInputs rerouted{.mask = inputs.mask,
+                             .ids = special.restored(capacity.ids, record.routing.ids, rerouted_ids)};
     alone(c, [&] { route(c, options.router, scored, record.routing, route_inputs(rerouted, record)); });
     capacity.weights = record.routing.weights;
   }

@@ -24,6 +24,16 @@ Tensor SpecialPart::routed(const Tensor& ids, Buffer& memory) const {
   return kept;
 }
 
+Tensor SpecialPart::restored(const Tensor& routed, const Tensor& ids, Buffer& memory) const {
+  if (!*this) return routed;
+  const Tensor all = memory.view(DType::int32, ids.shape());
+  for (std::int64_t i = 0; i < ids.elements(); ++i) {
+    const std::int32_t id = ids.as<std::int32_t>()[i];
+    all.as<std::int32_t>()[i] = id < first_ ? routed.as<std::int32_t>()[i] : id;
+  }
+  return all;
+}
+
 std::vector<std::int64_t> SpecialPart::counts(const Context& context, const Routing& routing,
                                               std::span<const std::int64_t> routed) const {
   std::vector<std::int64_t> counts(routed.begin(), routed.end());

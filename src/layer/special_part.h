@@ -18,6 +18,8 @@ class SpecialPart {
 
   /// `ids` with -1 for special experts.
   Tensor routed(const Tensor& ids, Buffer& memory) const;
+  /// The other way round: `routed`, with the special experts of `ids`.
+  Tensor restored(const Tensor& routed, const Tensor& ids, Buffer& memory) const;
   /// The slots of every expert over all ranks: `routed` [E], then those of special experts. Collective.
   std::vector<std::int64_t> counts(const Context& context, const Routing& routing,
                                    std::span<const std::int64_t> routed) const;

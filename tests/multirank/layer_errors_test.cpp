@@ -190,10 +190,6 @@ TEST(LayerErrors, name_the_option_that_is_wrong) {
   refuse("shared_inner is -5, must be at least 0", with([](auto& o) { o.shared_inner = -5; }));
   refuse("0 zero, -1 copy and 0 constant experts of 8", with([](auto& o) { o.special.copy = -1; }));
   refuse("8 zero, 0 copy and 0 constant experts of 8", with([](auto& o) { o.special.zero = 8; }));
-  refuse("slots are not re-routed where a layer has special experts", with([](auto& o) {
-           o.special.zero = 1;
-           o.capacity = {.policy = CapacityPolicy::reroute, .rows = 4};
-         }));
   refuse("shared_gate asks for shared experts", with([](auto& o) { o.shared_gate = true; }));
   refuse("f32 or bf16, not int8", with([](auto& o) { o.dtype = DType::int8; }));
   refuse("balance is -1", with([](auto& o) { o.router.balance = -1.0F; }));

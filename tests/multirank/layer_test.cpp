@@ -184,23 +184,32 @@ TEST(Layer, keeps_nothing_of_the_experts_where_it_recomputes) {
 }
 
 TEST_P(LayerOf, re_routes_to_where_a_router_could_have_sent) {
-  const LayerCase c({.experts = 5, .topk = 2, .dtype = GetParam()});
-  for (const int ranks : {1, 3}) {
+  const SpecialExperts none, some{.zero = 1, .copy = 1, .constant = 1};
+  for (const auto& [ranks, special] : {std::pair(1, none), {3, none}, {3, some}}) {
+    const LayerCase c({.experts = 5, .topk = 2, .dtype = GetParam(), .special = special});
     run(ranks, [&](const Context& context) {
       MoeLayerOptions options = c.options();
       options.router.balance = 0;  // it would count what the router wanted first
       MoeLayer plain(context, options);
-      options.capacity = {.policy = CapacityPolicy::reroute, .factor = 1};
+      // Of 74 slots some are for special experts.
+      options.capacity = {.policy = CapacityPolicy::reroute, .rows = special.count() > 0 ? 9 : 15};
       MoeLayer bounded(context, options);
       c.fill(plain), c.fill(bounded);
       Tokens one(c, context), two(c, context);
       bounded.forward(context, one.x, one.out, {}, one.shards, one.record);
       bounded.backward(context, one.record, one.dout, one.dx);
       const Capacity& capacity = one.record.capacity;
-      for (const std::int64_t rows : one.record.plan.expert_totals()) EXPECT_LE(rows, 15);  // of 74 slots
+      for (const std::int64_t rows : one.record.plan.expert_totals()) EXPECT_LE(rows, capacity.rows);
       EXPECT_GT(*std::max_element(capacity.rerouted.begin(), capacity.rerouted.end()), 0);
 
-      plain.forward(context, two.x, two.out, {}, two.shards, two.record, {.ids = capacity.ids});
+      plain.forward(context, two.x, two.out, {}, two.shards, two.record);
+      for (std::int64_t i = 0; i < two.record.routing.ids.elements(); ++i) {
+        const std::int32_t wanted = two.record.routing.ids.as<std::int32_t>()[i];
+        const std::int32_t got = one.record.routing.ids.as<std::int32_t>()[i];
+        EXPECT_EQ(got >= 5, wanted >= 5) << "special experts have room for all";
+        EXPECT_EQ(capacity.ids.as<std::int32_t>()[i], got < 5 ? got : -1);
+      }
+      plain.forward(context, two.x, two.out, {}, two.shards, two.record, {.ids = one.record.routing.ids});
       plain.backward(context, two.record, two.dout, two.dx);
       EXPECT_TRUE(same_bytes(one.out, two.out));
       EXPECT_TRUE(same_bytes(one.dx, two.dx));
