@@ -6,6 +6,8 @@
 #include <cstring>
 #include <functional>
 
+#include <expar/permute.h>
+
 #include "tests/contract/share.h"
 #include "tests/contract/ways.h"
 
@@ -132,6 +134,29 @@ TEST_P(EveryWay, brings_values_home_from_each_layout) {
       fetch_slots(context, plan, values, out);
       for (std::size_t i = 0; i < share.ids.size(); ++i)
         require_equal(out.as<float>()[i], static_cast<float>(share.ids[i]), "the expert of a slot");
+    }
+  });
+}
+
+TEST_P(EveryWay, permutes_rank_major_rows_into_expert_major_ones_and_back) {
+  run(GetParam(), [](const Context& context) {
+    for (const Workload& w : workloads(context.size())) {
+      const Share share(w, context.rank(), DType::f32);
+      const Plan plan =
+          make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
+      const Inbox by_rank = dispatch(context, share.x, {}, plan, {.layout = Layout::rank_major});
+      const Inbox by_expert = dispatch(context, share.x, {}, plan, {.layout = Layout::expert_major});
+      std::vector<std::int64_t> counts;
+      for (std::size_t i = 1; i < by_rank.offsets().size(); ++i)
+        counts.push_back(by_rank.offsets()[i] - by_rank.offsets()[i - 1]);
+      const ExpertMajor order = expert_major(counts, context.size());
+      require(std::ranges::equal(order.rows, plan.rows()), "rows of an expert");
+      const Array there(DType::f32, by_rank.packed().shape()), back(DType::f32, by_rank.packed().shape());
+      permute_rows(by_rank.packed(), order.indices, there);
+      unpermute_rows(there, order.indices, back);
+      const std::size_t bytes = back.view().byte_size();
+      require(bytes == 0 || std::memcmp(there.view().data(), by_expert.packed().data(), bytes) == 0, "permuted");
+      require(bytes == 0 || std::memcmp(back.view().data(), by_rank.packed().data(), bytes) == 0, "back");
     }
   });
 }
