@@ -69,6 +69,11 @@ struct MoeLayerOptions {
   /// by write_expert(), write_shared() or initialise(); there are no gradients. Results are the bytes of a training
   /// layer.
   bool inference = false;
+  /// Tensor parallelism: ranks that hold the same experts in slices of F, gate and up by rows, down by columns. They
+  /// hand in the same tokens, masks and gradients, each to its own context of E / P experts, and get the same bytes of
+  /// everything; what the slices give is summed over them in rank order. An empty handle: nothing is in slices. With a
+  /// context of one rank no token travels. Results differ from those of whole experts by the rounding of that sum.
+  Communicator tensor = {};
   /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
   std::shared_ptr<ExpertsWorkspace> workspace = {};
 
@@ -146,7 +151,8 @@ class MoeLayer {
 
   const MoeLayerOptions& options() const;
   ExpertRange local_experts() const;
-  bool holds_shared() const;  // the shared experts, on this rank
+  ExpertRange local_inner() const;  // of each expert's inner dimension; all of it where nothing is in slices
+  bool holds_shared() const;        // the shared experts, on this rank
 
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
   /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also

@@ -123,7 +123,7 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("zero", options.special.zero).with("copy", options.special.copy);
   signature.with("constant", options.special.constant);
   signature.with("shared_inner", options.shared_inner).with("shared_gate", options.shared_gate);
-  signature.with("shared_ranks", options.shared_ranks);
+  signature.with("shared_ranks", options.shared_ranks).with("slices", options.tensor ? options.tensor.size() : 1);
   signature.with("weights_on", static_cast<std::int64_t>(options.weights_on));
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(options.dtype)));

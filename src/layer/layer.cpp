@@ -13,6 +13,7 @@
 #include "src/layer/parameters.h"
 #include "src/layer/shared_expert.h"
 #include "src/layer/shared_ranks.h"
+#include "src/layer/slices.h"
 #include "src/layer/special_part.h"
 
 namespace expar {
@@ -51,13 +52,15 @@ ConstTensor without_padding(const ConstTensor& rows, const ConstTensor& mask, Bu
 }  // namespace
 
 struct MoeLayer::State {
-  State(const Context& c, const MoeLayerOptions& o) : context(c), options(o), special(options) {
+  State(const Context& c, const MoeLayerOptions& o)
+      : context(c), options(o), special(options), slices(context, options) {
     agree(context, options, [&] {
       if (options.shared_ranks > 0) apart.emplace(options, context.rank(), context.size());
       range = apart ? apart->routed() : experts_of(context.rank(), context.size(), options.routed_experts());
-      parameters.emplace(options, range, holds_shared(), context.kernels());
+      parameters.emplace(options, range, slices.own(), holds_shared(), context.kernels());
     });
     shape = options.expert_shape();
+    shape.inner = slices.own().count;
     shared_shape = options.shared_shape();
     // Combine weighs the rows of all experts or of none.
     if (apart && shape.weights_on != WeightsOn::output) shared_shape.weights_on = WeightsOn::inner;
@@ -70,6 +73,7 @@ struct MoeLayer::State {
   ExpertRange range;
   std::optional<SharedRanks> apart;  // where shared experts have ranks of their own
   SpecialPart special;
+  Slices slices;
   std::optional<LayerParameters> parameters;
   PhaseTimes times;
 
@@ -312,7 +316,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
     if (shape.weights_on == WeightsOn::output) by_slot = weights_by_slot;
-    combine(c, plan, record.y, by_slot, out, beside);
+    slices.combine(c, plan, record.y, by_slot, out, beside);
   }
   if (!keeps) record.y = {};
   record.plan = std::move(plan);
@@ -454,6 +458,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     fetched = dweights.view(DType::f32, {record.plan.tokens(), record.plan.topk(), 1});
   });
   fetch_slots(c, record.plan, dweights_rows, fetched);
+  slices.sum(fetched);
 
   // The router's part of dx is rounded to dtype and then added last to the experts' rows: an order that is the same
   // for every P.
@@ -468,7 +473,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     combine_options.residual = router_backward(c, record, by_slot);
   });
   const Phase part(c.trace(), "combine");
-  combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
+  slices.combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
 }
 
 // ---- the public door
@@ -480,6 +485,7 @@ MoeLayer::MoeLayer(MoeLayer&&) noexcept = default;
 
 const MoeLayerOptions& MoeLayer::options() const { return state_->options; }
 ExpertRange MoeLayer::local_experts() const { return state_->range; }
+ExpertRange MoeLayer::local_inner() const { return state_->slices.own(); }
 bool MoeLayer::holds_shared() const { return state_->holds_shared(); }
 
 void MoeLayer::initialise(std::uint64_t seed, std::string_view prefix) {

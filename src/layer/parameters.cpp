@@ -21,14 +21,20 @@ std::string join(std::string_view prefix, const std::string& name) {
   return prefix.empty() ? name : std::string(prefix) + "." + name;
 }
 
-/// Normal numbers of deviation 1 / sqrt(inputs), where `inputs` is the innermost extent.
-void draw(const Tensor& values, std::uint64_t seed, const std::string& stream, Pool& pool) {
+/// Normal numbers of deviation 1 / sqrt(inputs), where `inputs` is the innermost extent: the part of a whole matrix of
+/// them.
+void draw(const MatrixPart& part, const Tensor& values, std::uint64_t seed, const std::string& stream, Pool& pool) {
   const Random random(seed, stream);
-  const auto deviation =
-      static_cast<float>(1.0 / std::sqrt(static_cast<double>(values.size(values.shape().rank() - 1))));
-  float* to = values.as<float>();
-  for_ranges(pool, values.elements(), kGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) to[i] = deviation * random.normal(static_cast<std::uint64_t>(i));
+  const auto deviation = static_cast<float>(1.0 / std::sqrt(static_cast<double>(part.whole[1])));
+  const std::int64_t columns = part.columns.count;
+  for_ranges(pool, part.shape()[0], 1 + kGrain / columns, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const auto first = static_cast<std::uint64_t>(part.start(r));
+      float* const row = values.as<float>() + r * columns;
+      for (std::int64_t c = 0; c < columns; ++c) {
+        row[c] = deviation * random.normal(first + static_cast<std::uint64_t>(c));
+      }
+    }
   });
 }
 
@@ -72,19 +78,21 @@ void copy(const ConstTensor& from, const Tensor& to, Pool& pool) {
 
 }  // namespace
 
-LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range, bool holds_shared,
-                                 const Kernels& kernels)
+LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange range, ExpertRange slice,
+                                 bool holds_shared, const Kernels& kernels)
     : first_(range.first),
       dtype_(options.dtype),
       bias_(options.bias),
       inference_(options.inference),
+      has_down_bias_(slice.first == 0),
       kernels_(kernels) {
-  const std::int64_t wide = gated(options.activation) ? 2 * options.inner : options.inner;
-  const auto matrix = [&](Matrix& m, const Shape& shape) {
-    m.shape = shape;
+  const std::int64_t hidden = options.hidden, blocks = gated(options.activation) ? 2 : 1;
+  const auto matrix = [&](Matrix& m, std::int64_t groups, const MatrixPart& part) {
+    m.part = part;
+    m.shape = {groups, part.shape()[0], part.shape()[1]};
     if (inference_) return make_room(m, dtype_, kernels_);
-    m.value = Array(DType::f32, shape);
-    if (dtype_ == DType::bf16) m.low = Array(DType::bf16, shape);
+    m.value = Array(DType::f32, m.shape);
+    if (dtype_ == DType::bf16) m.low = Array(DType::bf16, m.shape);
   };
   router_.value = Array(DType::f32, {options.router.experts, options.hidden});
   if (options.router.bias) router_bias_.value = Array(DType::f32, {options.router.experts});
@@ -96,20 +104,26 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
     special_mix_.value = Array(DType::f32, {constant, 2, options.hidden});
     special_value_.value = Array(DType::f32, {constant, options.hidden});
   }
-  matrix(up_, {range.count, wide, options.hidden});
-  matrix(down_, {range.count, options.hidden, options.inner});
+  matrix(up_, range.count, {{blocks * options.inner, hidden}, blocks, slice, {0, hidden}});
+  matrix(down_, range.count, {{hidden, options.inner}, 1, {0, hidden}, slice});
   if (bias_) {
-    up_bias_.value = Array(DType::f32, {range.count, wide});
-    down_bias_.value = Array(DType::f32, {range.count, options.hidden});
+    up_bias_part_ = {{blocks * options.inner, 1}, blocks, slice, {0, 1}};
+    up_bias_.value = Array(DType::f32, {range.count, blocks * slice.count});
+    down_bias_.value = Array(DType::f32, {range.count, hidden});
+    zero(down_bias_.value);
   }
   if (options.shared_inner > 0 && options.shared_gate) shared_gate_.value = Array(DType::f32, {options.hidden});
   if (!holds_shared) return;
-  matrix(shared_up_, {1, options.shared_shape().up_rows(), options.hidden});
-  matrix(shared_down_, {1, options.hidden, options.shared_inner});
+  matrix(shared_up_, 1, MatrixPart::all(options.shared_shape().up_rows(), hidden));
+  matrix(shared_down_, 1, MatrixPart::all(hidden, options.shared_inner));
 }
 
 void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
-  draw(router_.value, seed, join(prefix, "router.weight"), pool);
+  const auto draw_all = [&](const Tensor& values, const char* what) {
+    const std::int64_t rows = values.shape().rank() == 1 ? 1 : values.size(0);
+    draw(MatrixPart::all(rows, values.elements() / rows), values, seed, join(prefix, what), pool);
+  };
+  draw_all(router_.value, "router.weight");
   for (std::int64_t e = 0; e < up_.shape[0]; ++e) {
     const std::string expert = join(prefix, "experts." + std::to_string(first_ + e));
     draw_group(up_, e, seed, expert + ".up", pool);
@@ -119,8 +133,8 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
     zero(up_bias_.value);
     zero(down_bias_.value);
   }
-  if (special_mix_.value) draw(special_mix_.value, seed, join(prefix, "special.mix"), pool);
-  if (special_value_.value) draw(special_value_.value, seed, join(prefix, "special.value"), pool);
+  if (special_mix_.value) draw_all(special_mix_.value, "special.mix");
+  if (special_value_.value) draw_all(special_value_.value, "special.value");
   if (router_bias_.value) zero(router_bias_.value);
   if (selection_bias_) zero(selection_bias_);
   if (token_table_)
@@ -129,26 +143,27 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
     draw_group(shared_up_, 0, seed, join(prefix, "shared.up"), pool);
     draw_group(shared_down_, 0, seed, join(prefix, "shared.down"), pool);
   }
-  if (shared_gate_.value) draw(shared_gate_.value, seed, join(prefix, "shared.gate"), pool);
+  if (shared_gate_.value) draw_all(shared_gate_.value, "shared.gate");
   refresh(pool);
 }
 
 void LayerParameters::draw_group(Matrix& matrix, std::int64_t group, std::uint64_t seed, const std::string& stream,
                                  Pool& pool) {
-  fill(matrix, group, pool, [&](const Tensor& values) { draw(values, seed, stream, pool); });
+  fill(matrix, group, pool, [&](const Tensor& values) { draw(matrix.part, values, seed, stream, pool); });
 }
 
 void LayerParameters::write(std::int64_t e, const ExpertSource& from, Pool& pool) {
-  const auto bias = [&](const Trained& b, const char* what, const ConstTensor& values) {
-    const Tensor to = group_of(b.value, e);
-    require(what, values, to.shape());
-    copy(values, to, pool);
+  const auto bias = [&](const Trained& b, const char* what, const MatrixPart& part, const ConstTensor& values) {
+    require(what, values, {part.whole[0]});
+    const Array taken(values.dtype(), {part.shape()[0]});
+    take_part(part, values, taken);
+    copy(taken, group_of(b.value, e), pool);
   };
   write(up_, "up", e, from.up, pool);
   write(down_, "down", e, from.down, pool);
   if (!bias_) return;
-  bias(up_bias_, "up_bias", from.up_bias);
-  bias(down_bias_, "down_bias", from.down_bias);
+  bias(up_bias_, "up_bias", up_bias_part_, from.up_bias);
+  if (has_down_bias_) bias(down_bias_, "down_bias", MatrixPart::all(down_.part.whole[0], 1), from.down_bias);
 }
 
 void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool) {
@@ -162,7 +177,17 @@ void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor
 }
 
 void LayerParameters::write(Matrix& matrix, const char* what, std::int64_t group, const ConstTensor& from, Pool& pool) {
-  require(what, from, {matrix.shape[1], matrix.shape[2]});
+  require(what, from, matrix.part.whole);
+  if (matrix.part.shape() != matrix.part.whole) {
+    const Array taken(from.dtype(), matrix.part.shape());
+    take_part(matrix.part, from, taken);
+    return store(matrix, group, taken, pool);
+  }
+  store(matrix, group, from, pool);
+}
+
+/// What is here of one group.
+void LayerParameters::store(Matrix& matrix, std::int64_t group, const ConstTensor& from, Pool& pool) {
   if (inference_ && from.dtype() == dtype_) return pack_group(matrix, group, from, pool);
   fill(matrix, group, pool, [&](const Tensor& to) { copy(from, to, pool); });
 }
@@ -312,10 +337,8 @@ std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
   };
   std::vector<Parameter> all{parameter("experts.up", up_, &up_.low, true),
                              parameter("experts.down", down_, &down_.low, true)};
-  if (bias_) {
-    all.push_back(parameter("experts.up_bias", up_bias_, nullptr, false));
-    all.push_back(parameter("experts.down_bias", down_bias_, nullptr, false));
-  }
+  if (bias_) all.push_back(parameter("experts.up_bias", up_bias_, nullptr, false));
+  if (bias_ && has_down_bias_) all.push_back(parameter("experts.down_bias", down_bias_, nullptr, false));
   return all;
 }
 

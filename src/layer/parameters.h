@@ -9,14 +9,16 @@
 
 #include <expar/layer.h>
 
+#include "src/layer/part.h"
 #include "src/layer/shared_expert.h"
 
 namespace expar {
 
 class LayerParameters {
  public:
-  /// `kernels` pack what is for inference alone.
-  LayerParameters(const MoeLayerOptions& options, ExpertRange range, bool holds_shared, const Kernels& kernels);
+  /// Of the experts in `range` the `slice` of their inner dimension. `kernels` pack what is for inference alone.
+  LayerParameters(const MoeLayerOptions& options, ExpertRange range, ExpertRange slice, bool holds_shared,
+                  const Kernels& kernels);
 
   void initialise(std::uint64_t seed, std::string_view prefix, Pool& pool);
   /// Of local expert `e`, and of the shared ones.
@@ -56,12 +58,14 @@ class LayerParameters {
     Array value, gradient;
   };
   struct Matrix : Trained {
-    Shape shape;   // [groups, N, K]
-    Array low;     // bf16 copy where the layer's dtype is bf16
-    Array packed;  // in the layout of packed_by_; where the layer is for inference alone there is nothing else
+    MatrixPart part;  // what is here of each group's matrix
+    Shape shape;      // [groups, N, K] of it
+    Array low;        // bf16 copy where the layer's dtype is bf16
+    Array packed;     // in the layout of packed_by_; where the layer is for inference alone there is nothing else
   };
 
   void write(Matrix& matrix, const char* what, std::int64_t group, const ConstTensor& from, Pool& pool);
+  void store(Matrix& matrix, std::int64_t group, const ConstTensor& from, Pool& pool);
   /// Lets `write` fill one group, [N, K] f32.
   void fill(Matrix& matrix, std::int64_t group, Pool& pool, FunctionRef<void(const Tensor&)> write);
   void pack_group(Matrix& matrix, std::int64_t group, const ConstTensor& values, Pool& pool);
@@ -76,6 +80,8 @@ class LayerParameters {
   std::int64_t first_;  // global number of the first expert
   DType dtype_;
   bool bias_, inference_;
+  bool has_down_bias_;  // of the slices of an expert one adds it, the first
+  MatrixPart up_bias_part_;
   Kernels kernels_;  // of the layer's own context
   Trained router_, router_bias_, up_bias_, down_bias_, shared_gate_, special_mix_, special_value_;
   Array selection_bias_, token_table_;

@@ -104,24 +104,43 @@ LayerCase::Held LayerCase::held(int rank, int ranks) const {
 }
 
 void LayerCase::fill(MoeLayer& layer) const {
-  const auto first = static_cast<std::size_t>(layer.local_experts().first);
-  const auto copy = [](const std::vector<float>& from, std::size_t begin, const Tensor& to) {
-    std::memcpy(to.data(), from.data() + begin, to.byte_size());
+  const auto copy = [](const std::vector<float>& from, const Tensor& to) {
+    std::memcpy(to.data(), from.data(), to.byte_size());
   };
-  copy(router, 0, layer.router_parameter("").value);
+  copy(router, layer.router_parameter("").value);
   for (const Parameter& p : layer.expert_parameters("")) {
     const auto& from = p.name == "experts.up"        ? up
                        : p.name == "experts.down"    ? down
                        : p.name == "experts.up_bias" ? up_bias
                                                      : down_bias;
-    copy(from, first * (from.size() / static_cast<std::size_t>(spec.experts)), p.value);
+    const std::vector<std::size_t> at = places(layer, p.name);
+    for (std::size_t i = 0; i < at.size(); ++i) p.value.as<float>()[i] = from[at[i]];
   }
   const std::vector<float>* const shared[] = {&shared_up, &shared_down, &shared_gate};
   const std::vector<Parameter> shared_parameters = layer.shared_parameters("");
-  for (std::size_t i = 0; i < shared_parameters.size(); ++i) copy(*shared[i], 0, shared_parameters[i].value);
+  for (std::size_t i = 0; i < shared_parameters.size(); ++i) copy(*shared[i], shared_parameters[i].value);
   const std::vector<Parameter> special = layer.special_parameters("");
-  for (std::size_t i = 0; i < special.size(); ++i) copy(i == 0 ? special_mix : special_value, 0, special[i].value);
+  for (std::size_t i = 0; i < special.size(); ++i) copy(i == 0 ? special_mix : special_value, special[i].value);
   layer.refresh();
+}
+
+std::vector<std::size_t> LayerCase::places(const MoeLayer& layer, const std::string& name) const {
+  const ExpertRange experts = layer.local_experts(), inner = layer.local_inner();
+  const bool is_up = name == "experts.up" || name == "experts.up_bias";
+  const std::int64_t rows = is_up ? wide() : spec.hidden;
+  const std::int64_t columns = name == "experts.up" ? spec.hidden : name == "experts.down" ? spec.inner : 1;
+  const auto held = [&](std::int64_t f) { return f >= inner.first && f < inner.first + inner.count; };
+  std::vector<std::size_t> all;
+  for (std::int64_t e = experts.first; e < experts.first + experts.count; ++e) {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (is_up && !held(r % spec.inner)) continue;
+      for (std::int64_t k = 0; k < columns; ++k) {
+        if (name == "experts.down" && !held(k)) continue;
+        all.push_back(static_cast<std::size_t>((e * rows + r) * columns + k));
+      }
+    }
+  }
+  return all;
 }
 
 LayerResult::LayerResult(const LayerCase& c) {
@@ -192,13 +211,18 @@ void to_f32(const ConstTensor& from, float* to) {
     to[i] = from.dtype() == DType::f32 ? from.as<float>()[i] : static_cast<float>(from.as<bf16>()[i]);
 }
 
-void run_layer(const LayerCase& c, const Context& context, const LayerResult& result) {
+void run_layer(const LayerCase& c, const Context& context, const LayerResult& shown, const Communicator& tensor) {
+  const bool shows = !tensor || tensor.rank() == 0;
+  const LayerResult own(c);
+  const LayerResult& result = shows ? shown : own;
   const LayerCase::Held held = c.held(context.rank(), context.size());
   const std::int64_t begin = c.shards[held.first];
   std::vector<std::int64_t> shards;
   for (std::size_t s = 0; s <= held.count; ++s) shards.push_back(c.shards[held.first + s] - begin);
 
-  MoeLayer layer(context, c.options());
+  MoeLayerOptions options = c.options();
+  options.tensor = tensor;
+  MoeLayer layer(context, options);
   c.fill(layer);
   const Array x = rows_of(c, c.x, held);
   const Array residual = rows_of(c, c.residual, held);
@@ -233,16 +257,28 @@ void run_layer(const LayerCase& c, const Context& context, const LayerResult& re
   keep_shards({"shared_up", "shared_down", "shared_gate"}, layer.shared_shard_gradients());
   keep_shards({"special_mix", "special_value"}, layer.special_shard_gradients());
   for (const Parameter& p : layer.expert_parameters("")) {
-    const std::int64_t local = layer.local_experts().count;
-    if (local == 0) continue;
-    const std::string name = p.name.substr(p.name.find('.') + 1);
-    to_f32(p.gradient, result.at(name) + layer.local_experts().first * (p.gradient.elements() / local));
+    float* const all = shown.at(p.name.substr(p.name.find('.') + 1));
+    const std::vector<std::size_t> at = c.places(layer, p.name);
+    for (std::size_t i = 0; i < at.size(); ++i) all[at[i]] = p.gradient.as<float>()[i];
   }
-  if (context.rank() == 0) result.at("losses")[0] = record.losses.balance, result.at("losses")[1] = record.losses.z;
+  if (context.rank() == 0 && shows) {
+    shown.at("losses")[0] = record.losses.balance;
+    shown.at("losses")[1] = record.losses.z;
+  }
   barrier(context);
-  EXPECT_EQ(result.at("losses")[0], record.losses.balance);
-  EXPECT_EQ(result.at("losses")[1], record.losses.z);
+  if (tensor) barrier(context.on(tensor));
+  EXPECT_EQ(shown.at("losses")[0], record.losses.balance);
+  EXPECT_EQ(shown.at("losses")[1], record.losses.z);
   EXPECT_EQ(record.losses.tokens, c.tokens());
+  if (shows) return;
+  const auto same = [&](const char* name, std::size_t first, std::int64_t count) {
+    return std::memcmp(own.at(name) + first, shown.at(name) + first, static_cast<std::size_t>(count) * sizeof(float)) ==
+           0;
+  };
+  const auto first = static_cast<std::size_t>(row);
+  EXPECT_TRUE(same("out", first, x.view().elements()) && same("dx", first, x.view().elements()) &&
+              same("router", held.first * per_shard, layer.router_shard_gradients().elements()))
+      << "slices differ";
 }
 
 }  // namespace expar::test

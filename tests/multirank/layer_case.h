@@ -56,6 +56,8 @@ struct LayerCase {
   Held held(int rank, int ranks) const;
   /// Draws nothing: writes this rank's part of the parameters into a layer.
   void fill(MoeLayer& layer) const;
+  /// Where each element of an expert parameter of `layer` stands in the global array of that name ("up", "down_bias").
+  std::vector<std::size_t> places(const MoeLayer& layer, const std::string& name) const;
 };
 
 /// What a layer gave, in global order, as f32; seen by all ranks, processes included.
@@ -81,8 +83,10 @@ class LayerResult {
   float* values_ = nullptr;
 };
 
-/// This rank's part of one training step (forward, backward) and one inference, into the global arrays.
-void run_layer(const LayerCase& layer_case, const Context& context, const LayerResult& result);
+/// This rank's part of one training step (forward, backward) and one inference, into the global arrays. Ranks of
+/// `tensor` hold slices of the same experts: all do the same, and the first writes.
+void run_layer(const LayerCase& layer_case, const Context& context, const LayerResult& result,
+               const Communicator& tensor = {});
 
 /// The rank's rows of a global [T, H] as an array of dtype, and back.
 Array rows_of(const LayerCase& layer_case, const std::vector<float>& all, LayerCase::Held held);

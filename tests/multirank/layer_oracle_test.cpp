@@ -6,8 +6,11 @@
 #include <numeric>
 #include <vector>
 
+#include <expar/collectives.h>
+#include <expar/mesh.h>
 #include <expar/registry.h>
 
+#include "tests/fastest_backend.h"
 #include "tests/multirank/capacity_oracle.h"
 #include "tests/multirank/layer_case.h"
 #include "tests/multirank/oracle.h"
@@ -229,6 +232,47 @@ void compare(const LayerSpec& spec) {
       const std::string where = spec.name() + " of " + backend + " on " + std::to_string(ranks) + " ranks";
       expect_near(result, expected, where);
       EXPECT_EQ(result.difference(alone), "") << where << " and on one";
+    }
+  }
+}
+
+/// Ranks of a mesh of `ep` x `tp`.
+LayerResult run_on_mesh(const LayerCase& c, const RankSetup& setup, int ep, int tp) {
+  LayerResult result(c);
+  expect_success(run_communicators(setup, [&](const Communicator& communicator) {
+    const Mesh mesh(communicator, {{"ep", ep}, {"tp", tp}});
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    run_layer(c, context.on(mesh.group("ep")), result, mesh.group("tp"));
+    barrier(context);
+  }));
+  return result;
+}
+
+TEST(LayerSlices, agree_on_any_mesh) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const LayerSpec specs[] = {{.experts = 5, .topk = 3, .bias = true, .dtype = dtype},
+                               {.experts = 5,
+                                .activation = Activation::gelu,
+                                .weights_on = WeightsOn::inner,
+                                .dtype = dtype,
+                                .recompute = true},
+                               {.experts = 5, .dtype = dtype, .shared_inner = 21, .shared_gate = true},
+                               {.experts = 5, .topk = 4, .dtype = dtype, .special = {1, 1, 2}}};
+    for (const LayerSpec& spec : specs) {
+      const LayerCase c(spec);
+      const Expected expected(c);
+      for (const auto& [ep, tp] : std::vector<std::pair<int, int>>{{1, 2}, {1, 3}, {2, 2}, {2, 3}, {4, 2}}) {
+        const std::string where = spec.name() + " on ep=" + std::to_string(ep) + ",tp=" + std::to_string(tp);
+        const LayerResult result = run_on_mesh(c, {.ranks = ep * tp}, ep, tp);
+        expect_near(result, expected, where);
+        if (ep == 2 && tp == 2) {
+          const RankSetup messages{.kind = Kind::shm, .ranks = 4, .mapping = false};
+          EXPECT_EQ(run_on_mesh(c, messages, ep, tp).difference(result), "") << where;
+        }
+        if (ep > 1) {
+          EXPECT_EQ(run_on_mesh(c, {.ranks = tp}, 1, tp).difference(result), "") << where << " and on ep=1";
+        }
+      }
     }
   }
 }

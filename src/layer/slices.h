@@ -1,0 +1,32 @@
+// Experts in slices of their inner dimension (tensor parallelism): what each slice gives, and the sum over them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include <expar/layer.h>
+
+namespace expar {
+
+/// The ranks that hold slices of the same experts, and hand in the same tokens; one rank where nothing is in slices.
+class Slices {
+ public:
+  /// Collective over options.tensor. Throws Error: bad_argument, mismatch.
+  Slices(const Context& context, const MoeLayerOptions& options);
+
+  /// Of the inner dimension F.
+  ExpertRange own() const { return own_; }
+
+  /// combine, and then the sum over slices before what `options` adds. Collective over the context and over the slices.
+  void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,
+               const CombineOptions& options);
+  /// Sums f32 values over the slices, in place. Collective over the slices.
+  void sum(Tensor values);
+
+ private:
+  std::optional<Context> ranks_;
+  ExpertRange own_;
+  Buffer part_, wide_, sum_;
+};
+
+}  // namespace expar
