@@ -14,11 +14,11 @@
 namespace expar::test {
 namespace {
 
-/// Runs `body` on a mesh of 2 x `tp` with options for a layer of `c` in slices.
+/// Runs `body` on a mesh of `ep` x 3 with options for a layer of `c` in slices.
 template <class Body>
-std::vector<Outcome> run_mesh(const LayerCase& c, int tp, const Body& body) {
-  return run_communicators({.ranks = 2 * tp}, [&](const Communicator& communicator) {
-    const Mesh mesh(communicator, {{"ep", 2}, {"tp", tp}});
+std::vector<Outcome> run_mesh(const LayerCase& c, int ep, const Body& body) {
+  return run_communicators({.ranks = ep * 3}, [&](const Communicator& communicator) {
+    const Mesh mesh(communicator, {{"ep", ep}, {"tp", 3}});
     const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
     MoeLayerOptions options = c.options();
     options.tensor = mesh.group("tp");
@@ -38,7 +38,7 @@ TEST(LayerSlices, draw_the_parameters_of_whole_experts) {
         whole.emplace_back(p.value.as<float>(), p.value.as<float>() + p.value.elements());
       }
     }));
-    expect_success(run_mesh(c, 3, [&](const Context& context, const MoeLayerOptions& options) {
+    expect_success(run_mesh(c, 2, [&](const Context& context, const MoeLayerOptions& options) {
       MoeLayer layer(context, options);
       layer.initialise(3, "layers.0");
       const std::vector<Parameter> parts = layer.expert_parameters("");
@@ -56,7 +56,7 @@ TEST(LayerSlices, take_their_part_of_what_is_written) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const LayerCase c({.experts = 5, .bias = true, .dtype = dtype});
     const std::int64_t H = c.spec.hidden, F = c.spec.inner, W = c.wide();
-    expect_success(run_mesh(c, 3, [&](const Context& context, MoeLayerOptions options) {
+    expect_success(run_mesh(c, 2, [&](const Context& context, MoeLayerOptions options) {
       MoeLayer training(context, options);
       c.fill(training);
       options.inference = true;
@@ -80,7 +80,7 @@ TEST(LayerSlices, take_their_part_of_what_is_written) {
 TEST(LayerSlices, say_why_they_cannot_be) {
   const LayerCase c({.shared_inner = 5, .inner = 2});
   const auto error_with = [&](const auto& change) {
-    return expect_same_error(run_mesh(c, 3,
+    return expect_same_error(run_mesh(c, 1,
                                       [&](const Context& context, MoeLayerOptions options) {
                                         change(options);
                                         MoeLayer layer(context, options);
