@@ -105,6 +105,20 @@ std::vector<std::string> flags_of(const CLI::App& app) {
   refuse(what);
 }
 
+/// `asked`: see Verb::ranks.
+void agree_on_ranks(std::int64_t asked, int& ranks) {
+  if (asked == 0 || asked == ranks) return;
+  if (ranks != 0) {
+    refuse("--ranks = '" + std::to_string(ranks) + "' contradicts the mesh, which has " + std::to_string(asked) +
+           " places");
+  }
+  if (asked > kMaxRanks) {
+    refuse("the mesh has " + std::to_string(asked) + " places, above the " + std::to_string(kMaxRanks) +
+           " ranks that expar starts");
+  }
+  ranks = static_cast<int>(asked);
+}
+
 }  // namespace
 
 RunOptions Common::run_options() const {
@@ -190,6 +204,7 @@ Parsed parse(const Verb& verb, const std::vector<std::string>& words) {
   if (verb.take_command) {
     verb.take_command(end == words.end() ? std::vector<std::string>() : std::vector<std::string>(end + 1, words.end()));
   }
+  agree_on_ranks(verb.ranks(), parsed.common.ranks);
   verb.check(parsed.common);
   return parsed;
 }

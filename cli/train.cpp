@@ -23,6 +23,7 @@ struct TrainFlags {
   std::string dtype = "bf16";
   std::string router = "softmax";
   std::string capacity_policy = "drop_by_position";
+  std::string mesh;
   std::string log_dir;
   const CLI::Option* log_dir_given = nullptr;
   bool dense = false;
@@ -54,6 +55,9 @@ void add_flags(CLI::App& app, TrainFlags& flags) {
   app.add_option("--dtype", flags.dtype, "of activations and weights: f32 or bf16")
       ->check(one_of({"f32", "bf16"}))
       ->capture_default_str();
+  app.add_option("--mesh", flags.mesh,
+                 "how ranks share the experts, like dp=2,ep=2,tp=2: replicas, whole experts, slices of them (default: "
+                 "ep alone)");
   const std::vector<std::string> routers(router_names().begin(), router_names().end());
   app.add_option("--router", flags.router,
                  "how experts are chosen: softmax, as in a family of models, by sinkhorn; or with expert_choice, which "
@@ -178,13 +182,17 @@ class ProgressLine {
   Clock::time_point next_{};
 };
 
+std::vector<MeshDim> dims_of(const TrainFlags& flags) {
+  return flags.mesh.empty() ? std::vector<MeshDim>{} : parse_mesh(flags.mesh);
+}
+
 /// log_dir : where rank 0 writes for TensorBoard; empty: nowhere
-TrainReport train_one(const Context& context, const Text& text, const TrainOptions& options, const char* name,
-                      const std::string& log_dir) {
+TrainReport train_one(const Context& context, const Parallel& ranks, const Text& text, const TrainOptions& options,
+                      const char* name, const std::string& log_dir) {
   std::optional<Dashboard> dashboard;
   if (context.rank() == 0 && !log_dir.empty()) dashboard.emplace(log_dir, options);
   ProgressLine line(name, options.steps, context.rank() == 0);
-  const TrainReport report = train(context, text, options, [&](const Progress& progress) {
+  const TrainReport report = train(ranks, text, options, [&](const Progress& progress) {
     line.show(progress);
     if (dashboard) dashboard->show(progress);
   });
@@ -264,13 +272,14 @@ nlohmann::json run_train(const TrainFlags& flags, const Communicator& communicat
   const Context context(communicator, common.context_options());
   const TrainOptions& options = flags.options;
   const Text text(read_text(context, flags.text), options.model.context, flags.text);
-  const TrainReport moe = train_one(context, text, options, "MoE", flags.log_dir);
+  const Parallel ranks(context, dims_of(flags));
+  const TrainReport moe = train_one(context, ranks, text, options, "MoE", flags.log_dir);
   std::optional<TrainReport> dense;
   if (flags.dense) {
     TrainOptions twin = options;
     twin.model = dense_twin(options.model);
     twin.save.clear();
-    dense = train_one(context, text, twin, "dense", dense_log_dir(flags));
+    dense = train_one(context, ranks, text, twin, "dense", dense_log_dir(flags));
   }
   if (communicator.rank() != 0) return nullptr;
   print(options, moe, dense);
@@ -285,7 +294,13 @@ Verb train_verb() {
   verb.name = "train";
   verb.help = "Train an expert-parallel MoE on the bytes of a text.";
   verb.add_options = [flags](CLI::App& app) { add_flags(app, *flags); };
+  verb.ranks = [flags] {
+    std::int64_t product = 1;
+    for (const MeshDim& dim : dims_of(*flags)) product = std::min<std::int64_t>(product * dim.size, INT32_MAX);
+    return flags->mesh.empty() ? std::int64_t{0} : product;
+  };
   verb.check = [flags](const Common&) {
+    check_dims(dims_of(*flags));
     TrainOptions& options = flags->options;
     options.model.moe.dtype = parse_dtype(flags->dtype);
     choose_router(options, flags->router);

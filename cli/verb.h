@@ -38,6 +38,9 @@ struct Verb {
   /// Adds the verb's own flags. Called once, first.
   std::function<void(CLI::App&)> add_options = [](CLI::App&) {};
 
+  /// How many ranks the verb's own flags ask for; 0: as many as there are. What --ranks or a launcher says must agree.
+  std::function<std::int64_t()> ranks = [] { return 0; };
+
   /// Looks at all flags together; throws Error bad_argument. Called before any rank starts, then once in every process.
   std::function<void(const Common&)> check = [](const Common&) {};
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstring>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -28,26 +29,29 @@ struct SavedTensor {
   std::string name;  // Qwen3-MoE's where it has one
   Shape shape;
   std::string parameter;
-  std::int64_t first = 0;  // element of the parameter on its owner
-  int owner = 0;
-  bool replicated = false;  // every rank has it; the owner writes it
-  bool low = false;         // works in bf16: the f32 values go with the optimizer's state
-  bool trained = true;      // by the optimizer, which has moments of it
+  std::int64_t first = 0;  // element of the parameter where it is
+  int owner = 0;           // rank of Parallel::data that it comes from
+  bool here = true;        // this rank has it
+  int axis = -1;           // along which ranks have slices of it; -1: it is whole
+  ExpertRange slice = {};  // of that axis, on this rank
+  bool low = false;        // works in bf16: the f32 values go with the optimizer's state
+  bool trained = true;     // by the optimizer, which has moments of it
 };
 
-/// All tensors of the model, the same on every rank.
-std::vector<SavedTensor> saved_tensors(const TextModelOptions& model, int ranks) {
+/// All tensors of the model, in the same order on every rank.
+std::vector<SavedTensor> saved_tensors(const TextModelOptions& model, const Parallel& ranks) {
   const MoeLayerOptions& moe = model.moe;
   const bool low = moe.dtype == DType::bf16;
   std::vector<SavedTensor> all;
   for (std::int64_t place = 0; place < model.context; ++place) {
-    const int owner = owner_of(place, ranks, model.context);
-    const std::int64_t local = place - experts_of(owner, ranks, model.context).first;
+    const int owner = owner_of(place, ranks.data.size(), model.context);
+    const std::int64_t local = place - experts_of(owner, ranks.data.size(), model.context).first;
     all.push_back({.name = "model.embed_places." + std::to_string(place) + ".weight",
                    .shape = {kBytes, moe.hidden},
                    .parameter = "embedding",
                    .first = local * kBytes * moe.hidden,
                    .owner = owner,
+                   .here = owner == ranks.data.rank(),
                    .low = low});
   }
   for (std::int64_t layer = 0; layer < model.layers; ++layer) {
@@ -56,43 +60,40 @@ std::vector<SavedTensor> saved_tensors(const TextModelOptions& model, int ranks)
     all.push_back({.name = block + "post_attention_layernorm.weight",
                    .shape = {moe.hidden},
                    .parameter = "norms",
-                   .first = layer * moe.hidden,
-                   .replicated = true});
+                   .first = layer * moe.hidden});
     all.push_back({.name = block + "mlp.gate.weight",
                    .shape = {moe.router.experts, moe.hidden},
-                   .parameter = parameters + "router.weight",
-                   .replicated = true});
+                   .parameter = parameters + "router.weight"});
     if (moe.router.selection_bias) {
       all.push_back({.name = block + "mlp.gate.e_score_correction_bias",
                      .shape = {moe.router.experts},
                      .parameter = parameters + "selection_bias",
-                     .replicated = true,
                      .trained = false});
     }
     for (std::int64_t e = 0; e < moe.router.experts; ++e) {
-      const int owner = owner_of(e, ranks, moe.router.experts);
-      const std::int64_t local = e - experts_of(owner, ranks, moe.router.experts).first;
-      const std::int64_t each = moe.inner * moe.hidden;
-      const auto matrix = [&](const char* name, Shape shape, const char* parameter, std::int64_t first) {
+      const int owner = owner_of(e, ranks.experts.size(), moe.router.experts);
+      const std::int64_t local = e - experts_of(owner, ranks.experts.size(), moe.router.experts).first;
+      const ExpertRange slice = experts_of(ranks.slice(), ranks.slice_count(), moe.inner);
+      const std::int64_t each = slice.count * moe.hidden;
+      const auto matrix = [&](const char* name, Shape shape, int axis, const char* parameter, std::int64_t first) {
         all.push_back({.name = block + "mlp.experts." + std::to_string(e) + "." + name + ".weight",
                        .shape = shape,
                        .parameter = parameters + parameter,
                        .first = first,
-                       .owner = owner,
+                       .owner = ranks.holder(owner),
+                       .here = owner == ranks.experts.rank(),
+                       .axis = axis,
+                       .slice = slice,
                        .low = low});
       };
-      matrix("gate_proj", {moe.inner, moe.hidden}, "experts.up", 2 * local * each);
-      matrix("up_proj", {moe.inner, moe.hidden}, "experts.up", (2 * local + 1) * each);
-      matrix("down_proj", {moe.hidden, moe.inner}, "experts.down", local * each);
+      matrix("gate_proj", {moe.inner, moe.hidden}, 0, "experts.up", 2 * local * each);
+      matrix("up_proj", {moe.inner, moe.hidden}, 0, "experts.up", (2 * local + 1) * each);
+      matrix("down_proj", {moe.hidden, moe.inner}, 1, "experts.down", local * each);
     }
   }
-  all.push_back({.name = "model.norm.weight",
-                 .shape = {moe.hidden},
-                 .parameter = "norms",
-                 .first = model.layers * moe.hidden,
-                 .replicated = true});
   all.push_back(
-      {.name = "lm_head.weight", .shape = {kBytes, moe.hidden}, .parameter = "head", .replicated = true, .low = low});
+      {.name = "model.norm.weight", .shape = {moe.hidden}, .parameter = "norms", .first = model.layers * moe.hidden});
+  all.push_back({.name = "lm_head.weight", .shape = {kBytes, moe.hidden}, .parameter = "head", .low = low});
   return all;
 }
 
@@ -125,7 +126,10 @@ class State {
   };
   const Part& part(const SavedTensor& t) const { return parts_.at(t.parameter); }
   static Tensor piece(const SavedTensor& t, const Tensor& all) {
-    return {all.bytes() + static_cast<std::size_t>(t.first) * size_of(all.dtype()), all.dtype(), t.shape};
+    const Shape shape = t.axis == 0   ? Shape{t.slice.count, t.shape[1]}
+                        : t.axis == 1 ? Shape{t.shape[0], t.slice.count}
+                                      : t.shape;
+    return {all.bytes() + static_cast<std::size_t>(t.first) * size_of(all.dtype()), all.dtype(), shape};
   }
 
   std::map<std::string, Part> parts_;
@@ -244,6 +248,34 @@ std::string config_of(const TextModelOptions& model) {
   line("vocab_size", text_of(kBytes));
   line("tie_word_embeddings", "false");
   return text + "  \"torch_dtype\": \"" + dtype + "\"\n}\n";
+}
+
+// ---- slices
+
+/// Columns [first, first + part.size(1)) of `whole` stand in `part`: copies them there, or from there.
+void copy_columns(const Tensor& whole, const Tensor& part, std::int64_t first, bool into_whole) {
+  const std::size_t size = size_of(whole.dtype());
+  const auto bytes = [&](std::int64_t elements) { return static_cast<std::size_t>(elements) * size; };
+  for (std::int64_t row = 0; row < part.size(0); ++row) {
+    std::byte* const in_whole = whole.bytes() + bytes(row * whole.size(1) + first);
+    std::byte* const in_part = part.bytes() + bytes(row * part.size(1));
+    std::memcpy(into_whole ? in_whole : in_part, into_whole ? in_part : in_whole, bytes(part.size(1)));
+  }
+}
+
+/// The whole of a tensor from the slices of all ranks of ranks.tensor. Collective over these.
+Tensor join_slices(const Parallel& ranks, const SavedTensor& t, const Tensor& mine, Buffer& joined, Buffer& whole) {
+  const auto flat = [](const Tensor& tensor) { return Tensor(tensor.data(), tensor.dtype(), {tensor.elements()}); };
+  const Tensor all = joined.view(mine.dtype(), t.shape);
+  all_gather(ranks.all.on(ranks.tensor), flat(mine), flat(all));
+  if (t.axis == 0) return all;  // one below the other
+  const Tensor result = whole.view(mine.dtype(), t.shape);
+  for (int r = 0; r < ranks.slice_count(); ++r) {
+    const ExpertRange slice = experts_of(r, ranks.slice_count(), t.shape[1]);
+    const std::size_t before = static_cast<std::size_t>(slice.first * t.shape[0]) * size_of(mine.dtype());
+    copy_columns(result, Tensor(all.bytes() + before, mine.dtype(), {t.shape[0], slice.count}), slice.first, true);
+  }
+  return result;
 }
 
 // ---- saving
@@ -367,27 +399,29 @@ void check_checkpoint_directory(const std::string& directory, const TextModelOpt
               directory + " holds the checkpoint of a model with other extents; choose another directory");
 }
 
-void save_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer,
+void save_checkpoint(const Parallel& ranks, const std::string& directory, TextModel& model, AdamW& optimizer,
                      const TrainOptions& options) {
+  const Context& context = ranks.data;
   const Phase phase(context.trace(), "save");
-  const std::vector<SavedTensor> tensors = saved_tensors(model.options(), context.size());
+  const std::vector<SavedTensor> tensors = saved_tensors(model.options(), ranks);
   const State state(model, optimizer);
   std::optional<Files> files;
-  if (context.rank() == 0) files.emplace(directory, options, optimizer.steps(), tensors);
+  if (ranks.all.rank() == 0) files.emplace(directory, options, optimizer.steps(), tensors);
 
-  Buffer arrived;
+  Buffer arrived, joined, whole;
   // Rank 0's own tensors are written from where they lie, the others' from here.
-  const auto bring = [&](const SavedTensor& t, const Tensor& mine, DType dtype) {
-    if (t.owner == 0) return mine;
-    const Tensor all = context.rank() == t.owner ? mine : arrived.view(dtype, t.shape);
+  const auto bring = [&](const SavedTensor& t, Tensor mine, DType dtype) {
+    const bool gives = context.rank() == t.owner;
+    if (gives && t.axis >= 0 && ranks.tensor) mine = join_slices(ranks, t, mine, joined, whole);
+    if (t.owner == 0 || ranks.slice() != 0) return mine;
+    const Tensor all = gives ? mine : arrived.view(dtype, t.shape);
     broadcast(context, all, t.owner);
     return all;
   };
   for (const SavedTensor& t : tensors) {
-    const bool here = t.replicated || context.rank() == t.owner;
     const auto save = [&](Tensor (State::*part)(const SavedTensor&) const, DType dtype, const std::string& name,
                           void (Files::*write)(const std::string&, ConstTensor)) {
-      const Tensor tensor = bring(t, here ? (state.*part)(t) : Tensor(), dtype);
+      const Tensor tensor = bring(t, t.here ? (state.*part)(t) : Tensor(), dtype);
       if (files) ((*files).*write)(name, tensor);
     };
     if (t.low) {
@@ -401,7 +435,7 @@ void save_checkpoint(const Context& context, const std::string& directory, TextM
     save(&State::v, DType::f32, v_name(t), &Files::write_state);
   }
 
-  Operation saving(context.communicator(), Signature("save_checkpoint"), context.timeout());
+  Operation saving(ranks.all.communicator(), Signature("save_checkpoint"), context.timeout());
   saving.ready([&]() -> Operation::Words {
     if (files) files->commit();
     return {};
@@ -410,23 +444,27 @@ void save_checkpoint(const Context& context, const std::string& directory, TextM
   saving.complete();
 }
 
-void load_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer) {
-  Operation loading(context.communicator(), Signature("load_checkpoint"), context.timeout());
+void load_checkpoint(const Parallel& ranks, const std::string& directory, TextModel& model, AdamW& optimizer) {
+  Operation loading(ranks.all.communicator(), Signature("load_checkpoint"), ranks.all.timeout());
   loading.ready([&]() -> Operation::Words {
     const SavedTraining saved = read_checkpoint(directory);
     const std::filesystem::path path(directory);
     const io::SafetensorsFile values(path / kModelFile);
     const io::SafetensorsFile others(path / saved.optimizer);
     const State state(model, optimizer);
-    for (const SavedTensor& t : saved_tensors(model.options(), context.size())) {
-      if (!t.replicated && t.owner != context.rank()) continue;
+    Buffer whole;
+    for (const SavedTensor& t : saved_tensors(model.options(), ranks)) {
+      if (!t.here) continue;
       const auto read = [&](const io::SafetensorsFile& file, const std::string& name, const Tensor& to) {
         const io::StoredTensor& stored = file.at(name);
-        if (stored.dtype() != to.dtype() || stored.shape() != to.shape()) {
+        if (stored.dtype() != to.dtype() || stored.shape() != t.shape) {
           refuse(file.path(), name + " is " + stored.str() + ", should be " + std::string(expar::name(to.dtype())) +
-                                  " " + to.shape().str());
+                                  " " + t.shape.str());
         }
-        stored.read_rows(0, to);
+        if (t.axis < 1 || to.shape() == t.shape) return stored.read_rows(t.slice.first, to);
+        const Tensor all = whole.view(to.dtype(), t.shape);
+        stored.read_rows(0, all);
+        copy_columns(all, to, t.slice.first, false);
       };
       read(t.low ? others : values, t.low ? value_name(t) : t.name, state.value(t));
       if (!t.trained) continue;
@@ -438,7 +476,7 @@ void load_checkpoint(const Context& context, const std::string& directory, TextM
   });
   loading.meet();
   loading.complete();
-  model.refresh(context);
+  model.refresh(ranks.data);
 }
 
 }  // namespace expar

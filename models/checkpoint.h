@@ -1,4 +1,4 @@
-// Saves a training so that it can go on, on any number of ranks, as if it had never stopped.
+// Saves a training so that it can go on, on any number of ranks and any mesh of them, as if it had never stopped.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,9 @@ namespace expar {
 ///   model.safetensors     every parameter in the dtype that works, experts under their global index; its metadata says
 ///                         which step this is, how the training was set up and which file goes with it
 ///   optimizer-N.safetensors  AdamW's moments after step N and, in bf16, the f32 parameters
-/// The bytes do not depend on the number of ranks. model.safetensors comes last and in one piece: whatever happens
-/// while a checkpoint is written, the directory holds the one before it or the new one, whole.
+/// The bytes do not depend on the number of ranks, nor on how they hold the model. model.safetensors comes last and in
+/// one piece: whatever happens while a checkpoint is written, the directory holds the one before it or the new one,
+/// whole.
 struct SavedTraining {
   TrainOptions options;  // without files
   std::int64_t step = 0;
@@ -29,15 +30,15 @@ SavedTraining read_checkpoint(const std::string& directory);
 /// extents; a model that neither family can tell), io (it cannot be written). Not collective.
 void check_checkpoint_directory(const std::string& directory, const TextModelOptions& model);
 
-/// Writes what `model` and `optimizer` hold. Every rank writes its own experts straight into the files.
+/// Writes what `model` and `optimizer` hold. Rank 0 writes; what it does not hold, others bring.
 /// Collective. Throws Error: io (a full disk, with the system's reason), as every collective.
 /// Cost: one write of every parameter and its state.
-void save_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer,
+void save_checkpoint(const Parallel& ranks, const std::string& directory, TextModel& model, AdamW& optimizer,
                      const TrainOptions& options);
 
 /// Reads this rank's part. `model` has the options of the checkpoint.
 /// Collective. Throws Error: io (a tensor is missing or has another shape, naming it).
 /// Cost: one read of this rank's parameters and their state.
-void load_checkpoint(const Context& context, const std::string& directory, TextModel& model, AdamW& optimizer);
+void load_checkpoint(const Parallel& ranks, const std::string& directory, TextModel& model, AdamW& optimizer);
 
 }  // namespace expar

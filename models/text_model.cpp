@@ -61,13 +61,15 @@ TextModelOptions dense_twin(TextModelOptions options) {
   options.moe.shared_gate = false;
   const RouterOptions& router = options.moe.router;
   options.moe.router = {.experts = 1, .topk = 1, .balance = router.balance, .z = router.z};
+  options.moe.weights_on = WeightsOn::output;
   options.moe.capacity = {};  // one expert takes every token or none: there is nothing to even out
   return options;
 }
 
-TextModel::TextModel(const Context& context, const TextModelOptions& options, std::uint64_t seed)
+TextModel::TextModel(const Parallel& ranks, const TextModelOptions& options, std::uint64_t seed)
     : options_((validate(options), options)),
-      embedding_(context, options.context, options.moe.hidden, options.moe.dtype),
+      ranks_(ranks),
+      embedding_(ranks.data, options.context, options.moe.hidden, options.moe.dtype),
       norms_(static_cast<std::size_t>(options.layers) + 1),
       gains_(DType::f32, {options.layers + 1, hidden()}),
       dgains_and_loss_(DType::f32, {gains_and_loss()}),
@@ -76,13 +78,17 @@ TextModel::TextModel(const Context& context, const TextModelOptions& options, st
       loads_(static_cast<std::size_t>(options.layers * options.moe.router.experts)) {
   if (dtype() == DType::bf16) head_low_ = Array(dtype(), {kBytes, hidden()});
   std::fill_n(gains_.as<float>(), gains_.view().elements(), 1.0F);
-  embedding_.initialise(context, seed);
+  embedding_.initialise(ranks_.data, seed);
   MoeLayerOptions moe = options.moe;
+  moe.tensor = ranks_.tensor;
+  // A replica's losses are means over its own tokens; their sum over replicas is to be a mean too.
+  moe.router.balance /= static_cast<float>(ranks_.replica_count());
+  moe.router.z /= static_cast<float>(ranks_.replica_count());
   moe.workspace = std::make_shared<ExpertsWorkspace>();  // blocks run one after another
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
-    Block& block =
-        blocks_.emplace_back(MoeLayer(context, moe), std::vector<Parameter>{}, std::vector<Parameter>{}, MoeRecord{});
+    Block& block = blocks_.emplace_back(MoeLayer(ranks_.experts, moe), std::vector<Parameter>{},
+                                        std::vector<Parameter>{}, MoeRecord{});
     block.moe.initialise(seed, prefix(layer));
     block.router.push_back(block.moe.router_parameter(prefix(layer)));
     if (moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));
@@ -156,9 +162,9 @@ void TextModel::forward(const Context& context, const Batch& batch, const Shardi
     const Tensor out = norms_[layer + 1].x;
     const MoeInputs inputs{.norm = norm_to(layer + 1)};
     if (pass == Pass::training) {
-      block.moe.forward(context, in.y, out, in.x, sharding.offsets, block.record, inputs);
+      block.moe.forward(ranks_.experts, in.y, out, in.x, sharding.offsets, block.record, inputs);
     } else {
-      block.moe.forward(context, in.y, out, in.x, inputs);
+      block.moe.forward(ranks_.experts, in.y, out, in.x, inputs);
     }
   }
   const Phase phase(context.trace(), "head");
@@ -216,7 +222,7 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     const std::string name = shown(layer);
     const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
-    block.moe.backward(context, block.record, dx, dnormed);
+    block.moe.backward(ranks_.experts, block.record, dx, dnormed);
     all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router[0].gradient));
     if (options_.moe.router.bias)
       all_reduce(context, block.moe.router_bias_shard_gradients(), block.router[1].gradient);
@@ -227,6 +233,7 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     norm_backward(context, layer, dnormed, dx, sharding, dx);
   }
   all_reduce(context, gain_rows_, dgains_and_loss_);
+  sum_over_replicas();
   embedding_.backward(context, batch.contexts, dx);
 }
 
@@ -282,13 +289,44 @@ void TextModel::norm_backward(const Context& context, std::size_t index, ConstTe
                     gains_and_loss());
 }
 
+/// The gradients of experts that other ranks hold too.
+void TextModel::sum_over_replicas() {
+  if (!ranks_.replicas) return;
+  const Context replicas = ranks_.data.on(ranks_.replicas);
+  for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
+    for (const Parameter& p : blocks_[layer].moe.expert_parameters(prefix(layer))) {
+      const Tensor sum = replica_sum_.view(DType::f32, {p.gradient.elements()});
+      all_reduce(replicas, ConstTensor(p.gradient.data(), DType::f32, {1, sum.elements()}), sum);
+      std::copy_n(sum.as<float>(), sum.elements(), p.gradient.as<float>());
+    }
+  }
+}
+
+/// The sum of each replica's counts.
+std::vector<std::int64_t> TextModel::over_replicas(std::span<const std::int64_t> counts) const {
+  std::vector<std::int64_t> sum(counts.begin(), counts.end());
+  if (!ranks_.replicas) return sum;
+  const auto count = static_cast<std::int64_t>(counts.size());
+  const Array all(DType::int64, {ranks_.replicas.size(), count});
+  all_gather(ranks_.data.on(ranks_.replicas), ConstTensor(counts.data(), {1, count}), all);
+  std::fill(sum.begin(), sum.end(), 0);
+  for (std::int64_t i = 0; i < all.view().elements(); ++i) {
+    sum[static_cast<std::size_t>(i % count)] += all.as<std::int64_t>()[i];
+  }
+  return sum;
+}
+
 void TextModel::follow_loads(float rate) {
   const auto experts = static_cast<std::size_t>(options_.moe.router.experts);
   if (!options_.moe.router.selection_bias) return;
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
     // What the router wanted, dropped or not.
     const std::vector<std::int64_t>& chosen = blocks_[layer].record.capacity.chosen;
-    const auto counts = chosen.empty() ? loads().subspan(layer * experts, experts) : std::span(chosen);
+    // Loads are sums over replicas already.
+    const auto counts = chosen.empty()
+                            ? std::vector(loads().begin() + static_cast<std::ptrdiff_t>(layer * experts),
+                                          loads().begin() + static_cast<std::ptrdiff_t>((layer + 1) * experts))
+                            : over_replicas(chosen);
     update_selection_bias(selection_bias(layer), counts, rate);
   }
 }
@@ -302,6 +340,11 @@ void TextModel::count_loads() {
     std::copy(totals.begin(), totals.end(), loads_.begin() + static_cast<std::ptrdiff_t>(layer * experts));
     for (const std::int64_t slots : record.capacity.dropped) dropped_ += slots;
   }
+  if (!ranks_.replicas) return;
+  loads_.push_back(dropped_);
+  loads_ = over_replicas(loads_);
+  dropped_ = loads_.back();
+  loads_.pop_back();
 }
 
 PhaseTimes TextModel::take_times() {

@@ -9,6 +9,7 @@
 
 #include "models/batch.h"
 #include "models/embedding.h"
+#include "models/parallel.h"
 
 namespace expar {
 
@@ -27,12 +28,15 @@ void validate(const TextModelOptions& options);
 TextModelOptions dense_twin(TextModelOptions options);
 
 /// context [C] -> embedding [H] -> layers of x + moe(norm(x)) -> norm -> head [256, H] -> logits [256]
-/// Losses, gradients and parameters are the same bytes for every number of ranks and threads and every transport.
+/// Losses, gradients and parameters are the same bytes for every number of ranks and threads and every transport. With
+/// experts in slices they differ by the rounding of the sum over these; with replicas each balances its own tokens, and
+/// a capacity is that of one replica's.
 class TextModel {
  public:
   /// Draws every parameter by its name; the head begins at zero, so that the first loss is log 256.
-  /// Collective. Throws Error: as validate(), no_memory.
-  TextModel(const Context& context, const TextModelOptions& options, std::uint64_t seed);
+  /// Collective over all ranks of `ranks`, as all that follows; contexts that follow are ranks.data.
+  /// Throws Error: as validate(), no_memory.
+  TextModel(const Parallel& ranks, const TextModelOptions& options, std::uint64_t seed);
 
   const TextModelOptions& options() const { return options_; }
 
@@ -88,6 +92,8 @@ class TextModel {
   Tensor head_backward(const Context& context, const Batch& batch, const Sharding& sharding);
   void norm_backward(const Context& context, std::size_t index, ConstTensor dy, ConstTensor residual,
                      const Sharding& sharding, Tensor dx);
+  void sum_over_replicas();
+  std::vector<std::int64_t> over_replicas(std::span<const std::int64_t> counts) const;
   void count_loads();
   Parameter head_parameter();
 
@@ -99,6 +105,7 @@ class TextModel {
   std::int64_t gains_and_loss() const { return gains_.view().elements() + 1; }
 
   TextModelOptions options_;
+  Parallel ranks_;
   Embedding embedding_;
   std::vector<Block> blocks_;
   std::vector<Norm> norms_;             // one before each block and one before the head
@@ -110,6 +117,7 @@ class TextModel {
   Buffer head_rows_;  // [S_r, 256, H]
   Tensor gain_rows_;  // [S_r, gains_and_loss()]
   Buffer gain_rows_memory_;
+  Buffer replica_sum_;
   std::vector<std::int64_t> loads_;
   std::int64_t dropped_ = 0;
   double backward_ms_ = 0;

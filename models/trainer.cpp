@@ -111,9 +111,9 @@ void validate(const TrainOptions& options) {
 }
 
 std::span<const std::string_view> router_names() {
-  static constexpr std::string_view kNames[] = {"softmax",  "mixtral",      "qwen2_moe",   "qwen3_moe",
-                                                "olmoe",    "deepseek_v2",  "deepseek_v3", "gpt_oss",
-                                                "sinkhorn", "expert_choice"};
+  static constexpr std::string_view kNames[] = {"softmax", "mixtral",     "qwen2_moe",    "qwen3_moe",
+                                                "olmoe",   "deepseek_v2", "deepseek_v3",  "gpt_oss",
+                                                "llama4",  "sinkhorn",    "expert_choice"};
   return kNames;
 }
 
@@ -124,6 +124,7 @@ void choose_router(TrainOptions& options, const std::string& name) {
   chosen.balance = chosen.selection_bias || is_collective(chosen.choice) ? 0.0F : router.balance;
   chosen.z = router.z;
   router = chosen;
+  options.model.moe.weights_on = name == "llama4" ? WeightsOn::input : WeightsOn::output;
   options.router = name;
 }
 
@@ -135,12 +136,13 @@ float schedule(std::int64_t step, std::int64_t decay_steps) {
   return kLastRate + (1.0F - kLastRate) * 0.5F * (1.0F + std::cos(std::numbers::pi_v<float> * part));
 }
 
-TrainReport train(const Context& context, const Text& text, const TrainOptions& options,
+TrainReport train(const Parallel& ranks, const Text& text, const TrainOptions& options,
                   FunctionRef<void(const Progress&)> watch) {
   validate(options);
-  TextModel model(context, options.model, options.seed);
+  const Context& context = ranks.data;
+  TextModel model(ranks, options.model, options.seed);
   AdamW optimizer;
-  if (!options.resume.empty()) load_checkpoint(context, options.resume, model, optimizer);
+  if (!options.resume.empty()) load_checkpoint(ranks, options.resume, model, optimizer);
   const std::int64_t first_step = optimizer.steps();
   const auto parameters = model.parameters();
   const Sampler sampler(text.training_targets(), options.seed);
@@ -186,7 +188,7 @@ TrainReport train(const Context& context, const Text& text, const TrainOptions& 
 
     const bool last = step + 1 == options.steps;
     const bool due = options.save_every > 0 && (step + 1) % options.save_every == 0;
-    if (!options.save.empty() && (last || due)) save_checkpoint(context, options.save, model, optimizer, options);
+    if (!options.save.empty() && (last || due)) save_checkpoint(ranks, options.save, model, optimizer, options);
   }
 
   report.first_loads = first_loads.sums();

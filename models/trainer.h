@@ -89,9 +89,9 @@ struct Progress {
 };
 
 /// Losses and bits per byte are the same bytes for every number of ranks and threads and every transport; times are
-/// not. `watch` is called on every rank. Collective. Throws Error: bad_argument (options; a loss that is not finite,
-/// naming the step), as TextModel.
-TrainReport train(const Context& context, const Text& text, const TrainOptions& options,
+/// not (see TextModel for what a mesh changes). `watch` is called on every rank. Collective. Throws Error: bad_argument
+/// (options; a loss that is not finite, naming the step), as TextModel.
+TrainReport train(const Parallel& ranks, const Text& text, const TrainOptions& options,
                   FunctionRef<void(const Progress&)> watch);
 
 /// The learning rate of step `step` (from 0) relative to its peak; after `decay_steps` it stays where it is.

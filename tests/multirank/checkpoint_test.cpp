@@ -51,6 +51,24 @@ TEST_F(CheckpointCommand, goes_on_bit_by_bit_with_another_number_of_ranks) {
   }
 }
 
+TEST_F(CheckpointCommand, goes_from_mesh_to_mesh) {
+  for (const std::string dtype : {" --dtype f32", " --dtype bf16"}) {
+    const std::string first = kSmall + dtype + " --steps 10";
+    train(first + " --mesh ep=2,tp=2" + save("mesh"));
+    train(first + " --mesh tp=2" + save("slices"));
+    EXPECT_TRUE(files("mesh") == files("slices")) << "how many ranks hold whole experts changes the bytes";
+    const nlohmann::json three = train(" --steps 20 --ranks 3" + resume("mesh") + save("three"));
+    const nlohmann::json one = train(" --steps 20" + resume("mesh") + save("one"));
+    EXPECT_EQ(three["losses"].dump(), one["losses"].dump());
+    EXPECT_TRUE(files("three") == files("one"));
+    for (const std::string mesh : {"tp=3", "ep=2,tp=2", "dp=2,tp=2", "ep=2,dp=2"}) {
+      const nlohmann::json other = train(" --steps 11 --mesh " + mesh + resume("mesh"));
+      EXPECT_NEAR(other["losses"][0], one["losses"][0], 0.002) << mesh << dtype << " reads other numbers";
+    }
+    for (const char* directory : {"mesh", "slices", "three", "one"}) std::filesystem::remove_all(path(directory));
+  }
+}
+
 TEST_F(CheckpointCommand, is_not_disturbed_by_saving_on_the_way) {
   const nlohmann::json plain = train(std::string(kSmall) + " --steps 20 --ranks 2");
   const nlohmann::json saving = train(std::string(kSmall) + " --steps 20 --ranks 2 --save-every 3" + save("often"));

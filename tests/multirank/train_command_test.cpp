@@ -28,7 +28,8 @@ TEST_F(TrainCommand, prints_the_same_losses_on_any_ranks_and_transport) {
 }
 
 TEST_F(TrainCommand, trains_with_every_router_on_any_ranks) {
-  for (const std::string router : {"qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "sinkhorn", "expert_choice"}) {
+  for (const std::string router :
+       {"qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4", "sinkhorn", "expert_choice"}) {
     const std::string flags = std::string(kSmall) + " --dtype f32 --router " + router;
     const nlohmann::json one = train(flags);
     ASSERT_GT(one["losses"].front(), one["losses"].back()) << router;
@@ -36,6 +37,32 @@ TEST_F(TrainCommand, trains_with_every_router_on_any_ranks) {
     EXPECT_EQ(three["losses"].dump(), one["losses"].dump()) << router;
     EXPECT_EQ(three["heldout_bits_per_byte"].dump(), one["heldout_bits_per_byte"].dump()) << router;
   }
+}
+
+TEST_F(TrainCommand, trains_on_any_mesh) {
+  const std::string flags = std::string(kSmall) + " --dtype f32";
+  const nlohmann::json whole = train(flags);
+  const nlohmann::json slices = train(flags + " --mesh tp=2");
+  EXPECT_EQ(slices["ranks"], 2);
+  for (const std::string mesh : {"ep=2,tp=2", "tp=2,ep=3"}) {
+    const nlohmann::json result = train(flags + " --mesh " + mesh);
+    EXPECT_EQ(result["losses"].dump(), slices["losses"].dump()) << mesh;
+    EXPECT_EQ(result["heldout_bits_per_byte"].dump(), slices["heldout_bits_per_byte"].dump()) << mesh;
+  }
+  EXPECT_EQ(train(flags + " --mesh ep=2")["losses"].dump(), whole["losses"].dump());
+  const double bits = whole["heldout_bits_per_byte"];
+  EXPECT_NEAR(slices["heldout_bits_per_byte"], bits, 0.01);
+  for (const std::string mesh : {"dp=2,ep=2", "ep=2,dp=2,tp=2 --router deepseek_v3 --bias-update-rate 0.01"}) {
+    const nlohmann::json result = train(flags + " --mesh " + mesh);
+    EXPECT_EQ(result["losses"][0].dump(), whole["losses"][0].dump()) << mesh;
+    EXPECT_NEAR(result["heldout_bits_per_byte"], bits, 0.2) << mesh;
+  }
+  // Replicas stay alike: all of them see each other's loads and gradients.
+  const std::string biased = flags + " --router deepseek_v3 --bias-update-rate 0.01 --mesh ";
+  EXPECT_EQ(train(biased + "dp=2")["losses"].dump(), train(biased + "dp=2,tp=1")["losses"].dump());
+  const Finished finished = expar("train --text " + path("text") + " --mesh ep=2,tp=2 --ranks 3");
+  EXPECT_EQ(finished.status, 2);
+  EXPECT_NE(finished.err.find("--ranks = '3' contradicts the mesh, which has 4 places"), std::string::npos);
 }
 
 TEST_F(TrainCommand, evens_the_loads_out_without_a_loss) {
@@ -154,6 +181,8 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
       {text + " --capacity-factor 1 --capacity-policy drop", 2,
        "--capacity-policy = 'drop' is not one of drop_by_position"},
       {text + " --steps 1 --capacity-factor 0.5 --capacity-policy error", 2, "rows, its capacity is"},
+      {text + " --mesh ep", 2, "'ep' is no part of a mesh, which is written like dp=2,ep=4"},
+      {text + " --mesh ep=1,xp=2", 2, "the mesh has a dim xp; a text model has dp, ep and tp"},
       {text + " --sace here", 2, "unknown flag --sace"},
       {text + " --save-every 3", 2, "--save-every needs --save"},
       {text + " --save " + path("text") + "/here", 7, "cannot make this directory"},

@@ -1,0 +1,35 @@
+// The groups of a mesh that a text model needs.
+#include "models/parallel.h"
+
+#include <string>
+
+namespace expar {
+
+void check_dims(const std::vector<MeshDim>& dims) {
+  for (const MeshDim& dim : dims) {
+    if (dim.name == "dp" || dim.name == "ep" || dim.name == "tp") continue;
+    throw Error(ErrorCode::bad_argument, "the mesh has a dim " + dim.name + "; a text model has dp, ep and tp");
+  }
+}
+
+Parallel::Parallel(const Context& whole, const std::vector<MeshDim>& dims) : Parallel(whole) {
+  if (dims.empty()) return;
+  check_dims(dims);
+  const Mesh mesh(all.communicator(), dims);
+  const auto along = [&](const std::vector<std::string>& wanted) {
+    std::vector<std::string> there;
+    for (const std::string& dim : wanted) {
+      if (mesh.has(dim)) there.push_back(dim);
+    }
+    return mesh.join(there);
+  };
+  data = all.on(along({"dp", "ep"}));
+  experts = all.on(along({"ep"}));
+  for (auto dim = dims.rbegin(); dim != dims.rend() && dim->name != "ep"; ++dim) {
+    if (dim->name == "dp") stride = dim->size;
+  }
+  if (mesh.size("dp") > 1) replicas = mesh.group("dp");
+  if (mesh.size("tp") > 1) tensor = mesh.group("tp");
+}
+
+}  // namespace expar
