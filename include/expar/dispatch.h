@@ -90,6 +90,7 @@ class PendingDispatch {
 ///   plan    : from make_plan; the same plan serves combine and the backward pass. Of a bounded one that is the inbox's
 ///             plan(), complete; x then waits in room for the bound until the other ranks have read it
 ///   returns : inbox [U, H] and a list of rows per local expert
+/// Of a replicated plan x is the same bytes on all ranks; nothing is sent, and the lists take rows from x alone.
 /// Collective: H, dtype, payload, layout and capacity are the same on all ranks.
 /// Throws Error: bad_argument (x or weights disagree with the plan; more rows than the capacity), mismatch, timeout,
 /// peer_lost.
@@ -138,6 +139,9 @@ struct CombineOptions {
   ConstTensor residual = {};
   /// Of the rows of out, in the pass that makes them; absent where its y is.
   RmsNorm norm = {};
+  /// Of a replicated plan: out, shared and residual are columns part_of(H, rank, P) of what they were, without a norm,
+  /// and of each result just these are read. The same on all ranks.
+  bool slice = false;
 };
 
 class PendingCombine {
@@ -160,6 +164,7 @@ class PendingCombine {
 ///             returns
 ///   weights : [T, K] f32, or `unweighted`
 ///   out     : [T, H]  dtype of y; may be the residual itself
+/// Of a replicated plan every rank gets all of out, or its columns of it (CombineOptions::slice).
 /// Collective. Throws Error: bad_argument, mismatch, timeout, peer_lost.
 /// Cost: one read of each of the T K rows where they lie, one write of T rows.
 void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,

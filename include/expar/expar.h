@@ -12,6 +12,7 @@
 #include <expar/mesh.h>          // Mesh: ranks in a grid, and the groups along its dims
 #include <expar/norm.h>          // RMSNorm
 #include <expar/optimizer.h>     // AdamW
+#include <expar/partition.h>     // all ranks have the same tokens, each a slice of the hidden size
 #include <expar/permute.h>       // rows from rank-major to expert-major and back
 #include <expar/plan.h>          // make_plan: who sends which row where
 #include <expar/random.h>        // numbers keyed by what they are for

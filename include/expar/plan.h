@@ -29,6 +29,9 @@ struct PlanOptions {
   /// 0: an exact plan. Else a bounded one, for decoding, where waiting costs more than bytes: the most tokens that any
   /// rank may have, the same on all ranks. See make_plan.
   std::int64_t bound = 0;
+  /// All ranks have the same tokens, and so the same ids: each row is needed once, whoever reads its result. For
+  /// inference. See make_plan and partition.h.
+  bool replicated = false;
   /// Set when this rank could not even choose its ids: every rank throws this error instead of getting a plan.
   std::optional<Error> failure = {};
 };
@@ -54,11 +57,12 @@ class Plan {
   std::int64_t topk() const;     // K
   std::int64_t experts() const;  // E
   std::int64_t bound() const;    // 0: exact
+  bool replicated() const;
   bool open() const;
   ExpertRange held_by(int rank) const;
   ExpertRange local() const;  // those of this rank
 
-  /// [P, E] rows that each rank has for each expert.
+  /// [P, E] rows that each rank has for each expert; of a replicated plan all have the same ones.
   std::span<const std::int32_t> counts() const;
   /// [E] rows of each expert over all ranks.
   std::span<const std::int64_t> expert_totals() const;
@@ -81,7 +85,8 @@ class Plan {
   /// First outbox row here of `source`'s slots of local expert `e`.
   std::int64_t source_start(int source, std::int64_t e) const;
 
-  /// Payload bytes that this rank writes to other ranks in a dispatch of rows of `width` elements.
+  /// Payload bytes that this rank writes to other ranks in a dispatch of rows of `width` elements. Replicated: in
+  /// join_slices, of slices of `width` elements; a dispatch writes none.
   std::int64_t bytes(std::int64_t width, DType dtype) const;
   /// The same on every rank: ties a plan to the operations that use it. 0 while it is open.
   std::uint64_t id() const;
@@ -110,9 +115,12 @@ class PendingPlan {
 /// Bounded: nothing is exchanged here. The counts travel with the rows, in room for `bound` tokens of each rank, and
 /// nobody waits before it sends; one such plan may serve several dispatches. What is wrong with the ids, or more tokens
 /// than the bound, is an error that dispatch throws on every rank.
-/// Collective, unless bounded: K, E and the alignment are the same on all ranks.
+/// Replicated: nothing is exchanged here either. An expert's rows stand in (token, slot) order, each once, whatever P
+/// is, and inboxes hold no rows of other ranks. The id is a hash of what the plan was made from: ranks whose ids differ
+/// get `mismatch` in the first operation that uses it, and what is wrong with the ids is thrown there, on every rank.
+/// Collective, unless bounded or replicated: K, E and the alignment are the same on all ranks.
 /// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
-/// Cost: one exchange of P x (E + P) integers; bounded, counting alone.
+/// Cost: one exchange of P x (E + P) integers; bounded or replicated, counting alone.
 Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "src/communicator/state.h"
+#include "src/util/mix.h"
 
 namespace expar {
 namespace {
@@ -16,14 +17,7 @@ constexpr std::size_t kHashWord = 0;
 constexpr std::size_t kStatusWord = 1;
 constexpr std::size_t kFirstUserWord = 2;
 
-std::uint64_t mix(std::uint64_t hash, std::uint64_t value) {
-  hash ^= value + 0x9e3779b97f4a7c15ULL + (hash << 6) + (hash >> 2);
-  hash ^= hash >> 32;
-  hash *= 0xd6e8feb86659fd93ULL;
-  return hash ^ (hash >> 32);
-}
-
-std::uint64_t mix(std::uint64_t hash, std::string_view text) {
+std::uint64_t mix_text(std::uint64_t hash, std::string_view text) {
   for (const char c : text) hash = mix(hash, static_cast<unsigned char>(c));
   return hash;
 }
@@ -47,9 +41,9 @@ Signature& Signature::with_list(std::string_view field, std::span<const std::int
 }
 
 std::uint64_t Signature::hash() const {
-  std::uint64_t hash = mix(0, operation_);
+  std::uint64_t hash = mix_text(0, operation_);
   for (std::size_t i = 0; i < count_; ++i)
-    hash = mix(mix(hash, fields_[i].name), static_cast<std::uint64_t>(fields_[i].value));
+    hash = mix(mix_text(hash, fields_[i].name), static_cast<std::uint64_t>(fields_[i].value));
   return hash;
 }
 

@@ -3,6 +3,7 @@
 #include <string>
 #include <utility>
 
+#include <expar/collectives.h>
 #include <expar/dispatch.h>
 
 #include "src/dispatch/results.h"
@@ -56,6 +57,16 @@ Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layo
   return Outbox(std::move(block), rows, layout);
 }
 
+/// The part of each result that each rank reads; all of it, or its columns.
+RowParts parts_of(const Context& context, std::int64_t width, DType dtype, bool slice) {
+  RowParts parts{at(width) * size_of(dtype), std::pmr::vector<Slice>(context.memory().get())};
+  for (int rank = 0; rank < context.size(); ++rank) {
+    const Part part = slice ? part_of(width, rank, context.size()) : Part{0, width};
+    parts.of.push_back({at(part.begin) * size_of(dtype), at(part.end - part.begin) * size_of(dtype)});
+  }
+  return parts;
+}
+
 void check_width(std::int64_t width) {
   if (width < 0) refuse("an outbox of width " + std::to_string(width));
 }
@@ -89,8 +100,8 @@ struct PendingCombine::State final : InFlight {
     if (!results && operation.agreed()) read();
   }
   void read() {
-    const std::size_t row_bytes = at(out.size(1)) * size_of(out.dtype());
-    results.emplace(context, operation, plan, order, y, row_bytes);
+    const RowParts parts = parts_of(context, width_of(y), out.dtype(), options.slice);
+    results.emplace(context, operation, plan, order, y, parts);
   }
 
   Context context;
@@ -117,12 +128,16 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   Signature signature("combine");
   signature.with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
   signature.with("plan", static_cast<std::int64_t>(plan.id())).with("weighted", weights.has_value());
+  signature.with("slice", options.slice);
   with_layout(signature, y);
   auto state = make_kept<PendingCombine::State>(context.memory(), context, plan, y, out, options, signature);
   state->operation.ready([&] {
     if (dtype != DType::f32 && dtype != DType::bf16)
       refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
-    require("out", out, dtype, Shape{plan.tokens(), width});
+    if (options.slice && !plan.replicated()) refuse("slices are of a replicated plan");
+    if (options.slice && !options.norm.y.absent()) refuse("a slice has no norm: it takes whole rows");
+    const Part columns = options.slice ? part_of(width, context.rank(), context.size()) : Part{0, width};
+    require("out", out, dtype, Shape{plan.tokens(), columns.end - columns.begin});
     if (weights) require("weights", *weights, DType::f32, Shape{plan.tokens(), plan.topk()});
     if (!options.shared.absent()) require("shared", options.shared, DType::f32, out.shape());
     if (!options.shared_weights.absent()) {
@@ -179,7 +194,7 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   });
   operation.meet();
   const std::size_t row_bytes = at(width) * sizeof(float);
-  Results results(context, operation, plan, order, values, row_bytes);
+  Results results(context, operation, plan, order, values, parts_of(context, width, DType::f32, false));
   const void* const* slots = results.finish(context.communicator(), operation, plan);
   std::byte* to = out.bytes();
   for (std::int64_t i = 0; i < plan.tokens() * plan.topk(); ++i, to += row_bytes) {

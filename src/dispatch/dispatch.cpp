@@ -43,6 +43,8 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
            ", but as bf16, f16, int8 or fp8_e4m3");
   }
   if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
+  if (plan.replicated() && options.layout == Layout::rank_major)
+    refuse("rows of a replicated plan come from no rank: choose another layout than rank_major");
   if (!plan.open()) check_capacity(plan, options.layout, options.capacity);
 }
 
@@ -134,6 +136,7 @@ struct PendingDispatch::State final : InFlight {
   void send() {
     sent = true;
     if (shelf) return shelf->read(operation);
+    if (plan.replicated()) return;  // the others have the rows
     std::size_t staged = 0;
     for (int step = 1; step < communicator.size(); ++step) {
       const int peer = (communicator.rank() + step) % communicator.size();
@@ -323,7 +326,7 @@ Inbox PendingDispatch::finish() {
   state->shelf ? state->take_rows() : state->await_rows();
   state->operation.complete();
   state->unpack();
-  if (like == nullptr) state->list_rows();
+  if (like == nullptr && !state->plan.replicated()) state->list_rows();
   if (state->shelf) state->check_capacity_of_all();
   state->pack();
   return Inbox(std::move(state->inbox));

@@ -34,6 +34,7 @@ void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
   if (options.experts < 1) refuse("num_experts is " + std::to_string(options.experts) + ", below 1");
   validate_first_experts(options.first_experts, ranks, options.experts);
   if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
+  if (options.bound > 0 && options.replicated) refuse("a replicated plan exchanges nothing and takes no bound");
   if (options.bound > std::numeric_limits<std::int32_t>::max())
     refuse("bound is " + std::to_string(options.bound) + ", above 2^31 - 1");
   if (options.alignment < 1) refuse("alignment is " + std::to_string(options.alignment) + ", below 1");
@@ -61,16 +62,18 @@ void count(const Context& context, ConstTensor ids, const PlanOptions& options, 
   count(ids, options, plan);
 }
 
-/// What dispatch will send. An error is kept for it, because here no rank meets another.
-void count_bounded(const Context& context, ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
+/// For plans that are made without an exchange. An error is kept for the first operation, because here no rank meets
+/// another.
+void count_alone(const Context& context, ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.bound = options.bound;
   try {
     validate(ids, options, context.size());
-    if (ids.size(0) > options.bound) {
+    if (options.bound > 0 && ids.size(0) > options.bound) {
       refuse(std::to_string(ids.size(0)) + " tokens are more than the plan's bound of " +
              std::to_string(options.bound));
     }
     count(context, ids, options, plan);
+    if (options.replicated) complete_replicated(plan);
   } catch (const Error& error) {
     plan.failure = error;
   } catch (const std::bad_alloc&) {
@@ -79,6 +82,7 @@ void count_bounded(const Context& context, ConstTensor ids, const PlanOptions& o
 }
 
 const Plan::Data& complete_only(const std::shared_ptr<const Plan::Data>& data) {
+  if (data->failure) throw *data->failure;
   if (data->id == 0) refuse("the plan is bounded and still open; the inbox of its dispatch has the complete one");
   return *data;
 }
@@ -122,8 +126,8 @@ PendingPlan::~PendingPlan() = default;
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
   const Phase phase(context.trace(), operation_span("start plan"));
   auto state = make_kept<PendingPlan::State>(context.memory(), context);
-  if (options.bound > 0) {
-    count_bounded(context, ids, options, *state->plan);
+  if (options.bound > 0 || options.replicated) {
+    count_alone(context, ids, options, *state->plan);
     return PendingPlan(std::move(state));
   }
   Signature signature("plan");
@@ -164,6 +168,7 @@ std::int64_t Plan::tokens() const { return data_->tokens; }
 std::int64_t Plan::topk() const { return data_->topk; }
 std::int64_t Plan::experts() const { return data_->experts; }
 std::int64_t Plan::bound() const { return data_->bound; }
+bool Plan::replicated() const { return data_->replicated; }
 bool Plan::open() const { return data_->id == 0; }
 ExpertRange Plan::held_by(int rank) const { return data_->held_by(rank); }
 ExpertRange Plan::local() const { return data_->held_by(data_->rank); }

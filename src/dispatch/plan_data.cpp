@@ -6,6 +6,8 @@
 #include <numeric>
 #include <string>
 
+#include "src/util/mix.h"
+
 namespace expar {
 namespace {
 
@@ -105,6 +107,7 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.experts = options.experts;
   plan.alignment = options.alignment;
   plan.bound = options.bound;
+  plan.replicated = options.replicated;
   plan.reserve();
   plan.first_experts.resize(at(plan.ranks) + 1);
   for (int r = 0; r <= plan.ranks; ++r) {
@@ -160,6 +163,23 @@ void complete(const Communicator& communicator, std::uint64_t id,
   for (int s = 0; s < plan.ranks; ++s) take_counts(communicator, s, own_of(s), plan, unique);
   derive_offsets(plan, unique);
   place_slots(plan);
+}
+
+void complete_replicated(Plan::Data& plan) {
+  std::uint64_t id = mix(mix(mix(at(plan.topk), at(plan.experts)), at(plan.alignment)), at(plan.tokens));
+  for (const std::int64_t first : plan.first_experts) id = mix(id, at(first));
+  for (const std::int32_t expert : plan.ids) id = mix(id, static_cast<std::uint64_t>(expert));
+  plan.id = id >> 2 | std::uint64_t{1} << 62;  // no number of an operation
+
+  // For offsets, each row counts once: as if the last rank alone had them, so that nobody's stand before another's.
+  const std::size_t experts = at(plan.experts), last = at(plan.ranks - 1);
+  plan.counts.assign(at(plan.ranks) * experts, 0);
+  std::copy_n(plan.own.begin(), experts, plan.counts.begin() + static_cast<std::ptrdiff_t>(last * experts));
+  derive_offsets(plan, std::pmr::vector<std::int32_t>(at(plan.ranks) * at(plan.ranks), 0, plan.memory.get()));
+  place_slots(plan);
+  for (std::size_t s = 0; s < last; ++s) {
+    std::copy_n(plan.own.begin(), experts, plan.counts.begin() + static_cast<std::ptrdiff_t>(s * experts));
+  }
 }
 
 }  // namespace expar

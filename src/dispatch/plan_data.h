@@ -26,19 +26,20 @@ struct Plan::Data {
   std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1, bound = 0;
   std::pmr::vector<std::int64_t> first_experts{memory.get()};  // [P + 1]
   std::uint64_t id = 0;                                        // 0: open
-  std::optional<Error> failure;                                // why an open plan cannot be dispatched
-  std::pmr::vector<std::int32_t> ids{memory.get()};            // [T, K]
-  std::pmr::vector<std::int32_t> send_tokens{memory.get()};    // destination by destination
-  std::pmr::vector<std::int32_t> own{memory.get()};            // [E + P] this rank's rows per expert, tokens per rank
-  std::pmr::vector<std::int64_t> send_begin{memory.get()};     // [P + 1] into send_tokens
-  std::pmr::vector<std::int64_t> send_row{memory.get()};       // [P]
-  std::pmr::vector<std::int32_t> counts{memory.get()};         // [P, E]
-  std::pmr::vector<std::int64_t> totals{memory.get()};         // [E]
-  std::pmr::vector<std::int64_t> offsets{memory.get()};        // [L + 1]
-  std::pmr::vector<std::int64_t> rows{memory.get()};           // [L]
-  std::pmr::vector<std::int64_t> sources{memory.get()};        // [P + 1]
-  std::pmr::vector<std::int32_t> slot_start{memory.get()};     // [1 + E], from expert -1
-  std::pmr::vector<std::int64_t> source_start{memory.get()};   // [P, L]
+  bool replicated = false;
+  std::optional<Error> failure;                               // why an open plan cannot be dispatched
+  std::pmr::vector<std::int32_t> ids{memory.get()};           // [T, K]
+  std::pmr::vector<std::int32_t> send_tokens{memory.get()};   // destination by destination
+  std::pmr::vector<std::int32_t> own{memory.get()};           // [E + P] this rank's rows per expert, tokens per rank
+  std::pmr::vector<std::int64_t> send_begin{memory.get()};    // [P + 1] into send_tokens
+  std::pmr::vector<std::int64_t> send_row{memory.get()};      // [P]
+  std::pmr::vector<std::int32_t> counts{memory.get()};        // [P, E]
+  std::pmr::vector<std::int64_t> totals{memory.get()};        // [E]
+  std::pmr::vector<std::int64_t> offsets{memory.get()};       // [L + 1]
+  std::pmr::vector<std::int64_t> rows{memory.get()};          // [L]
+  std::pmr::vector<std::int64_t> sources{memory.get()};       // [P + 1]
+  std::pmr::vector<std::int32_t> slot_start{memory.get()};    // [1 + E], from expert -1
+  std::pmr::vector<std::int64_t> source_start{memory.get()};  // [P, L]
   std::pmr::vector<SlotRow> slots{memory.get()};  // [T, K]; while open, the place among this rank's of an expert
 };
 
@@ -50,5 +51,8 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan);
 /// be end the job.
 void complete(const Communicator& communicator, std::uint64_t id,
               FunctionRef<std::span<const std::byte>(int source)> own_of, Plan::Data& plan);
+
+/// The same where every rank has what this one has.
+void complete_replicated(Plan::Data& plan);
 
 }  // namespace expar

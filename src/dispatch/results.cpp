@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <string>
+#include <utility>
 
 namespace expar {
 namespace {
@@ -23,45 +24,56 @@ std::size_t count(const Plan& plan, int source, const ExpertRange& range) {
 }  // namespace
 
 Results::Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-                 const Outbox& own, std::size_t row_bytes)
+                 const Outbox& own, RowParts parts)
     : order_(order),
       own_(own),
-      row_bytes_(row_bytes),
+      parts_(std::move(parts)),
       slots_(context.memory().get()),
       arrived_(at(plan.experts()), nullptr, context.memory().get()) {
   exchange(context.communicator(), operation, plan);
 }
 
+/// Copies what `peer` reads of this rank's results, expert by expert; returns the end of it.
+std::byte* Results::stage(const Plan& plan, int peer, std::byte* stage) const {
+  const Slice part = parts_.of[at(peer)];
+  for (std::int64_t e = 0; e < plan.local().count; ++e) {
+    const std::byte* row = own_.block().data() + at(order_.source_start(peer, e)) * parts_.row_bytes + part.offset;
+    for (std::size_t i = count(plan, peer, plan.local().first + e); i > 0 && part.bytes > 0; --i) {
+      std::memcpy(stage, row, part.bytes);
+      row += parts_.row_bytes;
+      stage += part.bytes;
+    }
+  }
+  return stage;
+}
+
 /// Sends each source that is not mapped its rows, expert by expert: an order that both ends know from the plan.
 void Results::exchange(const Communicator& communicator, const Operation& operation, const Plan& plan) {
   const int self = communicator.rank();
+  const std::size_t part_bytes = parts_.of[at(self)].bytes;
   std::vector<int> peers;
   std::size_t sent = 0, received = 0;
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (communicator.transport().mapped(peer)) continue;
     peers.push_back(peer);
-    sent += count(plan, peer, plan.local());
-    received += count(plan, self, plan.held_by(peer));
+    sent += count(plan, peer, plan.local()) * parts_.of[at(peer)].bytes;
+    received += count(plan, self, plan.held_by(peer)) * part_bytes;
   }
-  staging_.resize(sent * row_bytes_);
-  received_.resize(received * row_bytes_);
+  staging_.resize(sent);
+  received_.resize(received);
 
-  std::byte* stage = staging_.data();
+  std::byte* staged = staging_.data();
   std::byte* arrival = received_.data();
   for (const int peer : peers) {
-    const std::byte* first_sent = stage;
-    for (std::int64_t e = 0; e < plan.local().count; ++e) {
-      const std::size_t bytes = count(plan, peer, plan.local().first + e) * row_bytes_;
-      if (bytes > 0) std::memcpy(stage, own_.block().data() + at(order_.source_start(peer, e)) * row_bytes_, bytes);
-      stage += bytes;
-    }
-    transfers_.send(peer, first_sent, static_cast<std::size_t>(stage - first_sent));
+    const std::byte* first_sent = staged;
+    staged = stage(plan, peer, staged);
+    transfers_.send(peer, first_sent, static_cast<std::size_t>(staged - first_sent));
 
     std::byte* first_received = arrival;
     const ExpertRange theirs = plan.held_by(peer);
     for (std::int64_t e = theirs.first; e < theirs.first + theirs.count; ++e) {
       arrived_[at(e)] = arrival;
-      arrival += count(plan, self, e) * row_bytes_;
+      arrival += count(plan, self, e) * part_bytes;
     }
     transfers_.receive(peer, first_received, static_cast<std::size_t>(arrival - first_received));
   }
@@ -70,6 +82,8 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
 
 const void* const* Results::finish(const Communicator& communicator, const Operation& operation, const Plan& plan) {
   transfers_.finish(communicator, operation, "its results");
+  const std::size_t row_bytes = parts_.row_bytes;
+  const Slice part = parts_.of[at(communicator.rank())];
   auto& transport = communicator.transport();
   std::pmr::vector<std::span<const std::byte>> outboxes(at(communicator.size()), communicator.memory().get());
   for (int peer = 0; peer < communicator.size(); ++peer) {
@@ -83,19 +97,19 @@ const void* const* Results::finish(const Communicator& communicator, const Opera
   slots_.assign(plan.slots().size(), nullptr);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const SlotRow slot = plan.slots()[i];
-    if (slot.rank < 0) continue;
+    if (slot.rank < 0 || part.bytes == 0) continue;
     const std::int64_t expert = plan.ids()[i];
     if (const std::byte* first = arrived_[at(expert)]) {
-      slots_[i] = first + at(slot.row - plan.slot_start(expert)) * row_bytes_;
+      slots_[i] = first + at(slot.row - plan.slot_start(expert)) * part.bytes;
       continue;
     }
     const auto outbox = outboxes[at(slot.rank)];
-    const std::size_t offset = at(order_.row(slot.row, expert)) * row_bytes_;
-    if (offset > outbox.size() || row_bytes_ > outbox.size() - offset) {
+    const std::size_t offset = at(order_.row(slot.row, expert)) * row_bytes;
+    if (offset > outbox.size() || row_bytes > outbox.size() - offset) {
       communicator.blame(slot.rank, operation.waiting(-1, "").operation,
                          "showed an outbox of " + std::to_string(outbox.size()) + " bytes, too small for its plan");
     }
-    slots_[i] = outbox.data() + offset;
+    slots_[i] = outbox.data() + offset + part.offset;
   }
   return slots_.data();
 }

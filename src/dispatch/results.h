@@ -12,22 +12,29 @@
 
 namespace expar {
 
+/// Rows of so many bytes, and the part of each that each rank reads.
+struct RowParts {
+  std::size_t row_bytes;
+  std::pmr::vector<Slice> of;  // [P]
+};
+
 /// The results [T, K] that this rank reads in one operation, in which every rank shows its outbox.
 class Results {
  public:
-  /// Once all have agreed. Rows are `row_bytes` long. Posts the transfers with ranks that are not mapped.
+  /// Once all have agreed. Posts the transfers with ranks that are not mapped.
   Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-          const Outbox& own, std::size_t row_bytes);
+          const Outbox& own, RowParts parts);
 
   /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
   const void* const* finish(const Communicator& communicator, const Operation& operation, const Plan& plan);
 
  private:
+  std::byte* stage(const Plan& plan, int peer, std::byte* stage) const;
   void exchange(const Communicator& communicator, const Operation& operation, const Plan& plan);
 
   const RowOrder& order_;
   const Outbox& own_;
-  std::size_t row_bytes_;
+  RowParts parts_;
   std::pmr::vector<const void*> slots_;
   std::pmr::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
   std::vector<std::byte> staging_, received_;
