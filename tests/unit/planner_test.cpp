@@ -1,0 +1,518 @@
+// The planner beside counting that anyone can follow: every choice, every message of a ring, every array of a layer.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <regex>
+#include <set>
+#include <sstream>
+
+#include <expar/expar.h>
+#include <gtest/gtest.h>
+
+#include "planner/ascend.h"
+#include "planner/picture.h"
+#include "planner/planner.h"
+
+namespace expar::planner {
+namespace {
+
+Question question_of(std::vector<MeshDim> dims, int ranks_per_node, std::int64_t experts, std::int64_t topk,
+                     std::int64_t tokens = 5) {
+  return {.sizes = {.hidden = 10, .inner = 7, .experts = experts, .topk = topk},
+          .tokens = tokens,
+          .grid = Grid(std::move(dims), ranks_per_node),
+          .ids = {}};
+}
+
+/// K different experts for each token, the first ones more often.
+void draw_ids(Question& question) {
+  const Random random(7, "planner");
+  const auto experts = static_cast<std::uint64_t>(question.sizes.experts);
+  std::uint64_t drawn = 0;
+  for (std::int64_t token = 0; token < question.grid.ranks() * question.tokens; ++token) {
+    std::vector<std::int32_t> chosen;
+    while (static_cast<std::int64_t>(chosen.size()) < question.sizes.topk) {
+      const auto one = random.bits(drawn++) % experts;
+      const auto id = static_cast<std::int32_t>(std::min(one, random.bits(drawn++) % experts));
+      if (std::find(chosen.begin(), chosen.end(), id) == chosen.end()) chosen.push_back(id);
+    }
+    question.ids.insert(question.ids.end(), chosen.begin(), chosen.end());
+  }
+}
+
+const Traffic& of(const Answer& answer, const std::string& key) {
+  for (const Way& way : answer.ways) {
+    if (way.key == key) return way.traffic;
+  }
+  throw Error(ErrorCode::internal, "no way is called " + key);
+}
+
+/// What is sent, message by message.
+class Wire {
+ public:
+  explicit Wire(const Grid& grid) : grid_(grid) {}
+  void send(int from, int to, double bytes) {
+    if (from == to) return;
+    (grid_.node(from) == grid_.node(to) ? sent_.within_node : sent_.between_nodes) += bytes;
+  }
+  void expect(const Traffic& planned, const char* what) const {
+    EXPECT_DOUBLE_EQ(planned.within_node, sent_.within_node) << what;
+    EXPECT_DOUBLE_EQ(planned.between_nodes, sent_.between_nodes) << what;
+  }
+
+ private:
+  const Grid& grid_;
+  Traffic sent_;
+};
+
+constexpr double kElement = 2;  // bf16
+
+/// Coordinates of rank r in a grid of dims dp, ep, tp in this order.
+struct Place {
+  int dp, ep, tp;
+};
+Place place_of(const Grid& grid, int rank) {
+  const int tp = grid.size("tp");
+  const int ep = grid.size("ep");
+  return {rank / (ep * tp), rank / tp % ep, rank % tp};
+}
+
+/// Sends every row of every way on its own, and compares.
+void expect_counted(const Question& question) {
+  const Answer answer = plan(question);
+  const Grid& grid = question.grid;
+  const LayerSizes& sizes = question.sizes;
+  const int tp = grid.size("tp");
+  const int ep = grid.size("ep");
+  const int group = ep * tp;  // ranks with other tokens and other experts
+  const double row = kElement * static_cast<double>(sizes.hidden);
+  Wire dispatch(grid), combine(grid), slots(grid), hidden(grid), both(grid);
+  for (int rank = 0; rank < grid.ranks(); ++rank) {
+    const int first = rank / group * group;
+    const Place here = place_of(grid, rank);
+    for (std::int64_t t = 0; t < question.tokens; ++t) {
+      const std::int64_t token = rank * question.tokens + t;
+      std::set<int> owners, owners_along_ep;
+      for (std::int64_t k = 0; k < sizes.topk; ++k) {
+        const std::int32_t id = question.ids[static_cast<std::size_t>(token * sizes.topk + k)];
+        const int owner = first + owner_of(id, group, sizes.experts);
+        const int along_ep = owner_of(id, ep, sizes.experts);
+        owners.insert(owner);
+        owners_along_ep.insert(along_ep);
+        combine.send(owner, rank, row);
+        slots.send(rank, owner, row);
+        slots.send(owner, rank, row);
+        for (int taker = 0; taker < group; ++taker) {
+          hidden.send(owner, first + taker,
+                      kElement * static_cast<double>(experts_of(taker, group, sizes.hidden).count));
+        }
+        // Every rank along tp has the token by then, and has its own part of the expert's result.
+        for (int side = 0; side < tp; ++side) {
+          both.send((here.dp * ep + along_ep) * tp + side, (here.dp * ep + here.ep) * tp + side, row);
+        }
+      }
+      for (const int owner : owners) dispatch.send(rank, owner, row);
+      for (const int along_ep : owners_along_ep) {
+        for (int side = 0; side < tp; ++side) {
+          both.send((here.dp * ep + here.ep) * tp + side, (here.dp * ep + along_ep) * tp + side, row);
+        }
+      }
+      // All-gather and reduce-scatter along tp, as rings: each row makes tp - 1 steps in each.
+      for (int step = 0; step + 1 < tp; ++step) {
+        const int line = rank - here.tp;
+        const int from = line + (here.tp + step) % tp;
+        const int to = line + (here.tp + step + 1) % tp;
+        both.send(from, to, 2 * row);
+      }
+    }
+  }
+  dispatch.expect(answer.dispatch, "dispatch");
+  combine.expect(answer.combine, "combine");
+  slots.expect(of(answer, "ep_per_slot"), "ep_per_slot");
+  hidden.expect(of(answer, "hidden"), "hidden");
+  if (ep > 1 && tp > 1) both.expect(of(answer, "etp"), "etp");
+  EXPECT_DOUBLE_EQ(of(answer, "ep").bytes(), answer.dispatch.bytes() + answer.combine.bytes());
+}
+
+TEST(Planner, counts_given_routes_as_sending_every_row_does) {
+  for (const int ranks_per_node : {0, 1, 2, 3}) {
+    for (const std::vector<MeshDim>& dims : {std::vector<MeshDim>{{"ep", 1}},
+                                             {{"ep", 4}},
+                                             {{"ep", 7}},
+                                             {{"tp", 3}},
+                                             {{"ep", 2}, {"tp", 2}},
+                                             {{"dp", 2}, {"ep", 3}},
+                                             {{"dp", 2}, {"ep", 3}, {"tp", 2}},
+                                             {{"ep", 16}}}) {
+      Question question = question_of(dims, ranks_per_node, 11, 3);
+      draw_ids(question);
+      SCOPED_TRACE(testing::Message() << question.grid.ranks() << " ranks, " << ranks_per_node << " on a node");
+      expect_counted(question);
+    }
+  }
+}
+
+/// Calls see with every choice of K experts out of E.
+template <class See>
+void for_every_choice(std::int64_t experts, std::int64_t topk, std::vector<std::int32_t>& chosen, See see) {
+  if (static_cast<std::int64_t>(chosen.size()) == topk) return see();
+  for (std::int32_t e = chosen.empty() ? 0 : chosen.back() + 1; e < experts; ++e) {
+    chosen.push_back(e);
+    for_every_choice(experts, topk, chosen, see);
+    chosen.pop_back();
+  }
+}
+
+TEST(Planner, expects_the_mean_over_all_choices_that_there_are) {
+  // Of experts that ranks share evenly, unevenly, and of fewer experts than ranks.
+  for (const std::int64_t experts : {8, 7, 5, 3}) {
+    for (std::int64_t topk = 1; topk <= experts; ++topk) {
+      const Question question = question_of({{"ep", 4}}, 3, experts, topk, 6);
+      std::vector<std::int32_t> chosen, all;
+      for_every_choice(experts, topk, chosen, [&] { all.insert(all.end(), chosen.begin(), chosen.end()); });
+      const auto choices = static_cast<std::int64_t>(all.size()) / topk;
+      Question every = question;
+      every.tokens = choices;
+      for (int rank = 0; rank < 4; ++rank) every.ids.insert(every.ids.end(), all.begin(), all.end());
+
+      const Answer expected = plan(question);
+      const Answer counted = plan(every);
+      const double share = 6.0 / static_cast<double>(choices);
+      ASSERT_EQ(expected.ways.size(), counted.ways.size());
+      for (std::size_t i = 0; i < expected.ways.size(); ++i) {
+        SCOPED_TRACE(testing::Message() << expected.ways[i].key << ", " << topk << " of " << experts);
+        const Traffic& mean = counted.ways[i].traffic;
+        EXPECT_NEAR(expected.ways[i].traffic.within_node, mean.within_node * share, 1e-9);
+        EXPECT_NEAR(expected.ways[i].traffic.between_nodes, mean.between_nodes * share, 1e-9);
+      }
+    }
+  }
+}
+
+TEST(Planner, says_what_the_rings_of_tensor_parallelism_pass_on) {
+  for (const int ranks : {1, 2, 5, 8}) {
+    for (const int ranks_per_node : {0, 2, 3}) {
+      const Question question = question_of({{"tp", ranks}}, ranks_per_node, 4, 2);
+      Wire all_reduce(question.grid), gather(question.grid);
+      const double piece = 5 * 10 * kElement;  // of the group's tokens: those of one rank
+      for (int pass = 0; pass < 2; ++pass) {
+        for (int step = 0; step + 1 < ranks; ++step) {
+          for (int rank = 0; rank < ranks; ++rank) all_reduce.send(rank, (rank + 1) % ranks, piece);
+        }
+      }
+      for (int owner = 0; owner < ranks; ++owner) {
+        const double slice = static_cast<double>(experts_of(owner, ranks, 10).count) * 5 * ranks * kElement;
+        for (int step = 0; step + 1 < ranks; ++step) {
+          gather.send((owner + step) % ranks, (owner + step + 1) % ranks, slice);
+        }
+      }
+      const Answer answer = plan(question);
+      all_reduce.expect(of(answer, "tp"), "tp");
+      all_reduce.expect(of(answer, "allgather_reducescatter"), "allgather_reducescatter");
+      gather.expect(of(answer, "hidden_allgather"), "hidden_allgather");
+      EXPECT_EQ(of(answer, "tp").bytes(), 2.0 * (ranks - 1) * 5 * 10 * kElement * ranks) << "2 (P - 1) T H elements";
+    }
+  }
+}
+
+TEST(Planner, finds_the_crossover_of_the_notebook) {
+  // 128 tokens on 32 ranks, 32 experts, EP = 8 against TP = 8: 16 h topk (P - 1) / P bytes against 128 h (P - 1) / P.
+  Question question = question_of({{"dp", 4}, {"ep", 8}}, 8, 32, 4, 4);
+  const Answer answer = plan(question);
+  EXPECT_EQ(of(answer, "ep_per_slot").bytes() / 32, 16.0 * 10 * 4 * 7 / 8);
+  EXPECT_EQ(of(answer, "tp").bytes() / 32, 128.0 * 10 * 7 / 8);
+  EXPECT_EQ(answer.crossover, 8);
+  EXPECT_EQ(of(answer, "ep").between_nodes, 0);
+}
+
+TEST(Planner, finds_the_crossovers_that_trying_every_top_k_finds) {
+  for (const int ranks : {2, 3, 4, 6, 8, 13}) {
+    for (const std::int64_t experts : {5, 8, 12, 16, 23}) {
+      const Question question = question_of({{"ep", ranks}}, 0, experts, 1);
+      const double tp = of(plan(question), "tp").bytes();
+      std::optional<std::int64_t> per_slot, once;
+      for (std::int64_t topk = experts; topk >= 1; --topk) {
+        const CurvePoint point = curve(question, {topk}).front();
+        // Even choices give fractions whose sums need not be exact.
+        if (point.ep_per_slot >= tp * (1 - 1e-12)) per_slot = topk;
+        if (point.ep >= tp) once = topk;
+      }
+      const Answer answer = plan(question);
+      EXPECT_EQ(answer.crossover, per_slot) << ranks << " ranks, " << experts << " experts";
+      EXPECT_EQ(answer.crossover_once, once) << ranks << " ranks, " << experts << " experts";
+      EXPECT_EQ(answer.crossover, ranks <= experts ? std::optional<std::int64_t>(ranks) : std::nullopt);
+    }
+  }
+}
+
+TEST(Planner, has_no_crossover_where_nothing_travels) {
+  const Answer answer = plan(question_of({{"ep", 1}}, 0, 8, 2));
+  EXPECT_FALSE(answer.crossover);
+  EXPECT_FALSE(answer.crossover_once);
+  for (const Way& way : answer.ways) EXPECT_EQ(way.traffic.bytes(), 0) << way.key;
+}
+
+TEST(Planner, extrapolates_the_crossover_of_given_routes_from_all_their_slots) {
+  Question question = question_of({{"ep", 3}}, 0, 9, 2, 2);
+  // Ranks hold experts 0-2, 3-5, 6-8. Of 12 slots 5 leave their rank: K 5 / 12 of 6 tokens' rows against 2 for each.
+  question.ids = {0, 1, 0, 3, /* rank 1 */ 3, 4, 0, 5, /* rank 2 */ 6, 0, 1, 2};
+  EXPECT_EQ(plan(question).crossover, 5) << "K 5 / 12 >= 2";
+}
+
+TEST(Planner, puts_ranks_together_as_a_mesh_does) {
+  const std::vector<MeshDim> dims = {{"tp", 2}, {"dp", 2}, {"ep", 3}};
+  const Grid grid(dims, 5);
+  EXPECT_EQ(grid.ranks(), 12);
+  EXPECT_EQ(grid.nodes(), 3);
+  EXPECT_EQ(grid.node(9), 1);
+  run_threads(12, [&](const Communicator& communicator) {
+    const Mesh mesh(communicator, dims);
+    for (const std::vector<std::string>& along : {std::vector<std::string>{"tp"}, {"ep"}, {"ep", "tp"}}) {
+      const Communicator group = mesh.join(along);
+      const auto groups = grid.groups({along.begin(), along.end()});
+      const auto mine = std::find_if(groups.begin(), groups.end(), [&](const std::vector<int>& ranks) {
+        return std::find(ranks.begin(), ranks.end(), communicator.rank()) != ranks.end();
+      });
+      ASSERT_NE(mine, groups.end());
+      ASSERT_EQ(static_cast<int>(mine->size()), group.size());
+      EXPECT_EQ((*mine)[static_cast<std::size_t>(group.rank())], communicator.rank());
+    }
+  });
+}
+
+template <class Run>
+std::string refusal(Run run) {
+  try {
+    run();
+  } catch (const Error& error) {
+    return std::string(name(error.code())) + ": " + error.message();
+  }
+  return "accepted";
+}
+
+TEST(Planner, refuses_what_cannot_be_with_a_sentence) {
+  EXPECT_EQ(refusal([] { plan(question_of({{"ep", 2}}, 0, 3, 4)); }), "bad_argument: topk 4 is above the 3 experts");
+  EXPECT_EQ(refusal([] { plan(question_of({{"ep", 2}}, 0, 3, 0)); }), "bad_argument: topk is 0, must be at least 1");
+  Question question = question_of({{"ep", 2}}, 0, 3, 1, 1);
+  question.ids = {0};
+  EXPECT_EQ(refusal([&] { plan(question); }), "bad_argument: there are 1 ids for 2 slots");
+  question.ids = {0, 3};
+  EXPECT_EQ(refusal([&] { plan(question); }), "bad_argument: expert 3 of the routes is none of the 3");
+  EXPECT_EQ(refusal([] { Grid({{"pp", 2}}, 0); }), "bad_argument: a mesh to plan has the dims dp, ep and tp, not 'pp'");
+  EXPECT_EQ(refusal([] { Grid({{"ep", 2}, {"ep", 2}}, 0); }), "bad_argument: the mesh names dim ep twice");
+  EXPECT_EQ(refusal([] { Grid({{"ep", 64}, {"tp", 17}}, 0); }), "bad_argument: the mesh has more than 1024 ranks");
+}
+
+/// What a layer over threads really holds, on the rank that holds most, after a forward and a backward pass.
+struct Held {
+  std::int64_t weights_and_gradients = 0, optimizer = 0, activations = 0, arena = 0, packed = 0;
+};
+
+template <class... Arrays>
+std::int64_t bytes_of(const Arrays&... arrays) {
+  return static_cast<std::int64_t>(((arrays.absent() ? 0 : arrays.byte_size()) + ...));
+}
+
+Held held_by_a_layer(const Question& question, const MoeLayerOptions& options) {
+  std::vector<Held> all(static_cast<std::size_t>(question.grid.ranks()));
+  run_threads(question.grid.ranks(), [&](const Communicator& communicator) {
+    const Context context(communicator);
+    const std::int64_t tokens = question.tokens;
+    MoeLayer layer(context, options);
+    layer.initialise(1, "moe");
+    const Array x(options.dtype, {tokens, options.hidden}), out(options.dtype, {tokens, options.hidden});
+    const Array dx(options.dtype, {tokens, options.hidden});
+    const std::vector<std::int64_t> shards = {0, tokens};
+    MoeRecord record;
+    const std::int64_t slots = tokens * options.router.topk;
+    const ConstTensor ids(question.ids.data() + context.rank() * slots, Shape{tokens, options.router.topk});
+    layer.forward(context, x, out, {}, shards, record, {.ids = ids});
+    Held& held = all[static_cast<std::size_t>(context.rank())];
+    held.activations = bytes_of(x.view(), record.routing.ids, record.routing.weights, record.routing.scores,
+                                record.routing.top, record.routing.logsumexp, record.experts.pre, record.experts.h,
+                                record.shared.experts.pre, record.shared.experts.h);
+    if (options.shared_inner > 0) held.activations += bytes_of(record.shared.y);
+    if (options.shared_gate) held.activations += bytes_of(record.shared.gate);
+    held.arena = bytes_of(record.inbox.rows(), record.y.rows());
+    layer.backward(context, record, out, dx);
+    std::vector<Parameter> parameters = layer.expert_parameters("moe");
+    parameters.push_back(layer.router_parameter("moe"));
+    for (const Parameter& parameter : layer.shared_parameters("moe")) parameters.push_back(parameter);
+    AdamW adamw;
+    for (const AdamWMoments& moments : adamw.moments(parameters)) held.optimizer += bytes_of(moments.m, moments.v);
+    held.weights_and_gradients = static_cast<std::int64_t>(layer.parameter_bytes());
+
+    MoeLayerOptions inference = options;
+    inference.inference = true;
+    held.packed = static_cast<std::int64_t>(MoeLayer(context, inference).parameter_bytes());
+  });
+  return *std::max_element(all.begin(), all.end(), [](const Held& a, const Held& b) {
+    return a.weights_and_gradients + a.optimizer + a.activations + a.arena <
+           b.weights_and_gradients + b.optimizer + b.activations + b.arena;
+  });
+}
+
+void expect_memory_of_a_layer(const LayerSizes& sizes, int ranks) {
+  Question question{.sizes = sizes, .tokens = 9, .grid = Grid({{"ep", ranks}}, 0), .ids = {}};
+  draw_ids(question);
+  MoeLayerOptions options{.hidden = sizes.hidden,
+                          .inner = sizes.inner,
+                          .router = {.experts = sizes.experts, .topk = sizes.topk},
+                          .activation = sizes.gated ? Activation::swiglu : Activation::gelu,
+                          .bias = sizes.bias,
+                          .shared_inner = sizes.shared_inner,
+                          .shared_gate = sizes.shared_gate,
+                          .dtype = sizes.dtype};
+  const Memory memory = plan(question).memory;
+  const Held held = held_by_a_layer(question, options);
+  EXPECT_EQ(memory.weights + memory.gradients, held.weights_and_gradients);
+  EXPECT_EQ(memory.optimizer, held.optimizer);
+  EXPECT_EQ(memory.activations, held.activations);
+  EXPECT_EQ(memory.arena, held.arena);
+  EXPECT_EQ(memory.packed_weights, held.packed) << "of sizes that fill whole panels";
+}
+
+TEST(Planner, knows_the_memory_that_a_layer_takes) {
+  const LayerSizes plain{.hidden = 64, .inner = 128, .experts = 7, .topk = 3, .dtype = DType::f32};
+  const LayerSizes full{.hidden = 64,
+                        .inner = 64,
+                        .experts = 8,
+                        .topk = 2,
+                        .dtype = DType::bf16,
+                        .gated = true,
+                        .bias = true,
+                        .shared_inner = 192,
+                        .shared_gate = true};
+  LayerSizes ungated = plain;
+  ungated.gated = false;
+  for (const int ranks : {1, 2, 3}) {
+    for (const LayerSizes& sizes : {plain, full, ungated}) {
+      SCOPED_TRACE(testing::Message() << ranks << " ranks, " << name(sizes.dtype) << (sizes.gated ? "" : ", plain"));
+      expect_memory_of_a_layer(sizes, ranks);
+    }
+  }
+}
+
+TEST(Planner, divides_the_experts_of_a_rank_among_its_tensor_parallel_group) {
+  const auto memory_on = [](std::vector<MeshDim> dims) { return plan(question_of(std::move(dims), 0, 8, 2)).memory; };
+  const Memory whole = memory_on({{"ep", 2}});
+  const Memory halved = memory_on({{"ep", 2}, {"tp", 7}});
+  // F = 7, so that a rank has one seventh of three [4, 7, 10] matrices and all of the router.
+  EXPECT_EQ(whole.optimizer, 8 * (3 * 4 * 7 * 10 + 8 * 10));
+  EXPECT_EQ(halved.optimizer, 8 * (3 * 4 * 1 * 10 + 8 * 10));
+}
+
+TEST(Planner, asks_for_the_buffer_of_ascends_page) {
+  // By hand: 4 experts x 4 tokens x 8 ranks x 8704 + (4 + 1) x 4 x 8192, twice.
+  EXPECT_EQ(ascend_buffer_bytes({.ranks = 8, .tokens = 4, .hidden = 4096, .experts = 32, .topk = 4}), 2555904);
+  // H = 1025: 2050 to 2080 to 2124 to 2560, and 2050 to 2560. Of 5 experts one of 2 ranks has 3.
+  EXPECT_EQ(
+      ascend_buffer_bytes({.ranks = 2, .tokens = 3, .hidden = 1025, .experts = 5, .topk = 2, .shared_experts = 0}),
+      2 * (3 * 3 * 2 * 2560 + 2 * 3 * 2560));
+  EXPECT_TRUE(ascend_refusals({.ranks = 8, .tokens = 512, .hidden = 7168, .experts = 256, .topk = 8}).empty());
+  EXPECT_EQ(
+      ascend_refusals({.ranks = 2, .tokens = 513, .hidden = 1024, .experts = 5, .topk = 2}),
+      (std::vector<std::string>{"BS 513 is not from 1 to 512", "moe_expert_num 5 is no multiple of ep_world_size 2"}));
+}
+
+struct Box {
+  double left, right, top, bottom;
+  std::string words;
+};
+
+/// Where the words of a picture stand, letters taken as wide as they are on average in a wide font.
+std::vector<Box> words_of(const std::string& svg) {
+  std::map<std::string, double> sizes = {{"title", 30}, {"sub", 18},  {"axis", 17}, {"tick", 16},
+                                         {"value", 16}, {"name", 18}, {"mark", 19}};
+  std::vector<Box> boxes;
+  const std::regex pattern(
+      R"re(<text x="([^"]+)" y="([^"]+)" class="(\w+)[^"]*" text-anchor="(\w+)">([^<]*)</text>)re");
+  for (std::sregex_iterator match(svg.begin(), svg.end(), pattern), end; match != end; ++match) {
+    const double size = sizes.at((*match)[3]);
+    const std::string words = (*match)[5];
+    const double width = 0.55 * size * static_cast<double>(words.size());
+    const std::string anchor = (*match)[4];
+    const double x = std::stod((*match)[1]) - (anchor == "end" ? width : anchor == "middle" ? width / 2 : 0);
+    const double y = std::stod((*match)[2]);
+    boxes.push_back({x, x + width, y - 0.75 * size, y + 0.22 * size, words});
+  }
+  return boxes;
+}
+
+/// Points along the lines of a picture.
+std::vector<std::array<double, 2>> ink_of(const std::string& svg) {
+  std::vector<std::array<double, 2>> points;
+  const std::regex path(R"re(<path class="line[^"]*" d="M([^"HV]+)"/>)re");
+  for (std::sregex_iterator match(svg.begin(), svg.end(), path), end; match != end; ++match) {
+    std::string corners = (*match)[1];
+    std::replace(corners.begin(), corners.end(), 'L', ' ');
+    std::istringstream numbers(corners);
+    double x = 0, y = 0, to_x = 0, to_y = 0;
+    numbers >> x >> y;
+    while (numbers >> to_x >> to_y) {
+      for (int i = 0; i <= 100; ++i) points.push_back({x + (to_x - x) * i / 100, y + (to_y - y) * i / 100});
+      x = to_x;
+      y = to_y;
+    }
+  }
+  return points;
+}
+
+void expect_readable(const Question& question) {
+  const Answer answer = plan(question);
+  const std::string svg = picture(question, answer, "ranks & tokens");
+  EXPECT_EQ(svg.find("nan"), std::string::npos);
+  EXPECT_EQ(svg.find("inf"), std::string::npos);
+  EXPECT_NE(svg.find(">ranks &amp; tokens<"), std::string::npos);
+  const std::string crossing =
+      answer.crossover ? ">crossover at top-k " + std::to_string(*answer.crossover) + "<" : ">no crossover";
+  EXPECT_NE(svg.find(crossing), std::string::npos);
+  const std::vector<Box> boxes = words_of(svg);
+  ASSERT_GT(boxes.size(), 10u);
+  const auto ink = ink_of(svg);
+  ASSERT_GT(ink.size(), 300u);
+  for (std::size_t i = 0; i < boxes.size(); ++i) {
+    const Box& a = boxes[i];
+    const bool crossed = std::any_of(ink.begin(), ink.end(), [&](const auto& point) {
+      return point[0] > a.left && point[0] < a.right && point[1] > a.top && point[1] < a.bottom;
+    });
+    EXPECT_FALSE(crossed) << "a line crosses '" << a.words << "'";
+    EXPECT_TRUE(a.left >= 0 && a.right <= 1280 && a.top >= 0 && a.bottom <= 720) << a.words << " leaves the picture";
+    for (std::size_t j = 0; j < i; ++j) {
+      const Box& b = boxes[j];
+      const bool apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+      EXPECT_TRUE(apart) << "'" << a.words << "' lies on '" << b.words << "'";
+    }
+  }
+}
+
+TEST(Planner, draws_words_that_do_not_lie_on_each_other) {
+  for (const int ranks : {2, 3, 8, 64}) {
+    for (const std::int64_t experts : {2, 8, 64, 256}) {
+      for (const std::int64_t topk : {1, 2, 8, 60, 256}) {
+        if (topk > experts) continue;
+        for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{99999}}) {
+          SCOPED_TRACE(testing::Message() << ranks << " ranks, " << topk << " of " << experts);
+          expect_readable(question_of({{"ep", ranks}}, 0, experts, topk, tokens));
+        }
+      }
+    }
+  }
+  Question routed = question_of({{"ep", 4}}, 0, 11, 5);
+  draw_ids(routed);
+  expect_readable(routed);
+}
+
+TEST(Planner, shows_bytes_in_three_digits) {
+  EXPECT_EQ(shown_bytes(0), "0 B");
+  EXPECT_EQ(shown_bytes(999), "999 B");
+  EXPECT_EQ(shown_bytes(999.6), "1.00 KB");
+  EXPECT_EQ(shown_bytes(9996), "10.0 KB");
+  EXPECT_EQ(shown_bytes(123456), "123 KB");
+  EXPECT_EQ(shown_bytes(7.34e6), "7.34 MB");
+  EXPECT_EQ(shown_bytes(5.4e15), "5400 TB");
+}
+
+}  // namespace
+}  // namespace expar::planner
