@@ -76,7 +76,7 @@ void check_flags(Flags& flags) {
   }
 }
 
-nlohmann::json to_json(const bench::Row& row, const bench::Options& o, const Context& context) {
+nlohmann::json row_as_json(const bench::Row& row, const bench::Options& o, const Context& context) {
   nlohmann::json object = {
       {"what", row.what},     {"ranks", context.size()}, {"transport", context.communicator().transport_name()},
       {"p50_us", row.p50_us}, {"p99_us", row.p99_us},    {"wrong", row.wrong}};
@@ -135,7 +135,7 @@ nlohmann::json measure(const Flags& flags, const Communicator& communicator, con
         throw Error(ErrorCode::internal, std::to_string(row.wrong) + " elements are wrong",
                     {.rank = 0, .operation = "bench " + row.what});
       }
-      rows.push_back(to_json(row, flags.options, context));
+      rows.push_back(row_as_json(row, flags.options, context));
     }
   }
   return {{"machine", this_machine().json()}, {"rows", rows}};

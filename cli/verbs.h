@@ -8,6 +8,7 @@ namespace expar::cli {
 Verb bench_verb();
 Verb doctor();
 Verb launch_program();
+Verb plan_verb();
 Verb run_verb();
 Verb train_verb();
 
