@@ -7,8 +7,8 @@
 
 namespace expar::planner {
 
-/// The share of one rank in a layer: what MoeLayer would hold there. Tensor parallelism, which it has not yet, divides
-/// F, and gives all ranks of a tp group the tokens of all.
+/// The share of one rank in a layer, as MoeLayer holds it there. Tensor parallelism divides F, and gives all ranks of a
+/// tp group the tokens of all.
 struct Share {
   std::int64_t experts = 0;    // L
   std::int64_t inner = 0;      // of F

@@ -40,8 +40,8 @@ Traffic once_per_slot(const Rows& rows, const Grid& grid, const std::vector<int>
 Traffic ring_all_gather(const Grid& grid, const std::vector<int>& group, const std::vector<double>& pieces);
 
 /// All ranks of the group have the tokens of all of them, and of every result each takes its slice of H alone: nothing
-/// travels to the experts, and from a row's rank to each other one its slice. Slices are of floor(r H / P) on.
-/// Source: mode `gathered` of the hidden partition with replicated input, K rows of H / P elements per token.
+/// travels to the experts, and from a row's rank to each other one its slice.
+/// Source: include/expar/partition.h without join_slices; K rows of H / P elements per token and rank.
 Traffic slices_per_slot(const Rows& rows, const Grid& grid, const std::vector<int>& group, std::int64_t hidden,
                         double element_bytes);
 

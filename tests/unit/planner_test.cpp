@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <regex>
 #include <set>
 #include <sstream>
@@ -216,6 +217,24 @@ TEST(Planner, says_what_the_rings_of_tensor_parallelism_pass_on) {
   }
 }
 
+TEST(Planner, counts_the_slices_that_ranks_with_the_same_tokens_read) {
+  for (const int ranks : {1, 2, 3, 4}) {
+    Question question = question_of({{"ep", ranks}}, 0, 7, 3);
+    draw_ids(question);
+    std::vector<std::int64_t> read(static_cast<std::size_t>(ranks), 0);
+    run_threads(ranks, [&](const Communicator& communicator) {
+      const Context context(communicator);
+      const ConstTensor ids(question.ids.data(), Shape{ranks * question.tokens, 3});
+      const Plan made = make_plan(context, ids, {.experts = 7, .replicated = true});
+      const Part part = part_of(question.sizes.hidden, context.rank(), ranks);
+      for (const SlotRow& slot : made.slots()) {
+        if (slot.rank != context.rank()) read[static_cast<std::size_t>(context.rank())] += 2 * (part.end - part.begin);
+      }
+    });
+    EXPECT_EQ(of(plan(question), "hidden").bytes(), std::accumulate(read.begin(), read.end(), 0.0)) << ranks;
+  }
+}
+
 TEST(Planner, finds_the_crossover_of_the_notebook) {
   // 128 tokens on 32 ranks, 32 experts, EP = 8 against TP = 8: 16 h topk (P - 1) / P bytes against 128 h (P - 1) / P.
   Question question = question_of({{"dp", 4}, {"ep", 8}}, 8, 32, 4, 4);
@@ -314,11 +333,18 @@ std::int64_t bytes_of(const Arrays&... arrays) {
   return static_cast<std::int64_t>(((arrays.absent() ? 0 : arrays.byte_size()) + ...));
 }
 
-Held held_by_a_layer(const Question& question, const MoeLayerOptions& options) {
-  std::vector<Held> all(static_cast<std::size_t>(question.grid.ranks()));
-  run_threads(question.grid.ranks(), [&](const Communicator& communicator) {
-    const Context context(communicator);
-    const std::int64_t tokens = question.tokens;
+Held held_by_a_layer(const Question& question, const MoeLayerOptions& given) {
+  const Grid& grid = question.grid;
+  const int tp = grid.size("tp");
+  std::vector<Held> all(static_cast<std::size_t>(grid.ranks()));
+  run_threads(grid.ranks(), [&](const Communicator& communicator) {
+    const Context whole(communicator);
+    const Mesh mesh(communicator, {{"ep", grid.size("ep")}, {"tp", tp}});
+    const Context context = whole.on(mesh.group("ep"));
+    MoeLayerOptions options = given;
+    options.tensor = mesh.group("tp");
+    // Ranks along tp have the tokens of all of them.
+    const std::int64_t tokens = question.tokens * tp;
     MoeLayer layer(context, options);
     layer.initialise(1, "moe");
     const Array x(options.dtype, {tokens, options.hidden}), out(options.dtype, {tokens, options.hidden});
@@ -328,7 +354,7 @@ Held held_by_a_layer(const Question& question, const MoeLayerOptions& options) {
     const std::int64_t slots = tokens * options.router.topk;
     const ConstTensor ids(question.ids.data() + context.rank() * slots, Shape{tokens, options.router.topk});
     layer.forward(context, x, out, {}, shards, record, {.ids = ids});
-    Held& held = all[static_cast<std::size_t>(context.rank())];
+    Held& held = all[static_cast<std::size_t>(communicator.rank())];
     held.activations = bytes_of(x.view(), record.routing.ids, record.routing.weights, record.routing.scores,
                                 record.routing.top, record.routing.logsumexp, record.experts.pre, record.experts.h,
                                 record.shared.experts.pre, record.shared.experts.h);
@@ -343,9 +369,8 @@ Held held_by_a_layer(const Question& question, const MoeLayerOptions& options) {
     for (const AdamWMoments& moments : adamw.moments(parameters)) held.optimizer += bytes_of(moments.m, moments.v);
     held.weights_and_gradients = static_cast<std::int64_t>(layer.parameter_bytes());
 
-    MoeLayerOptions inference = options;
-    inference.inference = true;
-    held.packed = static_cast<std::int64_t>(MoeLayer(context, inference).parameter_bytes());
+    options.inference = true;
+    held.packed = static_cast<std::int64_t>(MoeLayer(context, options).parameter_bytes());
   });
   return *std::max_element(all.begin(), all.end(), [](const Held& a, const Held& b) {
     return a.weights_and_gradients + a.optimizer + a.activations + a.arena <
@@ -353,17 +378,17 @@ Held held_by_a_layer(const Question& question, const MoeLayerOptions& options) {
   });
 }
 
-void expect_memory_of_a_layer(const LayerSizes& sizes, int ranks) {
-  Question question{.sizes = sizes, .tokens = 9, .grid = Grid({{"ep", ranks}}, 0), .ids = {}};
+void expect_memory_of_a_layer(const LayerSizes& sizes, std::vector<MeshDim> dims) {
+  Question question{.sizes = sizes, .tokens = 9, .grid = Grid(std::move(dims), 0), .ids = {}};
   draw_ids(question);
-  MoeLayerOptions options{.hidden = sizes.hidden,
-                          .inner = sizes.inner,
-                          .router = {.experts = sizes.experts, .topk = sizes.topk},
-                          .activation = sizes.gated ? Activation::swiglu : Activation::gelu,
-                          .bias = sizes.bias,
-                          .shared_inner = sizes.shared_inner,
-                          .shared_gate = sizes.shared_gate,
-                          .dtype = sizes.dtype};
+  const MoeLayerOptions options{.hidden = sizes.hidden,
+                                .inner = sizes.inner,
+                                .router = {.experts = sizes.experts, .topk = sizes.topk},
+                                .activation = sizes.gated ? Activation::swiglu : Activation::gelu,
+                                .bias = sizes.bias,
+                                .shared_inner = sizes.shared_inner,
+                                .shared_gate = sizes.shared_gate,
+                                .dtype = sizes.dtype};
   const Memory memory = plan(question).memory;
   const Held held = held_by_a_layer(question, options);
   EXPECT_EQ(memory.weights + memory.gradients, held.weights_and_gradients);
@@ -386,10 +411,12 @@ TEST(Planner, knows_the_memory_that_a_layer_takes) {
                         .shared_gate = true};
   LayerSizes ungated = plain;
   ungated.gated = false;
-  for (const int ranks : {1, 2, 3}) {
-    for (const LayerSizes& sizes : {plain, full, ungated}) {
-      SCOPED_TRACE(testing::Message() << ranks << " ranks, " << name(sizes.dtype) << (sizes.gated ? "" : ", plain"));
-      expect_memory_of_a_layer(sizes, ranks);
+  for (const int ep : {1, 2, 3}) {
+    for (const int tp : {1, 2}) {
+      for (const LayerSizes& sizes : {plain, full, ungated}) {
+        SCOPED_TRACE(testing::Message() << ep << " x " << tp << ", " << name(sizes.dtype));
+        expect_memory_of_a_layer(sizes, {{"ep", ep}, {"tp", tp}});
+      }
     }
   }
 }
