@@ -32,6 +32,7 @@ struct PlanFlags {
 
   std::int64_t moe_layers = 0;  // of the model
   std::string family;
+  std::int64_t groups = 1, groups_used = 1;
   planner::LayerSizes layer;
   std::vector<MeshDim> dims;
 };
@@ -65,6 +66,8 @@ void take_model(PlanFlags& flags) {
   }
   const io::ModelConfig config = io::read_model_config(flags.model);
   flags.family = config.family;
+  flags.groups = config.groups;
+  flags.groups_used = config.groups_used;
   for (std::int64_t layer = 0; layer < config.layers; ++layer) flags.moe_layers += config.is_moe(layer);
   flags.sizes.hidden = config.hidden;
   flags.sizes.inner = config.inner;
@@ -277,7 +280,13 @@ nlohmann::json make_plan_of(const PlanFlags& flags) {
   const planner::Answer answer = planner::plan(question);
   const std::string sizes = in_words(flags, question);
 
-  std::printf("%s\n\n", sizes.c_str());
+  std::printf("%s\n", sizes.c_str());
+  if (flags.routes.empty() && flags.groups_used < flags.groups) {
+    std::printf(
+        "(the model's router stays within %lld of %lld groups of experts, so rows go to fewer ranks than this)\n",
+        static_cast<long long>(flags.groups_used), static_cast<long long>(flags.groups));
+  }
+  std::printf("\n");
   print_traffic(question, answer);
   print_crossovers(question, answer);
   std::printf("\n");

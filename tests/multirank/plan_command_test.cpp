@@ -39,7 +39,7 @@ class PlanCommand : public Command {
 TEST_F(PlanCommand, plans_to_the_byte_what_bench_moves) {
   write_routes();
   for (const std::string& routes : {path("some.routes.gz"), std::string("zipf:1.3 --experts 9 --topk 4"),
-                                   std::string("uniform --experts 3 --topk 2")}) {
+                                    std::string("uniform --experts 3 --topk 2")}) {
     for (const int ranks : {1, 2, 3, 4}) {
       const std::string sizes =
           " --ranks " + std::to_string(ranks) + " --tokens 19 --hidden 24 --inner 8 --dtype bf16 --routes " + routes;
@@ -102,6 +102,14 @@ TEST_F(PlanCommand, takes_its_sizes_from_a_model) {
   write_routes();
   expect_refusal("--model " + path("model") + " --routes " + path("some.routes.gz"),
                  path("model") + " has 5 of 12 experts for each token, but " + path("some.routes.gz") + " 3 of 7");
+}
+
+TEST_F(PlanCommand, says_where_a_model_does_not_choose_evenly) {
+  write_config(R"({"model_type": "deepseek_v3", "hidden_size": 64, "moe_intermediate_size": 32, "n_routed_experts": 16,
+                   "num_experts_per_tok": 4, "num_hidden_layers": 3, "n_group": 4, "topk_group": 2})");
+  const std::string note = "(the model's router stays within 2 of 4 groups of experts";
+  EXPECT_NE(expar("plan --ranks 4 --model " + path("model")).out.find(note), std::string::npos);
+  EXPECT_EQ(expar("plan --ranks 4 --routes uniform --model " + path("model")).out.find(note), std::string::npos);
 }
 
 TEST_F(PlanCommand, draws_the_crossover) {
