@@ -8,6 +8,7 @@
 #include <expar/dispatch.h>      // dispatch and combine
 #include <expar/error.h>         // Error: code, rank, peer, operation
 #include <expar/experts.h>       // the experts' networks
+#include <expar/hidden_moe.h>    // HiddenMoe: the layer of ranks that all have the same tokens
 #include <expar/layer.h>         // MoeLayer: all of the above in one object
 #include <expar/mesh.h>          // Mesh: ranks in a grid, and the groups along its dims
 #include <expar/norm.h>          // RMSNorm

@@ -69,7 +69,7 @@ void check_slice(const Workload& w, const Share& share, const Part& part, const 
   const std::int64_t wide = part.end - part.begin;
   for (std::int64_t t = 0; t < out.size(0); ++t) {
     for (std::int64_t h = part.begin; h < part.end; ++h)
-      require_equal(double{value(out, t * wide + h - part.begin)}, expected(w, share, t, h), w.name + ": a column");
+      require_equal(double{value(out, t * wide + h - part.begin)}, expected(w, share, t, h), "a column");
   }
 }
 
