@@ -22,6 +22,8 @@ struct Options {
   bool bias = false;
   bool train = false;  // layer: also a training step
   Layout layout = Layout::indexed;
+  /// combine: all ranks have the tokens of all, and each reads its slice of the results (expar/partition.h).
+  bool hidden_partition = false;
   std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file
   double seconds = 2;              // to spend on each measurement
 };

@@ -47,18 +47,19 @@ Array made_up_answers(const Workload& workload, const Plan& plan) {
   return answers;
 }
 
-/// Elements of `out` that are not the weighted sum of the answers. Every product and sum is exact in f32, so only the
-/// last rounding counts and no tolerance is needed.
-std::int64_t count_wrong_sums(const Workload& workload, ConstTensor out) {
+/// Elements of `out` that are not these columns of the weighted sums of the answers, from `first_token` on. Every
+/// product and sum is exact in f32, so only the last rounding counts and no tolerance is needed.
+std::int64_t count_wrong_sums(const Workload& workload, std::int64_t first_token, const Part& columns,
+                              ConstTensor out) {
   const Options& options = workload.options();
-  const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
+  const std::size_t size = size_of(options.dtype), row_bytes = at(options.hidden) * size;
   std::vector<float> sum(at(options.hidden)), answer(at(options.hidden));
   std::vector<std::byte> wanted(row_bytes);
   std::int64_t wrong = 0;
-  for (std::int64_t t = 0; t < options.tokens; ++t) {
+  for (std::int64_t t = 0; t < out.size(0); ++t) {
     std::fill(sum.begin(), sum.end(), 0.0F);
     for (std::int64_t k = 0; k < options.topk; ++k) {
-      const std::int64_t token = workload.first_token() + t;
+      const std::int64_t token = first_token + t;
       if (workload.id(token, k) < 0) continue;
       fill_row(workload.answer_row({token, k}), DType::f32, options.hidden, answer.data());
       const float weight = workload.weight(token, k);
@@ -72,10 +73,39 @@ std::int64_t count_wrong_sums(const Workload& workload, ConstTensor out) {
         std::memcpy(wanted.data() + c * sizeof rounded, &rounded, sizeof rounded);
       }
     }
-    wrong += count_wrong(out.bytes() + at(t) * row_bytes, wanted.data(), options.dtype, options.hidden);
+    wrong += count_wrong(out.bytes() + at(t * out.size(1)) * size, wanted.data() + at(columns.begin) * size,
+                         options.dtype, out.size(1));
   }
   return wrong;
 }
+
+/// What one rank combines: its own tokens, whole; in a hidden partition all tokens, in its columns.
+struct Combined {
+  Combined(const Context& context, const Workload& workload) {
+    const Options& options = workload.options();
+    const bool hidden = options.hidden_partition;
+    plan = make_plan(context, hidden ? workload.all_ids() : workload.ids(),
+                     {.experts = options.experts, .replicated = hidden});
+    first_token = hidden ? 0 : workload.first_token();
+    columns = hidden ? part_of(options.hidden, context.rank(), context.size()) : Part{0, options.hidden};
+    weights = Array(DType::f32, Shape{plan.tokens(), options.topk});
+    for (std::int64_t i = 0; i < weights.view().elements(); ++i) {
+      weights.as<float>()[i] = workload.weight(first_token + i / options.topk, i % options.topk);
+    }
+    out = Array(options.dtype, Shape{plan.tokens(), columns.end - columns.begin});
+  }
+  /// Read from other ranks.
+  std::int64_t bytes(int rank) const {
+    std::int64_t rows = 0;
+    for (const SlotRow& slot : plan.slots()) rows += slot.rank >= 0 && slot.rank != rank;
+    return rows * out.view().size(1) * static_cast<std::int64_t>(size_of(out.view().dtype()));
+  }
+
+  Plan plan;
+  std::int64_t first_token;
+  Part columns;
+  Array weights, out;
+};
 
 /// Of all experts: what the padded layout must hold.
 std::int64_t most_rows(const Plan& plan) {
@@ -119,10 +149,10 @@ std::vector<Row> measure_dispatch(const Context& context, const Options& options
 
 std::vector<Row> measure_combine(const Context& context, const Options& options) {
   const Workload workload(context, options);
-  const Plan plan = plan_of(context, workload);
+  const Combined combined(context, workload);
+  const Plan& plan = combined.plan;
   const Array answers = made_up_answers(workload, plan);
   Outbox y = make_outbox(context, plan, options.hidden, options.dtype);
-  Array out(options.dtype, Shape{options.tokens, options.hidden});
   // Experts have just written their results when combine starts.
   const auto answer = [&] {
     barrier(context);  // until then another rank may still be reading the last ones
@@ -130,22 +160,22 @@ std::vector<Row> measure_combine(const Context& context, const Options& options)
   };
   const auto run = [&] {
     const Phase phase(context.trace(), "combine");
-    combine(context, plan, y, workload.weights(), out);
+    combine(context, plan, y, ConstTensor(combined.weights), combined.out, {.slice = options.hidden_partition});
+  };
+  const auto count_wrong_now = [&] {
+    return count_wrong_sums(workload, combined.first_token, combined.columns, combined.out);
   };
   answer();
   run();
-  std::int64_t wrong = count_wrong_sums(workload, out);
+  std::int64_t wrong = count_wrong_now();
 
   FetchProbe probe(context, plan, y);
   std::vector<Step> steps{{answer, run}};
-  if (probe.possible() && context.size() > 1) steps.push_back({answer, [&] { probe.read(); }});
+  const bool probes = probe.possible() && context.size() > 1 && !options.hidden_partition;  // it reads whole rows
+  if (probes) steps.push_back({answer, [&] { probe.read(); }});
   const Times times = measure_rounds(context, options.seconds, steps);
-  wrong += count_wrong_sums(workload, out);
-
-  std::int64_t rows = 0;
-  for (const SlotRow& slot : plan.slots()) rows += slot.rank >= 0 && slot.rank != context.rank();
-  const std::int64_t bytes =
-      sum_over_ranks(context, rows * options.hidden * static_cast<std::int64_t>(size_of(options.dtype)));
+  wrong += count_wrong_now();
+  const std::int64_t bytes = sum_over_ranks(context, combined.bytes(context.rank()));
   return {make_row("combine", times, bytes, sum_over_ranks(context, wrong))};
 }
 

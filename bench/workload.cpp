@@ -82,6 +82,10 @@ Workload::Workload(const Context& context, const Options& options) : options_(op
   }
 }
 
+ConstTensor Workload::all_ids() const {
+  return {all_ids_.data(), Shape{static_cast<std::int64_t>(all_ids_.size()) / options_.topk, options_.topk}};
+}
+
 float Workload::weight(std::int64_t token, std::int64_t slot) const {
   const auto key = static_cast<std::uint32_t>(token * options_.topk + slot);
   return static_cast<float>(1 + (mix(key ^ 0x5bd1e995U) >> 28)) * (1.0F / 16.0F);

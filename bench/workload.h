@@ -29,6 +29,7 @@ class Workload {
   const Options& options() const { return options_; }
   ConstTensor x() const { return x_; }              // [T, H], row t is table row first_token() + t
   ConstTensor ids() const { return ids_; }          // [T, K]
+  ConstTensor all_ids() const;                      // [P T, K] of all ranks
   ConstTensor weights() const { return weights_; }  // [T, K], sixteenths: products with table rows are exact
   std::int64_t first_token() const { return first_token_; }
   float weight(std::int64_t token, std::int64_t slot) const;

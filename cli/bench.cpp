@@ -18,6 +18,7 @@ struct Flags {
   std::string dtype = "bf16";
   std::string activation = "swiglu";
   std::string layout = "indexed";
+  std::string partition = "none";
   const CLI::Option* experts = nullptr;
   const CLI::Option* topk = nullptr;
   const CLI::Option* routes = nullptr;
@@ -52,6 +53,10 @@ void add_flags(CLI::App& app, Flags& flags) {
   app.add_flag("--train", o.train, "layer: also a training step with AdamW");
   app.add_option("--layout", flags.layout, "dispatch: indexed, expert_major, padded or rank_major (default indexed)")
       ->check(one_of(layout_names()));
+  app.add_option("--partition", flags.partition,
+                 "combine: hidden, all ranks have the tokens of all and each gets its slice of the hidden size "
+                 "(default none)")
+      ->check(one_of({"none", "hidden"}));
   app.add_option("--seconds", o.seconds, "time to spend on each row (default 2)")->check(number_above(0));
   flags.routes = app.add_option("--routes", o.routes,
                                 "uniform, zipf:A, hot:N:F (the first choice is with chance F one of N experts), or a "
@@ -68,8 +73,12 @@ void check_flags(Flags& flags) {
     if (named.name == flags.activation) o.activation = named.activation, o.numbers = named.numbers;
   }
   o.layout = *std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](Layout l) { return name(l) == flags.layout; });
+  o.hidden_partition = flags.partition == "hidden";
   bench::check(o, flags.experts->count() > 0, flags.topk->count() > 0);
   for (const std::string& what : flags.what) {
+    if (what != "combine" && o.hidden_partition) {
+      throw Error(ErrorCode::bad_argument, "--partition hidden goes with combine alone, not with " + what);
+    }
     if (what == "layer" && flags.routes->count() > 0) {
       throw Error(ErrorCode::bad_argument, "--routes does not go with layer: its router chooses");
     }
@@ -88,6 +97,7 @@ nlohmann::json row_as_json(const bench::Row& row, const bench::Options& o, const
   }
   if (layer || row.what == "experts") object["inner"] = o.inner;
   if (row.what == "dispatch") object["layout"] = name(o.layout);
+  if (row.what == "combine") object["partition"] = o.hidden_partition ? "hidden" : "none";
   if (row.bytes) object["bytes"] = *row.bytes;
   if (row.gbps) object["gbps"] = *row.gbps;
   if (row.of_copy) object["of_copy"] = *row.of_copy;

@@ -61,6 +61,29 @@ TEST(Bench, allows_rounding_and_nothing_more) {
   EXPECT_EQ(count_wrong({1.2, -2.0, std::nan("")}, expected, DType::bf16), 2);
 }
 
+TEST(Bench, reads_slices_of_the_results_of_all_tokens_in_a_hidden_partition) {
+  Options options = small();
+  options.seconds = 0.01;
+  const std::vector<std::int32_t> ids = make_routes(options, 3 * options.tokens);
+  for (const bool hidden : {false, true}) {
+    options.hidden_partition = hidden;
+    std::int64_t bytes = 0;
+    for (int rank = 0; rank < 3; ++rank) {
+      const std::int64_t width = hidden ? (rank + 1) * 20 / 3 - rank * 20 / 3 : 20;
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        const bool reads = hidden || static_cast<std::int64_t>(i) / (7 * 3) == rank;
+        if (reads && owner_of(ids[i], 3, 6) != rank) bytes += width * 2;
+      }
+    }
+    run_threads(3, [&](const Communicator& communicator) {
+      const std::vector<Row> rows = measure("combine", Context(communicator), options);
+      ASSERT_EQ(rows.size(), 1u);
+      EXPECT_EQ(rows[0].wrong, 0);
+      EXPECT_EQ(rows[0].bytes, bytes);
+    });
+  }
+}
+
 TEST(Bench, routes_each_token_to_different_experts) {
   for (const char* routes : {"uniform", "zipf:2", "hot:1:1", "hot:6:0.5"}) {
     Options options = small();

@@ -53,6 +53,9 @@ TEST_F(PlanCommand, plans_to_the_byte_what_bench_moves) {
       EXPECT_EQ(planned["bytes_per_rank"]["ep"].get<double>(), static_cast<double>(dispatch + combine) / ranks)
           << sizes;
       EXPECT_EQ(ranks > 1, dispatch > 0);
+      const nlohmann::json slices =
+          result_of("bench combine --partition hidden --seconds 0.02 --transport threads" + sizes);
+      EXPECT_EQ(planned["bytes"]["hidden"], slices["rows"][0]["bytes"]) << sizes;
     }
   }
 }
