@@ -59,10 +59,10 @@ Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layo
 
 /// The part of each result that each rank reads; all of it, or its columns.
 RowParts parts_of(const Context& context, std::int64_t width, DType dtype, bool slice) {
-  RowParts parts{at(width) * size_of(dtype), std::pmr::vector<Slice>(context.memory().get())};
+  RowParts parts{at(width) * size_of(dtype), std::pmr::vector<Slice>(at(context.size()), context.memory().get())};
   for (int rank = 0; rank < context.size(); ++rank) {
     const Part part = slice ? part_of(width, rank, context.size()) : Part{0, width};
-    parts.of.push_back({at(part.begin) * size_of(dtype), at(part.end - part.begin) * size_of(dtype)});
+    parts.of[at(rank)] = {at(part.begin) * size_of(dtype), at(part.end - part.begin) * size_of(dtype)};
   }
   return parts;
 }
@@ -100,8 +100,7 @@ struct PendingCombine::State final : InFlight {
     if (!results && operation.agreed()) read();
   }
   void read() {
-    const RowParts parts = parts_of(context, width_of(y), out.dtype(), options.slice);
-    results.emplace(context, operation, plan, order, y, parts);
+    results.emplace(context, operation, plan, order, y, parts_of(context, width_of(y), out.dtype(), options.slice));
   }
 
   Context context;

@@ -24,7 +24,7 @@ std::size_t count(const Plan& plan, int source, const ExpertRange& range) {
 }  // namespace
 
 Results::Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-                 const Outbox& own, RowParts parts)
+                 const Outbox& own, RowParts&& parts)
     : order_(order),
       own_(own),
       parts_(std::move(parts)),

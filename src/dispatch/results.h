@@ -23,7 +23,7 @@ class Results {
  public:
   /// Once all have agreed. Posts the transfers with ranks that are not mapped.
   Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-          const Outbox& own, RowParts parts);
+          const Outbox& own, RowParts&& parts);
 
   /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
   const void* const* finish(const Communicator& communicator, const Operation& operation, const Plan& plan);
