@@ -75,6 +75,7 @@ class Plan {
   std::span<const std::int64_t> sources() const;
   std::int64_t unique() const { return sources().back(); }  // U
   /// The tokens that go to `rank`, ascending, each once, and the inbox row of `rank` that the first of them takes.
+  /// Replicated: those whose slices go there in join_slices, which have no inbox row.
   std::span<const std::int32_t> sends(int rank) const;
   std::int64_t send_row(int rank) const;
   /// [T, K]

@@ -127,7 +127,7 @@ ConstTensor HiddenMoe::State::bias_rows(ConstTensor bias, std::int64_t tokens, s
   if (bias.absent()) return {};
   const Tensor all = bias_memory.view(DType::f32, {tokens, columns});
   if (all.byte_size() > 0) std::memset(all.data(), 0, all.byte_size());
-  for (std::int64_t t = 0; t < tokens; ++t) {
+  for (std::int64_t t = 0; t < tokens && bias.byte_size() > 0; ++t) {
     std::memcpy(all.as<float>() + t * columns, bias.data(), bias.byte_size());
   }
   return all;

@@ -336,7 +336,7 @@ void twice(const ExpertBatch& of) {
 }
 
 TEST_P(Hidden, takes_router_logits_and_a_bias) {
-  constexpr std::int64_t kTokens = 6, kExperts = 5, kTopk = 3, kHidden = 7;
+  constexpr std::int64_t kTokens = 6, kExperts = 5, kTopk = 3, kHidden = 3;  // no column for a fourth rank
   const std::vector<float> logits = draw("logits", kTokens * kExperts), x = draw("x", kTokens * kHidden);
   run_on(GetParam(), [&](const Context& context) {
     const Part part = part_of(kHidden, context.rank(), context.size());
