@@ -219,7 +219,11 @@ LayerResult run_on(const LayerCase& c, int ranks, const std::string& backend) {
   return result;
 }
 
+#ifdef __SANITIZE_THREAD__
+constexpr int kRanks[] = {1, 3, 4};  // numbers are compared without it, too; here threads are to meet
+#else
 constexpr int kRanks[] = {1, 2, 3, 4, 7, 8};
+#endif
 
 void compare(const LayerSpec& spec) {
   const LayerCase layer_case(spec);
