@@ -12,10 +12,22 @@
 namespace expar {
 namespace {
 
-// Words of a ready line: the signature's hash, 0 or 1 + the code of an error, then what the operation shows.
+// Words of a ready line: the signature's hash, 0 or the code of an error and where it arose, then what the operation
+// shows.
 constexpr std::size_t kHashWord = 0;
 constexpr std::size_t kStatusWord = 1;
 constexpr std::size_t kFirstUserWord = 2;
+
+/// What cannot be started, and why. An error that another operation found keeps the rank that it names.
+struct Status {
+  ErrorCode code;
+  int rank;
+
+  std::uint64_t word() const { return (static_cast<std::uint64_t>(rank) << 32) + static_cast<std::uint64_t>(code) + 1; }
+  static Status of(std::uint64_t word) {
+    return {static_cast<ErrorCode>((word & 0xffffffff) - 1), static_cast<int>(word >> 32)};
+  }
+};
 
 std::uint64_t mix_text(std::uint64_t hash, std::string_view text) {
   for (const char c : text) hash = mix(hash, static_cast<unsigned char>(c));
@@ -112,8 +124,8 @@ void Operation::ready(FunctionRef<Words()> prepare) {
   Line line{.sequence = sequence_};
   std::string text;
   line.words[kHashWord] = signature_.hash();
-  const auto refuse = [&](ErrorCode code, std::string message) {
-    line.words[kStatusWord] = 1 + static_cast<std::uint64_t>(code);
+  const auto refuse = [&](ErrorCode code, std::string message, int rank = -1) {
+    line.words[kStatusWord] = Status{code, rank < 0 ? communicator_.job_rank(communicator_.rank()) : rank}.word();
     text = std::move(message);
   };
   try {
@@ -121,7 +133,7 @@ void Operation::ready(FunctionRef<Words()> prepare) {
     std::copy(words.begin(), words.end(), line.words.begin() + kFirstUserWord);
   } catch (const Error& error) {
     if (error.fatal() || transport.failure()) throw;
-    refuse(error.code(), error.message());
+    refuse(error.code(), error.message(), error.rank());
   } catch (const std::bad_alloc&) {
     refuse(ErrorCode::no_memory, "no memory to start " + signature_.str());
   }
@@ -165,8 +177,8 @@ void Operation::check_agreement() {
     if (status == 0) continue;
     const std::string message = communicator_.transport().text(rank, ready_line_);
     complete();
-    throw Error(static_cast<ErrorCode>(status - 1), message,
-                {.rank = communicator_.job_rank(rank), .operation = std::string(signature_.operation())});
+    const auto [code, named] = Status::of(status);
+    throw Error(code, message, {.rank = named, .operation = std::string(signature_.operation())});
   }
   for (int rank = 1; rank < communicator_.size(); ++rank) {
     if (lines_[static_cast<std::size_t>(rank)].words[kHashWord] != lines_[0].words[kHashWord]) throw_mismatch(rank);
