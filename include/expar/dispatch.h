@@ -142,6 +142,10 @@ struct CombineOptions {
   /// Of a replicated plan: out, shared and residual are columns part_of(H, rank, P) of what they were, without a norm,
   /// and of each result just these are read. The same on all ranks.
   bool slice = false;
+  /// The ranks that hold slices of the same experts, and hand in the same tokens (tensor parallelism); an empty one, or
+  /// one of a single rank: this rank has whole experts. What the slots give is a part then, rounded to dtype, and the
+  /// parts of these ranks are summed in f32, in rank order, before anything is added. Not with `slice`.
+  Communicator sum_over = {};
 };
 
 class PendingCombine {
@@ -165,8 +169,10 @@ class PendingCombine {
 ///   weights : [T, K] f32, or `unweighted`
 ///   out     : [T, H]  dtype of y; may be the residual itself
 /// Of a replicated plan every rank gets all of out, or its columns of it (CombineOptions::slice).
-/// Collective. Throws Error: bad_argument, mismatch, timeout, peer_lost.
-/// Cost: one read of each of the T K rows where they lie, one write of T rows.
+/// Collective, with sum_over in finish() over its ranks too: those then finish in the same order, and throw each
+/// other's errors. Throws Error: bad_argument, mismatch, timeout, peer_lost.
+/// Cost: one read of each of the T K rows where they lie, one write of T rows. Over S ranks of sum_over besides
+/// 2 (S - 1) / S of T rows to each of them, every row being summed by one rank, and one more meeting.
 void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,
              const CombineOptions& options = {});
 PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights,

@@ -169,7 +169,7 @@ struct Reduce {
   const float* shared = nullptr;          // [T, width] or null
   const float* shared_weights = nullptr;  // [T] or null
   const void* residual = nullptr;         // [T, width] or null
-  void* out = nullptr;                    // [T, width]
+  void* out = nullptr;                    // [T, width]; may be the residual, and a row of it one of its own slots
   NormOutput norm = {};
 };
 

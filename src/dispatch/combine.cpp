@@ -8,6 +8,7 @@
 
 #include "src/dispatch/results.h"
 #include "src/dispatch/row_order.h"
+#include "src/dispatch/sum_parts.h"
 #include "src/util/kept.h"
 #include "src/util/shown.h"
 
@@ -102,6 +103,9 @@ struct PendingCombine::State final : InFlight {
   void read() {
     results.emplace(context, operation, plan, order, y, parts_of(context, width_of(y), out.dtype(), options.slice));
   }
+  bool in_parts() const { return options.sum_over && options.sum_over.size() > 1; }
+  /// Waits for the results and sums them into `to`, with what `add` adds.
+  void sum(Tensor to, const CombineOptions& add, const NormOutput& norm_of_sum);
 
   Context context;
   Plan plan;
@@ -127,7 +131,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   Signature signature("combine");
   signature.with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
   signature.with("plan", static_cast<std::int64_t>(plan.id())).with("weighted", weights.has_value());
-  signature.with("slice", options.slice);
+  signature.with("slice", options.slice).with("parts", options.sum_over ? options.sum_over.size() : 1);
   with_layout(signature, y);
   auto state = make_kept<PendingCombine::State>(context.memory(), context, plan, y, out, options, signature);
   state->operation.ready([&] {
@@ -135,6 +139,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
       refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
     if (options.slice && !plan.replicated()) refuse("slices are of a replicated plan");
     if (options.slice && !options.norm.y.absent()) refuse("a slice has no norm: it takes whole rows");
+    if (options.slice && state->in_parts()) refuse("a slice of results cannot be summed over slices of experts");
     const Part columns = options.slice ? part_of(width, context.rank(), context.size()) : Part{0, width};
     require("out", out, dtype, Shape{plan.tokens(), columns.end - columns.begin});
     if (weights) require("weights", *weights, DType::f32, Shape{plan.tokens(), plan.topk()});
@@ -151,27 +156,31 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   return PendingCombine(std::move(state));
 }
 
+void PendingCombine::State::sum(Tensor to, const CombineOptions& add, const NormOutput& norm_of_sum) {
+  operation.meet();
+  if (!results) read();
+  const void* const* slots = results->finish(context.communicator(), operation, plan);
+  context.kernels().reduce({.tokens = plan.tokens(),
+                            .topk = plan.topk(),
+                            .width = to.size(1),
+                            .dtype = to.dtype(),
+                            .slots = slots,
+                            .weights = weights,
+                            .shared = static_cast<const float*>(add.shared.data()),
+                            .shared_weights = static_cast<const float*>(add.shared_weights.data()),
+                            .residual = add.residual.data(),
+                            .out = to.data(),
+                            .norm = norm_of_sum},
+                           context.pool());
+  operation.complete();
+}
+
 void PendingCombine::finish() {
   const std::shared_ptr<State> state = std::move(state_);
   const Phase phase(state->context.trace(), operation_span("finish combine"));
-  state->operation.meet();
-  const Plan& plan = state->plan;
-  const Tensor& out = state->out;
-  if (!state->results) state->read();
-  const void* const* slots = state->results->finish(state->context.communicator(), state->operation, plan);
-  state->context.kernels().reduce({.tokens = plan.tokens(),
-                                   .topk = plan.topk(),
-                                   .width = out.size(1),
-                                   .dtype = out.dtype(),
-                                   .slots = slots,
-                                   .weights = state->weights,
-                                   .shared = static_cast<const float*>(state->options.shared.data()),
-                                   .shared_weights = static_cast<const float*>(state->options.shared_weights.data()),
-                                   .residual = state->options.residual.data(),
-                                   .out = out.data(),
-                                   .norm = state->norm},
-                                  state->context.pool());
-  state->operation.complete();
+  if (!state->in_parts()) return state->sum(state->out, state->options, state->norm);
+  sum_parts(state->context.on(state->options.sum_over), state->plan, width_of(state->y), state->y.rows().dtype(),
+            state->out, state->options, [&](Tensor part) { state->sum(part, {}, {}); });
 }
 
 void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,

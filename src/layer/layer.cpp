@@ -289,7 +289,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
   }
   ConstTensor weights_by_slot = capacity.weights;
   if (apart && !plan_options.failure) alone(c, [&] { weights_by_slot = with_shared_weight(c, x, capacity.weights); });
-  CombineOptions beside{.residual = residual, .norm = inputs.norm};
+  CombineOptions beside{.residual = residual, .norm = inputs.norm, .sum_over = options.tensor};
   record.inbox = dispatch_beside(c, x, weights_by_slot, plan, {.payload = options.payload}, &times.dispatch, [&] {
     if (shares_beside()) {
       const ConstTensor tokens = without_padding(x, record.routing.mask, shared_x);
@@ -316,7 +316,7 @@ void MoeLayer::State::forward(const Context& c, ConstTensor x, Tensor out, Const
     const Phase phase(c.trace(), "combine", &times.combine);
     std::optional<ConstTensor> by_slot = unweighted;
     if (shape.weights_on == WeightsOn::output) by_slot = weights_by_slot;
-    slices.combine(c, plan, record.y, by_slot, out, beside);
+    combine(c, plan, record.y, by_slot, out, beside);
   }
   if (!keeps) record.y = {};
   record.plan = std::move(plan);
@@ -436,7 +436,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     if (!record.plan) refuse("the record holds no forward pass for training");
     check_backward(c, record, dout, dx);
   });
-  CombineOptions combine_options;
+  CombineOptions combine_options{.sum_over = options.tensor};
   Tensor beside;  // dx of what each rank computed of its own tokens
   const Inbox gradients = dispatch_beside(c, dout, {}, record.plan, dispatch_options, nullptr,
                                           [&] { beside = own_backward(c, record, dout); });
@@ -473,7 +473,7 @@ void MoeLayer::State::backward(const Context& c, MoeRecord& record, ConstTensor 
     combine_options.residual = router_backward(c, record, by_slot);
   });
   const Phase part(c.trace(), "combine");
-  slices.combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
+  combine(c, record.plan, dx_rows, unweighted, dx, combine_options);
 }
 
 // ---- the public door

@@ -1,7 +1,6 @@
-// Experts in slices of their inner dimension (tensor parallelism): what each slice gives, and the sum over them.
+// Experts in slices of their inner dimension (tensor parallelism): which slice a rank has, and a sum over them.
 #pragma once
 
-#include <cstdint>
 #include <optional>
 
 #include <expar/layer.h>
@@ -17,16 +16,13 @@ class Slices {
   /// Of the inner dimension F.
   ExpertRange own() const { return own_; }
 
-  /// combine, and then the sum over slices before what `options` adds. Collective over the context and over the slices.
-  void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,
-               const CombineOptions& options);
   /// Sums f32 values over the slices, in place. Collective over the slices.
   void sum(Tensor values);
 
  private:
   std::optional<Context> ranks_;
   ExpertRange own_;
-  Buffer part_, wide_, sum_;
+  Buffer sum_;
 };
 
 }  // namespace expar

@@ -7,6 +7,7 @@
 
 #include <expar/collectives.h>
 #include <expar/layer.h>
+#include <expar/mesh.h>
 #include <expar/random.h>
 
 #include "tests/fastest_backend.h"
@@ -21,6 +22,7 @@ constexpr std::int64_t kTokens = 8;  // of each rank
 struct Case {
   const char* name;
   MoeLayerOptions options;
+  int slices = 1;  // of each expert
 };
 
 std::vector<Case> cases() {
@@ -50,6 +52,8 @@ std::vector<Case> cases() {
   MoeLayerOptions& apart = add("shared experts on a rank of their own", router_preset("mixtral", 32, 4));
   apart.shared_inner = 32;
   apart.shared_ranks = 1;
+  add("slices of experts", router_preset("mixtral", 32, 4)).shared_inner = 32;
+  all.back().slices = 2;
   return all;
 }
 
@@ -60,9 +64,13 @@ INSTANTIATE_TEST_SUITE_P(Layer, Memory,
                          [](const auto& test) { return test.param.name(); });
 
 TEST_P(Memory, of_decoding_is_taken_in_the_first_calls) {
-  for (const auto& [name, options] : cases()) {
+  for (const Case& c : cases()) {
+    if (GetParam().ranks % c.slices != 0) continue;
     expect_success(run_communicators(GetParam(), [&](const Communicator& communicator) {
-      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      const Mesh mesh(communicator, {{"ep", communicator.size() / c.slices}, {"tp", c.slices}});
+      const Context context = Context(communicator, {.threads = 1, .backend = fastest_backend()}).on(mesh.group("ep"));
+      MoeLayerOptions options = c.options;
+      options.tensor = mesh.group("tp");
       if (options.shared_ranks >= context.size()) return;  // which leaves no rank for the other experts
       MoeLayer layer(context, options);
       layer.initialise(3, "layer");
@@ -92,7 +100,7 @@ TEST_P(Memory, of_decoding_is_taken_in_the_first_calls) {
       const std::int64_t before = allocations();
       EXPECT_GT(before, at_first) << "nothing was counted";
       for (int i = 100; i < 200; ++i) step(i, (i + context.rank()) % (kTokens + 1), {});
-      EXPECT_EQ(allocations(), before) << name;
+      EXPECT_EQ(allocations(), before) << c.name;
       barrier(context);  // a rank that leaves early would be the beginning of an error here
     }));
   }
