@@ -12,6 +12,7 @@
 
 #include "backends/cpu/cpu.h"
 #include "backends/reference/reference.h"
+#include "src/util/fallback.h"
 #include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
 
@@ -30,29 +31,6 @@ std::string list(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
   return text;
-}
-
-/// `table` with its empty entries taken from `other`.
-Kernels filled(Kernels table, const Kernels& other) {
-  const auto fill = [](auto& entry, const auto& instead) {
-    if (entry == nullptr) entry = instead;
-  };
-  fill(table.gemm_nt, other.gemm_nt);
-  fill(table.gemm_nn, other.gemm_nn);
-  fill(table.gemm_tn, other.gemm_tn);
-  fill(table.activate, other.activate);
-  fill(table.activate_grad, other.activate_grad);
-  fill(table.gather, other.gather);
-  fill(table.reduce, other.reduce);
-  fill(table.softmax_topk, other.softmax_topk);
-  fill(table.adamw, other.adamw);
-  fill(table.quantise, other.quantise);
-  fill(table.dequantise, other.dequantise);
-  if (table.pack == nullptr) {  // a packed layout belongs to the GEMM that reads it
-    table.packed_bytes = other.packed_bytes;
-    table.pack = other.pack;
-  }
-  return table;
 }
 
 }  // namespace
@@ -78,7 +56,7 @@ Kernels find_kernels(std::string_view wanted, std::string_view isa) {
   for (const Backend& backend : backends()) {
     if (backend.name != wanted) continue;
     for (const Kernels* table : backend.tables) {
-      if (wanted_isa.empty() || table->isa == wanted_isa) return filled(*table, reference_kernels());
+      if (wanted_isa.empty() || table->isa == wanted_isa) return with_fallback(*table, reference_kernels());
     }
     throw Error(ErrorCode::unsupported, "backend \"" + std::string(wanted) + "\" has no instruction set \"" +
                                             std::string(wanted_isa) + "\" here; it has " +
