@@ -2,6 +2,8 @@
 #include <expar/transport.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -159,6 +161,30 @@ TEST_P(Failures, what_a_rank_throws_reaches_all) {
   EXPECT_EQ(error.code(), ErrorCode::internal);
   EXPECT_EQ(error.rank(), GetParam().ranks / 2);
   EXPECT_EQ(error.message(), "the expert has no bananas");
+}
+
+TEST_P(Failures, nothing_moves_after_the_cause) {
+  if (GetParam().ranks < 2) return;
+  expect_success(run_transports(GetParam(), [](Transport& transport) {
+    const int last = transport.size() - 1;
+    std::array<std::byte, 100> data{};
+    const Message received{Message::Kind::receive, last, 9, data.data(), data.size()};
+    if (transport.rank() == last) {
+      transport.wait([&] { return transport.peek(0, 0).sequence == 1; }, for_test(0));
+      data.fill(std::byte{1});
+      transport.start(std::array{Message{Message::Kind::send, 0, 9, data.data(), data.size()}});
+      transport.abort(Error(ErrorCode::internal, "stop", {last}));
+    } else if (transport.rank() == 0) {
+      const Transport::Ticket ticket = transport.start(std::array{received});
+      transport.publish(0, {.sequence = 1});
+      while (!transport.failure()) std::this_thread::sleep_for(milliseconds(1));
+      // All of it has come, but whoever failed may have let go of this memory.
+      EXPECT_EQ(error_of([&] { transport.test(ticket); }).message(), "stop");
+      EXPECT_EQ(error_of([&] { transport.wait([&] { return transport.test(ticket); }, for_test(last)); }).message(),
+                "stop");
+      EXPECT_EQ(std::count(data.begin(), data.end(), std::byte{0}), 100);
+    }
+  }));
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, Failures, ::testing::ValuesIn(contract_setups()), setup_name);

@@ -115,7 +115,8 @@ bool LocalTransport::test(Ticket ticket) {
 }
 
 bool LocalTransport::advance_messages() {
-  if (messages_.idle()) return false;
+  // Where the job has failed, the operations that posted these may be gone, and their memory with them.
+  if (messages_.idle() || job_.head().cause.load() != 0) return false;
   try {
     return messages_.advance();
   } catch (const Error& error) {
