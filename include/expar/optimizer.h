@@ -20,7 +20,6 @@ struct Parameter {
 };
 
 struct AdamWOptions {
-  float lr = 1e-3F;
   float beta1 = 0.9F;
   float beta2 = 0.95F;
   float eps = 1e-8F;
