@@ -12,7 +12,7 @@ namespace {
 
 struct Entry {
   const char* name;
-  std::vector<Row> (*measure)(const Context&, const Options&);
+  std::vector<Row> (*measure)(const Parallel&, const Options&);
 };
 
 constexpr std::array<Entry, 5> kEntries{{{"barrier", measure_barrier},
@@ -48,6 +48,7 @@ const std::vector<std::string>& names() {
 }
 
 void check(Options& options, bool experts_given, bool topk_given) {
+  check_dims(options.mesh);
   const RouteSource source = parse_routes(options.routes);
   if (source.kind == RouteSource::Kind::file) {
     match_file(io::read_routes(source.path, 0), options, experts_given, topk_given);
@@ -62,12 +63,13 @@ void check(Options& options, bool experts_given, bool topk_given) {
 
 std::vector<Row> measure(const std::string& what, const Context& context, const Options& options) {
   for (const Entry& entry : kEntries) {
-    if (what == entry.name) return entry.measure(context, options);
+    if (what == entry.name) return entry.measure(Parallel(context, options.mesh), options);
   }
   refuse("no benchmark is called '" + what + "'");
 }
 
-std::vector<Row> measure_barrier(const Context& context, const Options& options) {
+std::vector<Row> measure_barrier(const Parallel& ranks, const Options& options) {
+  const Context& context = ranks.all;
   std::int64_t wrong = 0;
   std::vector<std::int64_t> entered, left;
   const auto now = [] { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); };

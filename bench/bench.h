@@ -7,6 +7,9 @@
 #include <vector>
 
 #include <expar/expar.h>
+#include <expar/mesh.h>
+
+#include "models/parallel.h"
 
 namespace expar::bench {
 
@@ -24,6 +27,9 @@ struct Options {
   Layout layout = Layout::indexed;
   /// combine: all ranks have the tokens of all, and each reads its slice of the results (expar/partition.h).
   bool hidden_partition = false;
+  /// dispatch, combine, layer: how ranks share the experts, see models/parallel.h; empty: all along ep. Ranks along tp
+  /// work on the tokens of all of them, rank after rank.
+  std::vector<MeshDim> mesh = {};
   std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file
   double seconds = 2;              // to spend on each measurement
 };
@@ -53,10 +59,10 @@ void check(Options& options, bool experts_given, bool topk_given);
 /// Collective. Throws as what it calls.
 std::vector<Row> measure(const std::string& what, const Context& context, const Options& options);
 
-std::vector<Row> measure_barrier(const Context& context, const Options& options);
-std::vector<Row> measure_dispatch(const Context& context, const Options& options);
-std::vector<Row> measure_combine(const Context& context, const Options& options);
-std::vector<Row> measure_experts(const Context& context, const Options& options);
-std::vector<Row> measure_layer(const Context& context, const Options& options);
+std::vector<Row> measure_barrier(const Parallel& ranks, const Options& options);
+std::vector<Row> measure_dispatch(const Parallel& ranks, const Options& options);
+std::vector<Row> measure_combine(const Parallel& ranks, const Options& options);
+std::vector<Row> measure_experts(const Parallel& ranks, const Options& options);
+std::vector<Row> measure_layer(const Parallel& ranks, const Options& options);
 
 }  // namespace expar::bench

@@ -1,6 +1,7 @@
 // Dispatch beside a plain copy of the rows it sends, and combine beside a plain read of the rows it takes.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "bench/peers.h"
 #include "bench/timing.h"
@@ -33,76 +34,94 @@ Plan plan_of(const Context& context, const Workload& workload) {
 }
 
 /// What the experts would have written: row by row of a table.
-Array made_up_answers(const Workload& workload, const Plan& plan) {
+Array made_up_answers(const Workload& workload, const Plan& plan, int slice) {
   const Options& options = workload.options();
   Array answers(options.dtype, Shape{plan.received(), options.hidden});
   const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
   for (std::size_t e = 0; e < workload.arrivals().size(); ++e) {
     std::byte* to = answers.view().bytes() + at(plan.offsets()[e]) * row_bytes;
     for (const Arrival& arrival : workload.arrivals()[e]) {
-      fill_row(workload.answer_row(arrival), options.dtype, options.hidden, to);
+      fill_row(workload.answer_row(arrival, slice), options.dtype, options.hidden, to);
       to += row_bytes;
     }
   }
   return answers;
 }
 
-/// Elements of `out` that are not these columns of the weighted sums of the answers, from `first_token` on. Every
-/// product and sum is exact in f32, so only the last rounding counts and no tolerance is needed.
-std::int64_t count_wrong_sums(const Workload& workload, std::int64_t first_token, const Part& columns,
+/// As rows of `dtype` hold them.
+void round_to(DType dtype, std::vector<float>& values) {
+  if (dtype == DType::f32) return;
+  for (float& value : values) value = static_cast<float>(bf16(value));
+}
+
+/// Elements of `out` that are not these columns of the weighted sums of the answers to `tokens`. Every product and sum
+/// over slots is exact in f32, so only the roundings count, of each slice's part and of their sum, and no tolerance is
+/// needed.
+std::int64_t count_wrong_sums(const Workload& workload, const std::vector<std::int64_t>& tokens, const Part& columns,
                               ConstTensor out) {
   const Options& options = workload.options();
-  const std::size_t size = size_of(options.dtype), row_bytes = at(options.hidden) * size;
-  std::vector<float> sum(at(options.hidden)), answer(at(options.hidden));
-  std::vector<std::byte> wanted(row_bytes);
+  const std::int64_t width = out.size(1);
+  std::vector<float> sum(at(options.hidden)), part(sum), answer(sum);
+  std::vector<std::byte> wanted(at(options.hidden) * size_of(options.dtype));
+  const Tensor wanted_row(wanted.data(), options.dtype, Shape{options.hidden});
   std::int64_t wrong = 0;
-  for (std::int64_t t = 0; t < out.size(0); ++t) {
+  for (std::size_t t = 0; t < tokens.size(); ++t) {
     std::fill(sum.begin(), sum.end(), 0.0F);
-    for (std::int64_t k = 0; k < options.topk; ++k) {
-      const std::int64_t token = first_token + t;
-      if (workload.id(token, k) < 0) continue;
-      fill_row(workload.answer_row({token, k}), DType::f32, options.hidden, answer.data());
-      const float weight = workload.weight(token, k);
-      for (std::size_t c = 0; c < sum.size(); ++c) sum[c] += weight * answer[c];
-    }
-    if (options.dtype == DType::f32) {
-      std::memcpy(wanted.data(), sum.data(), row_bytes);
-    } else {
-      for (std::size_t c = 0; c < sum.size(); ++c) {
-        const bf16 rounded(sum[c]);
-        std::memcpy(wanted.data() + c * sizeof rounded, &rounded, sizeof rounded);
+    for (int slice = 0; slice < workload.slices(); ++slice) {
+      std::fill(part.begin(), part.end(), 0.0F);
+      for (std::int64_t k = 0; k < options.topk; ++k) {
+        if (workload.id(tokens[t], k) < 0) continue;
+        fill_row(workload.answer_row({tokens[t], k}, slice), DType::f32, options.hidden, answer.data());
+        const float weight = workload.weight(tokens[t], k);
+        for (std::size_t c = 0; c < part.size(); ++c) part[c] += weight * answer[c];
       }
+      round_to(options.dtype, part);
+      for (std::size_t c = 0; c < sum.size(); ++c) sum[c] += part[c];
     }
-    wrong += count_wrong(out.bytes() + at(t * out.size(1)) * size, wanted.data() + at(columns.begin) * size,
-                         options.dtype, out.size(1));
+    for (std::size_t c = 0; c < sum.size(); ++c) {
+      if (options.dtype == DType::f32) wanted_row.as<float>()[c] = sum[c];
+      if (options.dtype == DType::bf16) wanted_row.as<bf16>()[c] = bf16(sum[c]);
+    }
+    const std::size_t size = size_of(options.dtype);
+    wrong +=
+        count_wrong(out.bytes() + t * at(width) * size, wanted.data() + at(columns.begin) * size, options.dtype, width);
   }
   return wrong;
 }
 
-/// What one rank combines: its own tokens, whole; in a hidden partition all tokens, in its columns.
+/// What one rank combines: its own tokens, whole, and their sums over slices; in a hidden partition all tokens, in its
+/// columns.
 struct Combined {
-  Combined(const Context& context, const Workload& workload) {
+  Combined(const Parallel& ranks, const Workload& workload) {
+    const Context& context = ranks.experts;
     const Options& options = workload.options();
     const bool hidden = options.hidden_partition;
     plan = make_plan(context, hidden ? workload.all_ids() : workload.ids(),
                      {.experts = options.experts, .replicated = hidden});
-    first_token = hidden ? 0 : workload.first_token();
+    tokens = workload.tokens();
+    if (hidden) {
+      tokens.resize(at(plan.tokens()));
+      std::iota(tokens.begin(), tokens.end(), std::int64_t{0});
+    }
     columns = hidden ? part_of(options.hidden, context.rank(), context.size()) : Part{0, options.hidden};
     weights = Array(DType::f32, Shape{plan.tokens(), options.topk});
     for (std::int64_t i = 0; i < weights.view().elements(); ++i) {
-      weights.as<float>()[i] = workload.weight(first_token + i / options.topk, i % options.topk);
+      weights.as<float>()[i] = workload.weight(tokens[at(i / options.topk)], i % options.topk);
     }
     out = Array(options.dtype, Shape{plan.tokens(), columns.end - columns.begin});
   }
-  /// Read from other ranks.
-  std::int64_t bytes(int rank) const {
+  /// Read from other ranks: results, then the parts of the rows that are summed here, then the sums of the others.
+  std::int64_t bytes(const Parallel& ranks) const {
     std::int64_t rows = 0;
-    for (const SlotRow& slot : plan.slots()) rows += slot.rank >= 0 && slot.rank != rank;
+    for (const SlotRow& slot : plan.slots()) rows += slot.rank >= 0 && slot.rank != ranks.experts.rank();
+    const Part summed = part_of(plan.tokens(), ranks.slice(), ranks.slice_count());
+    const std::int64_t here = summed.end - summed.begin;
+    rows += (ranks.slice_count() - 1) * here + plan.tokens() - here;
     return rows * out.view().size(1) * static_cast<std::int64_t>(size_of(out.view().dtype()));
   }
 
   Plan plan;
-  std::int64_t first_token;
+  std::vector<std::int64_t> tokens;  // counted over all ranks
   Part columns;
   Array weights, out;
 };
@@ -115,8 +134,9 @@ std::int64_t most_rows(const Plan& plan) {
 
 }  // namespace
 
-std::vector<Row> measure_dispatch(const Context& context, const Options& options) {
-  const Workload workload(context, options);
+std::vector<Row> measure_dispatch(const Parallel& ranks, const Options& options) {
+  const Context& context = ranks.experts;
+  const Workload workload(ranks, options);
   Inbox inbox;
   DispatchOptions dispatch_options{.layout = options.layout};
   const auto run = [&] {
@@ -141,17 +161,18 @@ std::vector<Row> measure_dispatch(const Context& context, const Options& options
   if (probe.possible() && context.size() > 1) {
     steps.push_back({[&] { probe.use(); }, [&] { probe.copy(); }});
   }
-  const Times times = measure_rounds(context, options.seconds, steps);
+  const Times times = measure_rounds(ranks.all, options.seconds, steps);
   wrong += count_wrong(workload, inbox);
-  const std::int64_t bytes = sum_over_ranks(context, plan.bytes(options.hidden, options.dtype));
-  return {make_row("dispatch", times, bytes, sum_over_ranks(context, wrong))};
+  const std::int64_t bytes = sum_over_ranks(ranks.all, plan.bytes(options.hidden, options.dtype));
+  return {make_row("dispatch", times, bytes, sum_over_ranks(ranks.all, wrong))};
 }
 
-std::vector<Row> measure_combine(const Context& context, const Options& options) {
-  const Workload workload(context, options);
-  const Combined combined(context, workload);
+std::vector<Row> measure_combine(const Parallel& ranks, const Options& options) {
+  const Context& context = ranks.experts;
+  const Workload workload(ranks, options);
+  const Combined combined(ranks, workload);
   const Plan& plan = combined.plan;
-  const Array answers = made_up_answers(workload, plan);
+  const Array answers = made_up_answers(workload, plan, ranks.slice());
   Outbox y = make_outbox(context, plan, options.hidden, options.dtype);
   // Experts have just written their results when combine starts.
   const auto answer = [&] {
@@ -160,10 +181,11 @@ std::vector<Row> measure_combine(const Context& context, const Options& options)
   };
   const auto run = [&] {
     const Phase phase(context.trace(), "combine");
-    combine(context, plan, y, ConstTensor(combined.weights), combined.out, {.slice = options.hidden_partition});
+    combine(context, plan, y, ConstTensor(combined.weights), combined.out,
+            {.slice = options.hidden_partition, .sum_over = ranks.tensor});
   };
   const auto count_wrong_now = [&] {
-    return count_wrong_sums(workload, combined.first_token, combined.columns, combined.out);
+    return count_wrong_sums(workload, combined.tokens, combined.columns, combined.out);
   };
   answer();
   run();
@@ -171,12 +193,13 @@ std::vector<Row> measure_combine(const Context& context, const Options& options)
 
   FetchProbe probe(context, plan, y);
   std::vector<Step> steps{{answer, run}};
-  const bool probes = probe.possible() && context.size() > 1 && !options.hidden_partition;  // it reads whole rows
+  // It reads whole rows and sums nothing.
+  const bool probes = probe.possible() && context.size() > 1 && !options.hidden_partition && !ranks.tensor;
   if (probes) steps.push_back({answer, [&] { probe.read(); }});
-  const Times times = measure_rounds(context, options.seconds, steps);
+  const Times times = measure_rounds(ranks.all, options.seconds, steps);
   wrong += count_wrong_now();
-  const std::int64_t bytes = sum_over_ranks(context, combined.bytes(context.rank()));
-  return {make_row("combine", times, bytes, sum_over_ranks(context, wrong))};
+  const std::int64_t bytes = sum_over_ranks(ranks.all, combined.bytes(ranks));
+  return {make_row("combine", times, bytes, sum_over_ranks(ranks.all, wrong))};
 }
 
 }  // namespace expar::bench

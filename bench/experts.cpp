@@ -105,8 +105,9 @@ std::int64_t count_wrong_rows(const ExpertShape& shape, const Weights& weights, 
 
 }  // namespace
 
-std::vector<Row> measure_experts(const Context& context, const Options& options) {
-  const Workload workload(context, options);
+std::vector<Row> measure_experts(const Parallel& ranks, const Options& options) {
+  const Context& context = ranks.all;
+  const Workload workload(ranks, options);
   const Plan plan = make_plan(context, workload.ids(), {.experts = options.experts});
   const Inbox inbox = dispatch(context, workload.x(), workload.weights(), plan);
   const ExpertShape shape{.hidden = options.hidden,

@@ -17,23 +17,26 @@ std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 /// One layer with its tokens, everything that its measurements share.
 class Bench {
  public:
-  Bench(const Context& context, const Options& options)
-      : context_(context),
+  Bench(const Parallel& ranks, const Options& options)
+      : ranks_(ranks),
+        context_(ranks.experts),
         options_(options),
-        layer_(context, layer_options(options)),
+        tokens_(options.tokens * ranks.slice_count()),
+        layer_(context_, layer_options(ranks, options)),
         shape_{.hidden = options.hidden,
-               .inner = options.inner,
+               .inner = layer_.local_inner().count,
                .activation = options.activation,
                .numbers = options.numbers,
                .bias = options.bias,
                .dtype = options.dtype},
-        x_(options.dtype, Shape{options.tokens, options.hidden}),
+        x_(options.dtype, Shape{tokens_, options.hidden}),
         dout_(options.dtype, x_.view().shape()),
         out_(options.dtype, x_.view().shape()),
         dx_(options.dtype, x_.view().shape()) {
     layer_.initialise(1, kPrefix);
-    for (std::int64_t t = 0; t < options.tokens; ++t) {
-      const auto row = static_cast<std::uint64_t>(context.rank() * options.tokens + t);
+    const std::vector<std::int64_t> tokens = tokens_by_rank(ranks, options.tokens)[at(context_.rank())];
+    for (std::int64_t t = 0; t < tokens_; ++t) {
+      const auto row = static_cast<std::uint64_t>(tokens[at(t)]);
       const std::size_t to = at(t * options.hidden) * size_of(options.dtype);
       fill_row(row, options.dtype, options.hidden, x_.view().bytes() + to);
       fill_row(row + (std::uint64_t{1} << 41), options.dtype, options.hidden, dout_.view().bytes() + to);
@@ -62,8 +65,9 @@ class Bench {
       layer_.backward(context_, record_, dout_, dx_);
       const ConstTensor shards = layer_.router_shard_gradients();
       const Tensor total = parameters.back().gradient;
-      all_reduce(context_, ConstTensor(shards.data(), DType::f32, Shape{shards.size(0), total.elements()}),
+      all_reduce(ranks_.data, ConstTensor(shards.data(), DType::f32, Shape{shards.size(0), total.elements()}),
                  Tensor(total.data(), DType::f32, Shape{total.elements()}));
+      for (std::size_t p = 0; p + 1 < parameters.size(); ++p) sum_over(ranks_.replicas, parameters[p].gradient);
       const Phase phase(context_.trace(), "optimizer");
       optimizer.step(context_, parameters, kLearningRate);
     });
@@ -73,8 +77,9 @@ class Bench {
   }
 
  private:
-  static MoeLayerOptions layer_options(const Options& options) {
+  static MoeLayerOptions layer_options(const Parallel& ranks, const Options& options) {
     MoeLayerOptions layer;
+    layer.tensor = ranks.tensor;
     layer.hidden = options.hidden;
     layer.inner = options.inner;
     layer.router.experts = options.experts;
@@ -93,16 +98,24 @@ class Bench {
     return copy;
   }
 
+  /// In place; nothing where there is no such group.
+  void sum_over(const Communicator& group, const Tensor& values) {
+    if (!group) return;
+    const Tensor total = sum_.view(DType::f32, Shape{values.elements()});
+    all_reduce(context_.on(group), ConstTensor(values.data(), DType::f32, Shape{1, values.elements()}), total);
+    std::memcpy(values.data(), total.data(), total.byte_size());
+  }
+
   void train_forward() {
-    const std::int64_t shards[2] = {0, options_.tokens};
+    const std::int64_t shards[2] = {0, tokens_};
     layer_.forward(context_, x_, out_, {}, shards, record_);
   }
 
   Row measure(const char* what, const Work& work, const std::function<void()>& run) {
-    PeakProbes probes(context_, work, options_.dtype);
+    PeakProbes probes(ranks_.all, work, options_.dtype);
     std::vector<Step> steps{{nullptr, run}};
     probes.append(steps);
-    const Times times = measure_rounds(context_, options_.seconds, steps);
+    const Times times = measure_rounds(ranks_.all, options_.seconds, steps);
     Row row;
     row.what = what;
     row.p50_us = median(times[0]);
@@ -114,7 +127,7 @@ class Bench {
   }
 
   Row with_wrong(Row row, std::int64_t wrong) const {
-    row.wrong = sum_over_ranks(context_, wrong);
+    row.wrong = sum_over_ranks(ranks_.all, wrong);
     return row;
   }
 
@@ -124,8 +137,8 @@ class Bench {
     for (const std::int64_t rows : record_.plan.rows()) active += rows > 0;
     const std::int64_t weights = shape_.up_rows() * shape_.hidden + shape_.hidden * shape_.inner;
     const std::int64_t bytes = active * weights * static_cast<std::int64_t>(size_of(shape_.dtype));
-    return {.bytes = static_cast<double>(max_over_ranks(context_, bytes)),
-            .flops = static_cast<double>(max_over_ranks(context_, 2 * record_.plan.received() * weights))};
+    return {.bytes = static_cast<double>(max_over_ranks(ranks_.all, bytes)),
+            .flops = static_cast<double>(max_over_ranks(ranks_.all, 2 * record_.plan.received() * weights))};
   }
 
   /// Weights once forward and once backward; then AdamW reads p, g, m, v and writes p, m, v and the copies.
@@ -136,7 +149,7 @@ class Bench {
       bytes += 7 * static_cast<std::int64_t>(p.value.byte_size() / sizeof(float) * sizeof(float));
       if (!p.low.absent()) bytes += static_cast<std::int64_t>(p.low.byte_size());
     }
-    work.bytes = 2 * work.bytes + static_cast<double>(max_over_ranks(context_, bytes));
+    work.bytes = 2 * work.bytes + static_cast<double>(max_over_ranks(ranks_.all, bytes));
     work.flops *= 3;
     return work;
   }
@@ -146,9 +159,9 @@ class Bench {
   }
 
   /// Wrong elements of one token of this rank. Its experts live anywhere, so every rank computes for every rank's
-  /// token what its own experts give. Collective.
+  /// token what its own experts, or slices of them, give. Collective.
   std::int64_t count_wrong_token() {
-    const std::int64_t token = options_.tokens / 2;
+    const std::int64_t token = tokens_ / 2;
     const std::int64_t ranks = context_.size();
     const std::int64_t hidden = options_.hidden;
     const std::int64_t topk = options_.topk;
@@ -175,6 +188,7 @@ class Bench {
       }
     }
     all_reduce(context_, mine, all);
+    sum_over(ranks_.tensor, all);
     Expected expected;
     for (std::int64_t c = 0; c < hidden; ++c) {
       expected.value.push_back(all.as<float>()[context_.rank() * hidden + c]);
@@ -191,22 +205,26 @@ class Bench {
     PlainExpert expert{.up = matrix(parameters[0]), .down = matrix(parameters[1])};
     if (!options_.bias) return expert;
     expert.up_bias = parameters[2].value.as<float>() + e * shape_.up_rows();
-    expert.down_bias = parameters[3].value.as<float>() + e * shape_.hidden;
+    const bool first_slice = parameters.size() > 3;  // which adds the bias of down
+    if (first_slice) expert.down_bias = parameters[3].value.as<float>() + e * shape_.hidden;
     return expert;
   }
 
-  Context context_;
+  Parallel ranks_;
+  Context context_;  // along ep
   Options options_;
+  std::int64_t tokens_;  // of this rank, and of those with other slices of its experts
   MoeLayer layer_;
   ExpertShape shape_;
   Array x_, dout_, out_, dx_;
   MoeRecord record_;
+  Buffer sum_;
 };
 
 }  // namespace
 
-std::vector<Row> measure_layer(const Context& context, const Options& options) {
-  Bench bench(context, options);
+std::vector<Row> measure_layer(const Parallel& ranks, const Options& options) {
+  Bench bench(ranks, options);
   std::vector<Row> rows{bench.forward()};
   if (options.train) rows.push_back(bench.step());
   return rows;

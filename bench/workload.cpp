@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bench/routes.h"
+#include "bench/timing.h"
 
 namespace expar::bench {
 namespace {
@@ -28,7 +29,7 @@ float value(std::uint32_t seed, std::uint32_t column) {
   return static_cast<float>(2 * byte - 127) * (1.0F / 128.0F);
 }
 
-/// Answers lie in another part of the table than tokens.
+/// Answers lie in another part of the table than tokens, and those of each slice in one of their own.
 constexpr std::uint64_t kAnswers = std::uint64_t{1} << 40;
 
 std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
@@ -58,26 +59,44 @@ std::int64_t count_wrong(const void* got, const void* wanted, DType dtype, std::
   return wrong;
 }
 
-Workload::Workload(const Context& context, const Options& options) : options_(options) {
-  const std::int64_t tokens = options.tokens;
+std::vector<std::vector<std::int64_t>> tokens_by_rank(const Parallel& ranks, std::int64_t tokens) {
+  const std::int64_t replica = ranks.replicas ? ranks.replicas.rank() : 0;
+  const std::vector<std::int64_t> places = gather_all(ranks.all, {replica, ranks.experts.rank()});
+  std::vector<std::vector<std::int64_t>> of(at(ranks.experts.size()));
+  for (std::int64_t rank = 0; rank < ranks.all.size(); ++rank) {
+    if (places[at(2 * rank)] != replica) continue;
+    for (std::int64_t t = 0; t < tokens; ++t) of[at(places[at(2 * rank + 1)])].push_back(rank * tokens + t);
+  }
+  return of;
+}
+
+Workload::Workload(const Parallel& ranks, const Options& options) : options_(options), slices_(ranks.slice_count()) {
   const std::int64_t topk = options.topk;
-  first_token_ = context.rank() * tokens;
-  all_ids_ = make_routes(options, context.size() * tokens);
-  ids_ = ConstTensor(all_ids_.data() + first_token_ * topk, Shape{tokens, topk});
+  const Context& context = ranks.experts;
+  const std::vector<std::vector<std::int64_t>> by_rank = tokens_by_rank(ranks, options.tokens);
+  tokens_ = by_rank[at(context.rank())];
+  all_ids_ = make_routes(options, ranks.all.size() * options.tokens);
+  const auto tokens = static_cast<std::int64_t>(tokens_.size());
   x_ = Array(options.dtype, Shape{tokens, options.hidden});
+  ids_ = Array(DType::int32, Shape{tokens, topk});
   weights_ = Array(DType::f32, Shape{tokens, topk});
   const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
   for (std::int64_t t = 0; t < tokens; ++t) {
-    fill_row(static_cast<std::uint64_t>(first_token_ + t), options.dtype, options.hidden,
-             x_.view().bytes() + at(t) * row_bytes);
-    for (std::int64_t k = 0; k < topk; ++k) weights_.as<float>()[t * topk + k] = weight(first_token_ + t, k);
+    const std::int64_t token = tokens_[at(t)];
+    fill_row(static_cast<std::uint64_t>(token), options.dtype, options.hidden, x_.view().bytes() + at(t) * row_bytes);
+    for (std::int64_t k = 0; k < topk; ++k) {
+      ids_.as<std::int32_t>()[t * topk + k] = id(token, k);
+      weights_.as<float>()[t * topk + k] = weight(token, k);
+    }
   }
   const ExpertRange local = experts_of(context.rank(), context.size(), options.experts);
   arrivals_.resize(at(local.count));
-  for (std::int64_t t = 0; t < context.size() * tokens; ++t) {
-    for (std::int64_t k = 0; k < topk; ++k) {
-      const std::int64_t e = id(t, k) - local.first;
-      if (e >= 0 && e < local.count) arrivals_[at(e)].push_back({t, k});
+  for (const std::vector<std::int64_t>& source : by_rank) {
+    for (const std::int64_t token : source) {
+      for (std::int64_t k = 0; k < topk; ++k) {
+        const std::int64_t e = id(token, k) - local.first;
+        if (e >= 0 && e < local.count) arrivals_[at(e)].push_back({token, k});
+      }
     }
   }
 }
@@ -91,8 +110,9 @@ float Workload::weight(std::int64_t token, std::int64_t slot) const {
   return static_cast<float>(1 + (mix(key ^ 0x5bd1e995U) >> 28)) * (1.0F / 16.0F);
 }
 
-std::uint64_t Workload::answer_row(const Arrival& a) const {
-  return kAnswers + static_cast<std::uint64_t>(a.token * options_.topk + a.slot);
+std::uint64_t Workload::answer_row(const Arrival& a, int slice) const {
+  return kAnswers * static_cast<std::uint64_t>(slice + 1) +
+         static_cast<std::uint64_t>(a.token * options_.topk + a.slot);
 }
 
 /// The rows of local expert `e` in the inbox's packed(), in the order of its list.

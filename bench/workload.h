@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bench/bench.h"
+#include "models/parallel.h"
 
 namespace expar::bench {
 
@@ -21,17 +22,23 @@ struct Arrival {
   std::int64_t slot = 0;
 };
 
+/// For each rank of ranks.experts the tokens that it works on, counted over all ranks: those of the ranks that hold
+/// slices of the same experts, `tokens` of each. Collective.
+std::vector<std::vector<std::int64_t>> tokens_by_rank(const Parallel& ranks, std::int64_t tokens);
+
 class Workload {
  public:
   /// Collective: ranks may not differ in options.
-  Workload(const Context& context, const Options& options);
+  Workload(const Parallel& ranks, const Options& options);
 
   const Options& options() const { return options_; }
-  ConstTensor x() const { return x_; }              // [T, H], row t is table row first_token() + t
+  int slices() const { return slices_; }  // of each expert
+  /// [T] this rank's tokens, counted over all ranks.
+  const std::vector<std::int64_t>& tokens() const { return tokens_; }
+  ConstTensor x() const { return x_; }              // [T, H], row t is table row tokens()[t]
   ConstTensor ids() const { return ids_; }          // [T, K]
   ConstTensor all_ids() const;                      // [P T, K] of all ranks
   ConstTensor weights() const { return weights_; }  // [T, K], sixteenths: products with table rows are exact
-  std::int64_t first_token() const { return first_token_; }
   float weight(std::int64_t token, std::int64_t slot) const;
   std::int32_t id(std::int64_t token, std::int64_t slot) const {
     return all_ids_[static_cast<std::size_t>(token * options_.topk + slot)];
@@ -39,15 +46,15 @@ class Workload {
 
   /// For each local expert, what must reach it, in order: (source rank, token, slot).
   const std::vector<std::vector<Arrival>>& arrivals() const { return arrivals_; }
-  /// The table row of what an expert answers to (token, slot) where the answer is made up.
-  std::uint64_t answer_row(const Arrival& a) const;
+  /// The table row of what a slice of an expert answers to (token, slot) where the answer is made up.
+  std::uint64_t answer_row(const Arrival& a, int slice) const;
 
  private:
   Options options_;
-  std::int64_t first_token_ = 0;
+  int slices_;
+  std::vector<std::int64_t> tokens_;
   std::vector<std::int32_t> all_ids_;
-  Array x_, weights_;
-  ConstTensor ids_;
+  Array x_, ids_, weights_;
   std::vector<std::vector<Arrival>> arrivals_;
 };
 

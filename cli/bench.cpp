@@ -6,6 +6,7 @@
 
 #include "bench/bench.h"
 #include "cli/machine.h"
+#include "cli/options.h"
 #include "cli/output.h"
 #include "cli/verbs.h"
 
@@ -19,6 +20,7 @@ struct Flags {
   std::string activation = "swiglu";
   std::string layout = "indexed";
   std::string partition = "none";
+  std::string mesh;
   const CLI::Option* experts = nullptr;
   const CLI::Option* topk = nullptr;
   const CLI::Option* routes = nullptr;
@@ -57,6 +59,9 @@ void add_flags(CLI::App& app, Flags& flags) {
                  "combine: hidden, all ranks have the tokens of all and each gets its slice of the hidden size "
                  "(default none)")
       ->check(one_of({"none", "hidden"}));
+  app.add_option("--mesh", flags.mesh,
+                 "dispatch, combine, layer: how ranks share the experts, like dp=2,ep=2,tp=2: replicas, whole experts, "
+                 "slices of them (default: ep alone)");
   app.add_option("--seconds", o.seconds, "time to spend on each row (default 2)")->check(number_above(0));
   flags.routes = app.add_option("--routes", o.routes,
                                 "uniform, zipf:A, hot:N:F (the first choice is with chance F one of N experts), or a "
@@ -74,10 +79,18 @@ void check_flags(Flags& flags) {
   }
   o.layout = *std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](Layout l) { return name(l) == flags.layout; });
   o.hidden_partition = flags.partition == "hidden";
+  if (!flags.mesh.empty()) o.mesh = parse_mesh(flags.mesh);
   bench::check(o, flags.experts->count() > 0, flags.topk->count() > 0);
+  if (o.hidden_partition && !o.mesh.empty()) {
+    throw Error(ErrorCode::bad_argument,
+                "--mesh does not go with --partition hidden, which takes all ranks as one group");
+  }
   for (const std::string& what : flags.what) {
     if (what != "combine" && o.hidden_partition) {
       throw Error(ErrorCode::bad_argument, "--partition hidden goes with combine alone, not with " + what);
+    }
+    if ((what == "experts" || what == "barrier") && !o.mesh.empty()) {
+      throw Error(ErrorCode::bad_argument, "--mesh goes with dispatch, combine and layer, not with " + what);
     }
     if (what == "layer" && flags.routes->count() > 0) {
       throw Error(ErrorCode::bad_argument, "--routes does not go with layer: its router chooses");
@@ -85,7 +98,8 @@ void check_flags(Flags& flags) {
   }
 }
 
-nlohmann::json row_as_json(const bench::Row& row, const bench::Options& o, const Context& context) {
+nlohmann::json row_as_json(const bench::Row& row, const Flags& flags, const Context& context) {
+  const bench::Options& o = flags.options;
   nlohmann::json object = {
       {"what", row.what},     {"ranks", context.size()}, {"transport", context.communicator().transport_name()},
       {"p50_us", row.p50_us}, {"p99_us", row.p99_us},    {"wrong", row.wrong}};
@@ -98,6 +112,7 @@ nlohmann::json row_as_json(const bench::Row& row, const bench::Options& o, const
   if (layer || row.what == "experts") object["inner"] = o.inner;
   if (row.what == "dispatch") object["layout"] = name(o.layout);
   if (row.what == "combine") object["partition"] = o.hidden_partition ? "hidden" : "none";
+  if (!flags.mesh.empty()) object["mesh"] = flags.mesh;
   if (row.bytes) object["bytes"] = *row.bytes;
   if (row.gbps) object["gbps"] = *row.gbps;
   if (row.of_copy) object["of_copy"] = *row.of_copy;
@@ -112,7 +127,8 @@ std::string shown(const std::optional<double>& value, const char* format) {
   return text;
 }
 
-void print_header(const bench::Options& o, const Context& context) {
+void print_header(const Flags& flags, const Context& context) {
+  const bench::Options& o = flags.options;
   std::printf("# %s\n", this_machine().str().c_str());
   std::printf(
       "# %d ranks, %s, %d threads each, %s %s; %lld tokens per rank, hidden %lld, inner %lld, %lld of %lld "
@@ -121,6 +137,7 @@ void print_header(const bench::Options& o, const Context& context) {
       context.kernels().name, context.kernels().isa, static_cast<long long>(o.tokens), static_cast<long long>(o.hidden),
       static_cast<long long>(o.inner), static_cast<long long>(o.topk), static_cast<long long>(o.experts),
       std::string(name(o.dtype)).c_str(), o.routes.c_str());
+  if (!flags.mesh.empty()) std::printf("# mesh %s\n", flags.mesh.c_str());
   std::printf("%-14s %11s %11s %8s %8s %8s %6s\n", "what", "p50_us", "p99_us", "GB/s", "of_copy", "of_peak", "wrong");
   std::fflush(stdout);
 }
@@ -135,7 +152,7 @@ void print_row(const bench::Row& row) {
 nlohmann::json measure(const Flags& flags, const Communicator& communicator, const Common& common) {
   const Context context(communicator, common.context_options());
   const bool speaks = context.rank() == 0;
-  if (speaks) print_header(flags.options, context);
+  if (speaks) print_header(flags, context);
   nlohmann::json rows = nlohmann::json::array();
   for (const std::string& what : flags.what) {
     for (const bench::Row& row : bench::measure(what, context, flags.options)) {
@@ -145,7 +162,7 @@ nlohmann::json measure(const Flags& flags, const Communicator& communicator, con
         throw Error(ErrorCode::internal, std::to_string(row.wrong) + " elements are wrong",
                     {.rank = 0, .operation = "bench " + row.what});
       }
-      rows.push_back(row_as_json(row, flags.options, context));
+      rows.push_back(row_as_json(row, flags, context));
     }
   }
   return {{"machine", this_machine().json()}, {"rows", rows}};
@@ -159,6 +176,7 @@ Verb bench_verb() {
   verb.name = "bench";
   verb.help = "Measure operations beside the limits of this machine.";
   verb.add_options = [flags](CLI::App& app) { add_flags(app, *flags); };
+  verb.ranks = [flags] { return places_of_mesh(flags->mesh); };
   verb.check = [flags](const Common&) { check_flags(*flags); };
   verb.run = [flags](const Communicator& communicator, const Common& common) {
     return measure(*flags, communicator, common);

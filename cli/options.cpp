@@ -7,6 +7,8 @@
 #include <iostream>
 #include <numeric>
 
+#include <expar/mesh.h>
+
 namespace expar::cli {
 namespace {
 
@@ -169,6 +171,13 @@ std::string suggestion(const std::string& word, const std::vector<std::string>& 
     least = std::min(least, d);
   }
   return nearest == nullptr ? std::string() : "; did you mean " + *nearest + "?";
+}
+
+std::int64_t places_of_mesh(const std::string& text) {
+  if (text.empty()) return 0;
+  std::int64_t places = 1;
+  for (const MeshDim& dim : parse_mesh(text)) places = std::min<std::int64_t>(places * dim.size, INT32_MAX);
+  return places;
 }
 
 std::string find_json(const std::vector<std::string>& words) {

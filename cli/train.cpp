@@ -11,6 +11,7 @@
 
 #include "cli/chart.h"
 #include "cli/dashboard.h"
+#include "cli/options.h"
 #include "cli/phases.h"
 #include "cli/verbs.h"
 #include "models/checkpoint.h"
@@ -294,11 +295,7 @@ Verb train_verb() {
   verb.name = "train";
   verb.help = "Train an expert-parallel MoE on the bytes of a text.";
   verb.add_options = [flags](CLI::App& app) { add_flags(app, *flags); };
-  verb.ranks = [flags] {
-    std::int64_t product = 1;
-    for (const MeshDim& dim : dims_of(*flags)) product = std::min<std::int64_t>(product * dim.size, INT32_MAX);
-    return flags->mesh.empty() ? std::int64_t{0} : product;
-  };
+  verb.ranks = [flags] { return places_of_mesh(flags->mesh); };
   verb.check = [flags](const Common&) {
     check_dims(dims_of(*flags));
     TrainOptions& options = flags->options;

@@ -1,4 +1,4 @@
-// The groups of a mesh that a text model needs.
+// The groups of a mesh that tokens and experts are shared along.
 #include "models/parallel.h"
 
 #include <string>
@@ -8,7 +8,7 @@ namespace expar {
 void check_dims(const std::vector<MeshDim>& dims) {
   for (const MeshDim& dim : dims) {
     if (dim.name == "dp" || dim.name == "ep" || dim.name == "tp") continue;
-    throw Error(ErrorCode::bad_argument, "the mesh has a dim " + dim.name + "; a text model has dp, ep and tp");
+    throw Error(ErrorCode::bad_argument, "the mesh has a dim " + dim.name + "; there are dp, ep and tp");
   }
 }
 

@@ -1,4 +1,4 @@
-// How the ranks of a job share a text model.
+// How the ranks of a job share tokens and experts: of a text model, or of one layer.
 #pragma once
 
 #include <vector>
@@ -33,7 +33,7 @@ struct Parallel {
   int stride = 1;  // in `data` between neighbours along ep
 };
 
-/// Throws Error: bad_argument, naming the dim that a text model does not have.
+/// Throws Error: bad_argument, naming the dim that is none of these.
 void check_dims(const std::vector<MeshDim>& dims);
 
 }  // namespace expar

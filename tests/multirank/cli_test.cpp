@@ -130,6 +130,13 @@ TEST_F(CommandLine, answers_a_mistake_with_one_sentence) {
                  "--transport = 'shmm' is not one of threads, shm, mpi; did you mean shm?");
   expect_mistake({"launch", "-n", "2"}, "no program to start: expar launch -n N -- PROGRAM [ARGUMENTS]");
   expect_mistake({"bench"}, "name what to measure: barrier, dispatch, combine, experts, layer");
+  expect_mistake({"bench", "dispatch", "experts", "--mesh", "ep=2"},
+                 "--mesh goes with dispatch, combine and layer, not with experts");
+  expect_mistake({"bench", "combine", "--mesh", "ep=2", "--partition", "hidden"},
+                 "--mesh does not go with --partition hidden, which takes all ranks as one group");
+  expect_mistake({"bench", "dispatch", "--mesh", "ep=2,pp=2"}, "the mesh has a dim pp; there are dp, ep and tp");
+  expect_mistake({"bench", "dispatch", "--mesh", "ep=2", "-n", "3"},
+                 "--ranks = '3' contradicts the mesh, which has 2 places");
   expect_mistake({"bench", "dispatch", "--topk", "9", "--experts", "8"}, "--topk = 9 is above --experts = 8");
 }
 
@@ -309,6 +316,19 @@ TEST_F(CommandLine, measures_every_operation_on_every_transport) {
     EXPECT_GT(report["rows"][1]["of_copy"], 0);
     EXPECT_GT(report["rows"][2]["of_copy"], 0);
     EXPECT_GT(report["rows"][3]["of_peak"], 0);
+  }
+}
+
+TEST_F(CommandLine, measures_on_meshes) {
+  for (const char* mesh : {"dp=2,ep=2,tp=2", "tp=3", "tp=2,ep=2"}) {
+    for (const char* dtype : {"f32", "bf16"}) {
+      const Result result = run(bench({"dispatch", "combine", "layer", "--train", "--bias", "--dtype", dtype, "--mesh",
+                                       mesh, "--transport", "threads", "--json", path("result")}));
+      ASSERT_EQ(result.status, 0) << mesh << ": " << result.err;
+      const nlohmann::json rows = nlohmann::json::parse(read_all(path("result")))["rows"];
+      ASSERT_EQ(rows.size(), 4u);
+      for (const auto& row : rows) EXPECT_EQ(row["mesh"], mesh);
+    }
   }
 }
 

@@ -2,6 +2,7 @@
 #include <zlib.h>
 
 #include <fstream>
+#include <map>
 
 #include "tests/multirank/command.h"
 
@@ -56,6 +57,26 @@ TEST_F(PlanCommand, plans_to_the_byte_what_bench_moves) {
       const nlohmann::json slices =
           result_of("bench combine --partition hidden --seconds 0.02 --transport threads" + sizes);
       EXPECT_EQ(planned["bytes"]["hidden"], slices["rows"][0]["bytes"]) << sizes;
+    }
+  }
+}
+
+TEST_F(PlanCommand, plans_to_the_byte_what_bench_moves_on_a_mesh) {
+  write_routes();
+  const std::map<std::string, std::string> ways = {
+      {"ep=3", "ep"},       {"dp=2,ep=2", "ep"},  {"tp=2", "tp"},       {"tp=3", "tp"},           {"dp=2,tp=2", "tp"},
+      {"ep=2,tp=2", "etp"}, {"tp=2,ep=2", "etp"}, {"ep=2,tp=3", "etp"}, {"dp=2,ep=3,tp=2", "etp"}};
+  for (const auto& [mesh, way] : ways) {
+    for (const std::string& batch : {"--dtype bf16 --routes " + path("some.routes.gz"),
+                                     std::string("--dtype f32 --routes zipf:1.3 --experts 9 --topk 4")}) {
+      const std::string sizes = " --mesh " + mesh + " --tokens 7 --hidden 24 --inner 8 " + batch;
+      const nlohmann::json planned = result_of("plan" + sizes);
+      const nlohmann::json moved = result_of("bench dispatch combine --seconds 0.01 --transport threads" + sizes);
+      EXPECT_EQ(planned["bytes"][way], moved["rows"][0]["bytes"].get<int>() + moved["rows"][1]["bytes"].get<int>())
+          << sizes;
+      EXPECT_GT(planned["bytes"][way], 0) << sizes;
+      EXPECT_EQ(moved["rows"][1]["mesh"], mesh);
+      EXPECT_EQ(moved["rows"][1]["ranks"], planned["ranks"]) << sizes;
     }
   }
 }

@@ -182,7 +182,7 @@ TEST_F(TrainCommand, refuses_each_mistake_with_one_sentence) {
        "--capacity-policy = 'drop' is not one of drop_by_position"},
       {text + " --steps 1 --capacity-factor 0.5 --capacity-policy error", 2, "rows, its capacity is"},
       {text + " --mesh ep", 2, "'ep' is no part of a mesh, which is written like dp=2,ep=4"},
-      {text + " --mesh ep=1,xp=2", 2, "the mesh has a dim xp; a text model has dp, ep and tp"},
+      {text + " --mesh ep=1,xp=2", 2, "the mesh has a dim xp; there are dp, ep and tp"},
       {text + " --sace here", 2, "unknown flag --sace"},
       {text + " --save-every 3", 2, "--save-every needs --save"},
       {text + " --save " + path("text") + "/here", 7, "cannot make this directory"},
