@@ -1,14 +1,18 @@
 // Combine where experts lie in slices: what it gives is the sum of parts that ranks hold, on meshes of ep x tp.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cstring>
+#include <thread>
 #include <vector>
 
+#include <expar/collectives.h>
 #include <expar/dispatch.h>
 #include <expar/mesh.h>
 
 #include "tests/contract/share.h"
 #include "tests/contract/ways.h"
+#include "transports/threads/threads.h"
 
 namespace expar::test {
 namespace {
@@ -189,6 +193,65 @@ TEST_P(EveryMesh, refuses_parts_of_other_tokens_and_of_slices) {
         error_of([&] { combine(context, replicated, all, unweighted, out, {.slice = true, .sum_over = tensor}); });
     require(slice.message() == "a slice of results cannot be summed over slices of experts", slice.message());
   });
+}
+
+/// Counts the bytes that a rank sends.
+class Counted final : public Transport {
+ public:
+  Counted(std::unique_ptr<Transport> job, std::atomic<std::int64_t>& sent)
+      : Transport(job->rank(), job->size()), job_(std::move(job)), sent_(sent) {}
+  std::string_view name() const override { return job_->name(); }
+  void publish(int index, const Line& line, std::string_view text) override { job_->publish(index, line, text); }
+  Line peek(int peer, int index) const override { return job_->peek(peer, index); }
+  std::string text(int peer, int index) const override { return job_->text(peer, index); }
+  Error abort(const Error& cause) override { return job_->abort(cause); }
+  std::optional<Error> failure() const override { return job_->failure(); }
+  Segment grow(std::size_t bytes) override { return job_->grow(bytes); }
+  bool mapped(int peer) const override { return job_->mapped(peer); }
+  std::span<std::byte> map(int peer, std::uint32_t id) override { return job_->map(peer, id); }
+  Ticket start(std::span<const Message> messages) override {
+    for (const Message& message : messages) {
+      if (message.kind == Message::Kind::send) sent_ += static_cast<std::int64_t>(message.bytes);
+    }
+    return job_->start(messages);
+  }
+  bool test(Ticket ticket) override { return job_->test(ticket); }
+
+ protected:
+  void wait_until(FunctionRef<bool()> done, const Waiting& waiting) override { job_->wait(done, waiting); }
+
+ private:
+  std::unique_ptr<Transport> job_;
+  std::atomic<std::int64_t>& sent_;
+};
+
+TEST(SumParts, move_what_a_ring_moves) {
+  for (const std::int64_t tokens : {0, 1, 2, 7}) {
+    constexpr int kRanks = 3;
+    const threads::ThreadsJob job(kRanks, false);
+    std::atomic<std::int64_t> sent{0};
+    std::vector<std::thread> ranks;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      ranks.emplace_back([&, rank] {
+        const Communicator communicator(std::make_unique<Counted>(job.transport(rank), sent));
+        const Mesh mesh(communicator, {{"ep", 1}, {"tp", kRanks}});
+        const Context whole(communicator, {.threads = 1, .backend = "reference"});
+        const Context context = whole.on(mesh.group("ep"));
+        const Array ids(DType::int32, {tokens, 1}), out(DType::bf16, {tokens, 5});
+        const Plan plan = make_plan(context, ids, {.experts = 1});
+        Outbox y = make_outbox(context, plan, 5, DType::bf16);
+        std::fill_n(y.rows().as<bf16>(), y.rows().elements(), bf16(1));
+        combine(context, plan, y, unweighted, out);
+        barrier(whole);
+        sent = 0;
+        barrier(whole);
+        combine(context, plan, y, unweighted, out, {.sum_over = mesh.group("tp")});
+        barrier(whole);
+        EXPECT_EQ(sent, 2 * (kRanks - 1) * tokens * 5 * 2) << tokens;
+      });
+    }
+    for (std::thread& rank : ranks) rank.join();
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(SumParts, EveryMesh, testing::ValuesIn(every_place()), [](const auto& test) {
