@@ -25,11 +25,13 @@ struct SharedRecord {
   Buffer y_memory, gate_memory;
 };
 
-/// Memory of the experts between the calls of one pass, none of it needed afterwards.
+/// Memory of one pass, none of it needed afterwards.
 struct ExpertsWorkspace {
   ExpertsRecord record;
   ExpertsScratch scratch;
   SharedRecord shared;
+  Buffer wide, wide_dout, special, slot_weights, rerouted_ids, dweights;
+  bool in_use = false;
 };
 
 struct MoeLayerOptions {
@@ -74,7 +76,8 @@ struct MoeLayerOptions {
   /// everything; what the slices give is summed over them in rank order. An empty handle: nothing is in slices. With a
   /// context of one rank no token travels. Results differ from those of whole experts by the rounding of that sum.
   Communicator tensor = {};
-  /// What the experts work in. Layers that never run at the same time may share one; absent: the layer's own.
+  /// What a pass works in; layers may share one. Absent: the layer's own. A pass that starts while another has it gets
+  /// more.
   std::shared_ptr<ExpertsWorkspace> workspace = {};
 
   std::int64_t routed_experts() const { return router.experts - special.count(); }  // E
@@ -136,6 +139,22 @@ struct MoeRecord {
   Outbox y;               // empty where the layer recomputes
   ExpertsRecord experts;  // the same
   SharedRecord shared;    // the same
+};
+
+/// A forward pass under way: what MoeLayer::start_forward returns. Must end before its layer does.
+class PendingForward {
+ public:
+  /// Waits for the rows, runs the experts, and starts to bring the results back; finish() does it if nobody has.
+  void compute();
+  /// Completes out.
+  void finish();
+  ~PendingForward();
+  PendingForward(PendingForward&&) noexcept;
+  struct State;
+  explicit PendingForward(std::shared_ptr<State> state);
+
+ private:
+  std::shared_ptr<State> state_;
 };
 
 /// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,
@@ -217,6 +236,23 @@ class MoeLayer {
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
                std::span<const std::int64_t> shards, MoeRecord& record, const MoeInputs& inputs = {});
 
+  /// The same in phases, so that several micro-batches are in flight: chooses the experts, starts the dispatch and runs
+  /// the shared experts. While rows travel and other ranks are late this rank works on another batch:
+  ///
+  ///   a = start_forward(.. batch 1 ..); b = start_forward(.. batch 2 ..);
+  ///   a.compute(); b.compute();
+  ///   a.finish(); b.finish();
+  ///
+  /// Results are the bytes of one call after the other. It pays where ranks wait for each other, see docs/numbers.md;
+  /// experts that get half the rows read their weights twice as often.
+  ///   shards : as above, or absent: for inference; there is then no backward pass
+  ///   record : of this batch alone until finish(), and until backward() if there is one
+  /// Collective; compute() and, of slices (`tensor`), finish() too: those of all passes in the same order on all ranks.
+  /// Throws as forward; what a bounded plan finds wrong, compute() throws.
+  PendingForward start_forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
+                               std::optional<std::span<const std::int64_t>> shards, MoeRecord& record,
+                               const MoeInputs& inputs = {});
+
   /// dx = gradient of x (through router and experts, without the residual), given dout; adds nothing, overwrites all
   /// gradients. The losses of the router count with their coefficients; dout belongs to a loss that is a mean over the
   /// global batch.
@@ -227,8 +263,9 @@ class MoeLayer {
   /// Since the last call; resets them.
   PhaseTimes take_times();
 
- private:
   struct State;
+
+ private:
   std::unique_ptr<State> state_;
 };
 

@@ -25,4 +25,12 @@ inline void to_f32(const ConstTensor& from, const Tensor& to, Pool& pool) {
   });
 }
 
+/// `rows` in f32: themselves, or a copy in `memory`.
+inline ConstTensor in_f32(const ConstTensor& rows, Buffer& memory, Pool& pool) {
+  if (rows.dtype() == DType::f32) return rows;
+  const Tensor converted = memory.view(DType::f32, rows.shape());
+  to_f32(rows, converted, pool);
+  return converted;
+}
+
 }  // namespace expar

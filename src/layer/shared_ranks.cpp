@@ -39,9 +39,9 @@ ConstTensor SharedRanks::ids(ConstTensor routed, ConstTensor mask) {
   return all;
 }
 
-ConstTensor SharedRanks::weights(ConstTensor routed, ConstTensor gate) {
+ConstTensor SharedRanks::weights(ConstTensor routed, ConstTensor gate, Buffer& memory) const {
   const std::int64_t tokens = routed.size(0), topk = routed.size(1);
-  const Tensor all = weights_.view(DType::f32, {tokens, topk + 1});
+  const Tensor all = memory.view(DType::f32, {tokens, topk + 1});
   for (std::int64_t t = 0; t < tokens; ++t) {
     float* const to = all.as<float>() + t * (topk + 1);
     std::copy_n(routed.as<float>() + t * topk, topk, to);

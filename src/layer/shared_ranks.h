@@ -23,17 +23,18 @@ class SharedRanks {
   std::int64_t experts() const { return first_experts_.back(); }
   std::span<const std::int64_t> first_experts() const { return first_experts_; }
 
-  /// [T, K] ids or weights of the router's choice with the slot of the shared experts; valid until the next such call.
+  /// [T, K] ids or weights of the router's choice with the slot of the shared experts; the ids are valid until the next
+  /// call.
   ///   mask : [T] int8 or absent; 0 is padding
   ///   gate : [T] f32, the weight of the shared experts; absent: 1
   ConstTensor ids(ConstTensor routed, ConstTensor mask);
-  ConstTensor weights(ConstTensor routed, ConstTensor gate);
+  ConstTensor weights(ConstTensor routed, ConstTensor gate, Buffer& memory) const;
 
  private:
   int copies_, rank_;
   std::int64_t nearest_;                     // the copy that this rank's tokens visit
   std::vector<std::int64_t> first_experts_;  // [P + 1]
-  Buffer ids_, weights_;
+  Buffer ids_;
 };
 
 }  // namespace expar

@@ -53,8 +53,9 @@ std::vector<std::int64_t> SpecialPart::counts(const Context& context, const Rout
   return counts;
 }
 
-Tensor SpecialPart::forward(const Context& context, const SpecialPass& pass, ConstTensor shared, ConstTensor gate) {
-  const Tensor out = out_.view(DType::f32, pass.x.shape());
+Tensor SpecialPart::forward(const Context& context, const SpecialPass& pass, ConstTensor shared, ConstTensor gate,
+                            Buffer& memory) {
+  const Tensor out = memory.view(DType::f32, pass.x.shape());
   const std::int64_t hidden = pass.x.size(1);
   for_ranges(context.pool(), pass.x.size(0), kTokenGrain, [&](std::int64_t begin, std::int64_t end) {
     float* const to = out.as<float>();

@@ -30,7 +30,7 @@ class SpecialPart {
   }
 
   /// [T, H] f32: what they give, and `shared` [T, H] f32, times `gate` [T] where there is one, where there is that.
-  Tensor forward(const Context& context, const SpecialPass& pass, ConstTensor shared, ConstTensor gate);
+  Tensor forward(const Context& context, const SpecialPass& pass, ConstTensor shared, ConstTensor gate, Buffer& memory);
 
   /// As special_backward; overwrites gradients().
   void backward(const Context& context, const SpecialPass& pass, std::span<const std::int64_t> shards, ConstTensor dout,
@@ -40,7 +40,7 @@ class SpecialPart {
  private:
   SpecialExperts experts_;
   std::int64_t first_;
-  Buffer out_, mix_, value_;
+  Buffer mix_, value_;
   SpecialGradients gradients_;
 };
 

@@ -120,7 +120,7 @@ TEST_F(TraceCommand, shows_the_phases_and_waits_of_every_rank_of_a_training) {
           const std::string counted = phase == "plan" ? "dispatch" : phase;
           if (!is_within(span, "backward")) sums[counted] += static_cast<double>(span.end - span.start);
         }
-        EXPECT_EQ(forward, std::size_t{kSteps * 2} * (phase == "route" ? 2 : 1)) << phase;
+        EXPECT_EQ(forward, std::size_t{kSteps * 2} * (phase == "plan" || phase == "experts" ? 1 : 2)) << phase;
         EXPECT_EQ(backward, phase == "plan" ? 0 : std::size_t{kSteps * 2}) << phase;
       }
       for (const std::string phase : {"backward", "optimizer"}) {
