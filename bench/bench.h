@@ -1,6 +1,7 @@
 // The one runner of all benchmarks: what is measured, on which sizes, and the row that comes out.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -24,6 +25,8 @@ struct Options {
   ActivationNumbers numbers = {};  // of the activation
   bool bias = false;
   bool train = false;  // layer: also a training step
+  int batches = 1;     // layer: parts of each rank's tokens, for inference one after the other and in flight together
+  std::chrono::microseconds late{0};  // with batches: how long the last rank is late for each of them
   Layout layout = Layout::indexed;
   /// combine: all ranks have the tokens of all, and each reads its slice of the results (expar/partition.h).
   bool hidden_partition = false;
@@ -41,11 +44,13 @@ struct Row {
   double p99_us = 0;
   /// Payload: between ranks, of all ranks together; of experts and layers, on the rank that has most.
   std::optional<std::int64_t> bytes;
-  std::optional<double> gbps;     // bytes / p50
-  std::optional<double> of_copy;  // time of the plain copy (or the plain read) / ours
-  std::optional<double> of_peak;  // time that the machine's limits allow / ours
-  std::int64_t wrong = 0;         // elements found wrong before or after timing
-  bool routed = true;             // false: sizes of routing do not apply
+  std::optional<double> gbps;         // bytes / p50
+  std::optional<double> of_copy;      // time of the plain copy (or the plain read) / ours
+  std::optional<double> of_peak;      // time that the machine's limits allow / ours
+  std::optional<int> in_flight;       // micro-batches at once
+  std::optional<double> dispatch_us;  // of the first rank, in dispatch: waiting and copying
+  std::int64_t wrong = 0;             // elements found wrong before or after timing
+  bool routed = true;                 // false: sizes of routing do not apply
 };
 
 /// The names that measure() knows.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "bench/layer.h"
 #include "bench/oracle.h"
 #include "bench/peak.h"
 #include "bench/workload.h"
@@ -77,21 +78,6 @@ class Bench {
   }
 
  private:
-  static MoeLayerOptions layer_options(const Parallel& ranks, const Options& options) {
-    MoeLayerOptions layer;
-    layer.tensor = ranks.tensor;
-    layer.hidden = options.hidden;
-    layer.inner = options.inner;
-    layer.router.experts = options.experts;
-    layer.router.topk = options.topk;
-    layer.router.balance = 0.01F;
-    layer.activation = options.activation;
-    layer.numbers = options.numbers;
-    layer.bias = options.bias;
-    layer.dtype = options.dtype;
-    return layer;
-  }
-
   static Array copy_of(const Tensor& tensor) {
     Array copy(tensor.dtype(), tensor.shape());
     std::memcpy(copy.view().data(), tensor.data(), tensor.byte_size());
@@ -223,7 +209,23 @@ class Bench {
 
 }  // namespace
 
+MoeLayerOptions layer_options(const Parallel& ranks, const Options& options) {
+  MoeLayerOptions layer;
+  layer.tensor = ranks.tensor;
+  layer.hidden = options.hidden;
+  layer.inner = options.inner;
+  layer.router.experts = options.experts;
+  layer.router.topk = options.topk;
+  layer.router.balance = 0.01F;
+  layer.activation = options.activation;
+  layer.numbers = options.numbers;
+  layer.bias = options.bias;
+  layer.dtype = options.dtype;
+  return layer;
+}
+
 std::vector<Row> measure_layer(const Parallel& ranks, const Options& options) {
+  if (options.batches > 1) return measure_overlap(ranks, options);
   Bench bench(ranks, options);
   std::vector<Row> rows{bench.forward()};
   if (options.train) rows.push_back(bench.step());

@@ -21,6 +21,7 @@ struct Flags {
   std::string layout = "indexed";
   std::string partition = "none";
   std::string mesh;
+  int late = 0;  // microseconds
   const CLI::Option* experts = nullptr;
   const CLI::Option* topk = nullptr;
   const CLI::Option* routes = nullptr;
@@ -53,6 +54,11 @@ void add_flags(CLI::App& app, Flags& flags) {
       ->check(one_of(activation_names()));
   app.add_flag("--bias", o.bias, "experts with biases");
   app.add_flag("--train", o.train, "layer: also a training step with AdamW");
+  app.add_option("--batches", o.batches,
+                 "layer: cut each rank's tokens in so many, one after the other and in flight together (default 1)")
+      ->check(whole_number(1, 64));
+  app.add_option("--late", flags.late, "with --batches: how late the last rank is for each, in us (default 0)")
+      ->check(whole_number(0, 1000000));
   app.add_option("--layout", flags.layout, "dispatch: indexed, expert_major, padded or rank_major (default indexed)")
       ->check(one_of(layout_names()));
   app.add_option("--partition", flags.partition,
@@ -80,6 +86,14 @@ void check_flags(Flags& flags) {
   o.layout = *std::find_if(std::begin(kLayouts), std::end(kLayouts), [&](Layout l) { return name(l) == flags.layout; });
   o.hidden_partition = flags.partition == "hidden";
   if (!flags.mesh.empty()) o.mesh = parse_mesh(flags.mesh);
+  o.late = std::chrono::microseconds(flags.late);
+  if (flags.late > 0 && o.batches == 1) {
+    throw Error(ErrorCode::bad_argument, "--late goes with --batches of 2 or more");
+  }
+  if (o.batches > o.tokens) {
+    throw Error(ErrorCode::bad_argument, "--batches " + std::to_string(o.batches) + " is more than the " +
+                                             std::to_string(o.tokens) + " tokens of each rank");
+  }
   bench::check(o, flags.experts->count() > 0, flags.topk->count() > 0);
   if (o.hidden_partition && !o.mesh.empty()) {
     throw Error(ErrorCode::bad_argument,
@@ -91,6 +105,9 @@ void check_flags(Flags& flags) {
     }
     if ((what == "experts" || what == "barrier") && !o.mesh.empty()) {
       throw Error(ErrorCode::bad_argument, "--mesh goes with dispatch, combine and layer, not with " + what);
+    }
+    if (o.batches > 1 && (what != "layer" || o.train || !o.mesh.empty())) {
+      throw Error(ErrorCode::bad_argument, "--batches goes with inference of layer alone, without a mesh");
     }
     if (what == "layer" && flags.routes->count() > 0) {
       throw Error(ErrorCode::bad_argument, "--routes does not go with layer: its router chooses");
@@ -114,6 +131,10 @@ nlohmann::json row_as_json(const bench::Row& row, const Flags& flags, const Cont
   if (row.what == "combine") object["partition"] = o.hidden_partition ? "hidden" : "none";
   if (!flags.mesh.empty()) object["mesh"] = flags.mesh;
   if (row.bytes) object["bytes"] = *row.bytes;
+  if (row.in_flight) {
+    object.update({{"batches", o.batches}, {"in_flight", *row.in_flight}, {"late_us", o.late.count()}});
+  }
+  if (row.dispatch_us) object["dispatch_us"] = *row.dispatch_us;
   if (row.gbps) object["gbps"] = *row.gbps;
   if (row.of_copy) object["of_copy"] = *row.of_copy;
   if (row.of_peak) object["of_peak"] = *row.of_peak;
@@ -143,6 +164,12 @@ void print_header(const Flags& flags, const Context& context) {
 }
 
 void print_row(const bench::Row& row) {
+  if (row.in_flight) {
+    std::printf("%-14s %11.1f %11.1f   %d in flight, rank 0 in dispatch %9.1f us %6lld\n", row.what.c_str(), row.p50_us,
+                row.p99_us, *row.in_flight, *row.dispatch_us, static_cast<long long>(row.wrong));
+    std::fflush(stdout);
+    return;
+  }
   std::printf("%-14s %11.1f %11.1f %8s %8s %8s %6lld\n", row.what.c_str(), row.p50_us, row.p99_us,
               shown(row.gbps, "%.2f").c_str(), shown(row.of_copy, "%.2f").c_str(), shown(row.of_peak, "%.2f").c_str(),
               static_cast<long long>(row.wrong));

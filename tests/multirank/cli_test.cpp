@@ -340,6 +340,24 @@ TEST_F(CommandLine, measures_experts_of_every_activation) {
   EXPECT_EQ(run(bench({"experts", "--activation", "swish"})).status, 2);
 }
 
+TEST_F(CommandLine, measures_micro_batches_of_a_layer_in_flight) {
+  const Result result = run(bench({"layer", "-n", "2", "--batches", "3", "--late", "2000", "--json", path("result")}));
+  EXPECT_EQ(result.status, 0) << result.err;
+  const auto rows = nlohmann::json::parse(read_all(path("result")))["rows"];
+  ASSERT_EQ(rows.size(), 2U);
+  for (std::size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(rows[i]["what"], "layer_forward");
+    EXPECT_EQ(rows[i]["in_flight"], i == 0 ? 1 : 3);
+    EXPECT_EQ(rows[i]["late_us"], 2000);
+    EXPECT_EQ(rows[i]["wrong"], 0);
+    EXPECT_GT(rows[i]["p50_us"], 3 * 2000);
+  }
+  // One by one the first rank waits for each batch.
+  EXPECT_GT(rows[0]["dispatch_us"], 3 * 1500);
+  expect_mistake({"bench", "layer", "--late", "5"}, "--late goes with --batches of 2 or more");
+  expect_mistake({"bench", "dispatch", "--batches", "2"}, "--batches goes with inference of layer alone, without a mesh");
+}
+
 TEST_F(CommandLine, measures_every_way_to_route) {
   for (const char* routes : {"uniform", "zipf:1.5", "hot:1:0.9", "hot:6:1"}) {
     for (const char* layout : {"indexed", "expert_major", "padded", "rank_major"}) {
