@@ -1,14 +1,16 @@
 // The machine as /proc and /sys show it.
 #include "cli/machine.h"
 
-#include <sched.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <sstream>
+
+#include <expar/pool.h>
 
 namespace expar::cli {
 namespace {
@@ -40,37 +42,6 @@ std::vector<std::string> features() {
   return found;
 }
 
-/// "max 100000" or "150000 100000" of a version 2 control group, as cores; 0: no limit.
-double quota_of(const std::string& folder) {
-  std::string quota;
-  double period = 0;
-  std::ifstream file("/sys/fs/cgroup" + folder + "/cpu.max");
-  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
-  return std::stod(quota) / period;
-}
-
-/// The narrowest quota of this process's control group and those above it.
-double cgroup_quota() {
-  std::ifstream file("/proc/self/cgroup");
-  double least = 0;
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with("0::")) continue;
-    for (std::string folder = line.substr(3);; folder.resize(folder.rfind('/'))) {
-      if (folder == "/") folder.clear();
-      const double quota = quota_of(folder);
-      if (quota > 0) least = least > 0 ? std::min(least, quota) : quota;
-      if (folder.find('/') == std::string::npos) break;
-    }
-  }
-  return least;
-}
-
-int usable_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
-}
-
 std::string huge_pages() {
   std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
   std::string line;
@@ -88,8 +59,9 @@ Machine this_machine() {
   utsname system{};
   if (uname(&system) == 0) machine.kernel = std::string(system.sysname) + " " + system.release;
   machine.cores = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
-  machine.usable_cores = usable_cores();
-  machine.quota = cgroup_quota();
+  const Cores cores = available_cores();
+  machine.usable_cores = cores.allowed;
+  if (std::isfinite(cores.quota)) machine.quota = cores.quota;
   machine.memory_gib =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE)) / (1 << 30);
   machine.huge_pages = huge_pages();

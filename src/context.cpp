@@ -1,13 +1,10 @@
 // Context: chooses kernels that all ranks have, and the rank's threads.
 #include <expar/context.h>
 
-#include <sched.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <string>
-#include <thread>
 
 #include <expar/registry.h>
 
@@ -15,12 +12,6 @@
 
 namespace expar {
 namespace {
-
-int cores() {
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
-}
 
 /// The best instruction set that every rank runs.
 std::string agree_on_isa(const Communicator& communicator, const ContextOptions& options) {
@@ -58,7 +49,8 @@ std::string agree_on_isa(const Communicator& communicator, const ContextOptions&
 Context::Context(Communicator communicator, const ContextOptions& options)
     : communicator_(std::move(communicator)), timeout_(communicator_.timeout()) {
   kernels_ = std::make_shared<const Kernels>(find_kernels(options.backend, agree_on_isa(communicator_, options)));
-  pool_ = std::make_shared<Pool>(options.threads > 0 ? options.threads : std::max(1, cores() / size()));
+  pool_ =
+      std::make_shared<Pool>(options.threads > 0 ? options.threads : std::max(1, available_cores().usable() / size()));
   stores_ = std::make_shared<StoreChoice>();
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -25,6 +26,15 @@ class FunctionRef<R(Args...)> {
   void* object_;
   R (*call_)(void*, Args...);
 };
+
+/// The cores that this process may use.
+struct Cores {
+  int allowed = 1;                                         // that it may run on
+  double quota = std::numeric_limits<double>::infinity();  // cores' worth of time that its control groups grant
+  /// How many can work at a time; a part of a core counts as one.
+  int usable() const;
+};
+Cores available_cores();
 
 /// `threads` workers, the caller among them as worker 0; the others sleep between calls.
 /// One caller at a time. Cost: no allocation per run; about a microsecond to wake sleeping workers.

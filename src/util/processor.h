@@ -1,5 +1,4 @@
-// What differs between processors and has no name in the standard: floating-point modes, a polite
-// spin.
+// What differs between processors and has no name in the standard: floating-point modes, a polite spin, a fence.
 #pragma once
 
 #include <cstdint>
@@ -22,5 +21,8 @@ class FloatMode {
 
 /// Tells the processor that this thread waits for another.
 void pause();
+
+/// Non-temporal stores pass later stores, release or not, unless fenced by this.
+void flush_streamed_stores();
 
 }  // namespace expar

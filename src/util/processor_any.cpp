@@ -11,4 +11,6 @@ FloatMode::~FloatMode() { std::fesetround(static_cast<int>(saved_)); }
 
 void pause() {}
 
+void flush_streamed_stores() {}
+
 }  // namespace expar

@@ -1,4 +1,4 @@
-// Floating-point modes and the spin hint of x86-64.
+// Floating-point modes, the spin hint and the fence of x86-64.
 #include <immintrin.h>
 
 #include "src/util/processor.h"
@@ -17,5 +17,7 @@ FloatMode::FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(kKernelMode); }
 FloatMode::~FloatMode() { _mm_setcsr(static_cast<std::uint32_t>(saved_)); }
 
 void pause() { _mm_pause(); }
+
+void flush_streamed_stores() { _mm_sfence(); }
 
 }  // namespace expar

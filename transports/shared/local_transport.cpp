@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <exception>
 
+#include "src/util/processor.h"
 #include "transports/shared/board.h"
 #include "transports/shared/cause.h"
-#include "transports/shared/cpu.h"
 #include "transports/shared/futex.h"
 #include "transports/shared/wording.h"
 

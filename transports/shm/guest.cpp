@@ -74,7 +74,7 @@ std::optional<Meeting> join_host(const Membership& self, Deadline deadline, std:
                     .size = self.size,
                     .mapping = self.mapping ? 1U : 0U,
                     .layout = layout_of_memory(),
-                    .cores = local::allowed_cores(),
+                    .cores = allowed_cores(),
                     .pids = PidNamespace::own()};
   if (send_packet(socket.get(), bytes_of(hello)) != Sent::yes) return std::nullopt;
 

@@ -28,7 +28,7 @@ class Host {
         deadline_(deadline),
         timeout_(timeout),
         ranks_(static_cast<std::size_t>(self.size)),
-        cores_(local::allowed_cores()) {}
+        cores_(allowed_cores()) {}
 
   Meeting run() {
     try {
@@ -64,7 +64,7 @@ class Host {
   std::chrono::nanoseconds timeout_;
   std::vector<Visitor> visitors_;  // connected, rank unknown
   std::vector<Visitor> ranks_;     // admitted
-  local::CoreSet cores_;
+  CoreSet cores_;
   PidNamespace pids_ = PidNamespace::own();
   int admitted_ = 1;
 };
@@ -154,7 +154,7 @@ Meeting Host::hand_out() {
   Meeting meeting;
   meeting.mesh.resize(ranks_.size());
   meeting.pids.resize(ranks_.size());
-  meeting.cores = std::min(local::count(cores_), local::quota_cores());
+  meeting.cores = Cores{.allowed = count(cores_), .quota = core_quota()}.usable();
   meeting.memory = make_sealed(bytes_of_memory(self_));
   for (int rank = 1; rank < self_.size; ++rank) {
     meeting.pids[static_cast<std::size_t>(rank)] = ranks_[static_cast<std::size_t>(rank)].pid;

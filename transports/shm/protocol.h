@@ -11,7 +11,7 @@
 #include <expar/error.h>
 #include <expar/transport.h>
 
-#include "transports/shared/cpu.h"
+#include "src/util/cores.h"
 #include "transports/shm/fd.h"
 #include "transports/shm/rendezvous.h"
 
@@ -38,7 +38,7 @@ struct Hello {
   std::int32_t size = 0;
   std::uint32_t mapping = 0;
   std::uint64_t layout = 0;  // of the shared memory: differs where builds do
-  local::CoreSet cores{};
+  CoreSet cores{};
   PidNamespace pids{};
 };
 

@@ -1,14 +1,12 @@
 // Ranks as threads: the shared memory is the process's own, and a rank's end is what its transport's destructor says.
 #include "transports/threads/threads.h"
 
-#include <algorithm>
 #include <deque>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "transports/shared/cause.h"
-#include "transports/shared/cpu.h"
 #include "transports/shared/local_transport.h"
 #include "transports/shared/pages.h"
 
@@ -24,7 +22,7 @@ struct ThreadsJob::State {
         ring_bytes(JobMemory::ring_bytes(ranks, with_mapping)),
         pages(Pages::anonymous(JobMemory::bytes(ranks, ring_bytes))),
         memory(pages.bytes(), ranks, ring_bytes),
-        cores(std::min(local::count(local::allowed_cores()), local::quota_cores())),
+        cores(available_cores().usable()),
         segments(static_cast<std::size_t>(ranks)) {}
 
   int size;
