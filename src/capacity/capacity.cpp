@@ -8,44 +8,29 @@
 
 #include "src/capacity/exchange.h"
 #include "src/capacity/policies.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 void check(const CapacityOptions& options, std::int64_t experts, const Routing& routing) {
   validate(options);
   if (experts < 1) refuse("experts is " + std::to_string(experts) + ", must be at least 1");
   const Tensor& ids = routing.ids;
   if (ids.dtype() != DType::int32 || ids.shape().rank() != 2 || ids.size(1) < 1) {
-    refuse("ids of the routing are " + std::string(name(ids.dtype())) + " " + ids.shape().str() +
-           ", should be int32 [T, K]");
+    refuse("routing.ids is " + shown(ids) + ", should be int32 [T, K]");
   }
-  const auto require = [](const char* what, const Tensor& tensor, const Shape& shape) {
-    if (tensor.dtype() == DType::f32 && tensor.shape() == shape) return;
-    refuse(std::string(what) + " of the routing are " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() +
-           ", should be f32 " + shape.str());
-  };
-  require("weights", routing.weights, ids.shape());
+  require("routing.weights", routing.weights, DType::f32, ids.shape());
   if (routing.valid < 0 || routing.valid > ids.size(0)) {
-    refuse("valid of the routing is " + std::to_string(routing.valid) + ", of " + std::to_string(ids.size(0)) +
-           " tokens");
+    refuse("routing.valid is " + std::to_string(routing.valid) + ", of " + std::to_string(ids.size(0)) + " tokens");
   }
-  if (options.policy == CapacityPolicy::drop_by_score) require("top", routing.top, ids.shape());
+  if (options.policy == CapacityPolicy::drop_by_score) require("routing.top", routing.top, DType::f32, ids.shape());
   if (options.policy == CapacityPolicy::reroute) {
     const Shape& shape = routing.choice_scores.shape();
-    require("choice_scores", routing.choice_scores,
+    require("routing.choice_scores", routing.choice_scores, DType::f32,
             {ids.size(0), shape.rank() == 2 ? std::max(shape[1], experts) : experts});
   }
-  for (std::int64_t i = 0; i < ids.elements(); ++i) {
-    const std::int32_t id = ids.as<std::int32_t>()[i];
-    if (id >= -1 && id < experts) continue;
-    refuse("ids[" + std::to_string(i / ids.size(1)) + "," + std::to_string(i % ids.size(1)) +
-           "] = " + std::to_string(id) + " is no expert below " + std::to_string(experts) + " and not -1");
-  }
+  require_experts("ids", ids, experts);
 }
 
 std::int64_t rows_for(const CapacityOptions& options, std::int64_t tokens, std::int64_t topk, std::int64_t experts) {

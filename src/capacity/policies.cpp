@@ -4,10 +4,10 @@
 #include <bit>
 #include <limits>
 
+#include "src/util/check.h"
+
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 struct Candidate {
   std::uint32_t key = 0;

@@ -6,6 +6,8 @@
 #include <span>
 #include <vector>
 
+#include "src/util/check.h"
+
 namespace expar {
 
 /// The slots that the ranks of one scope ask for: `counts` [ranks, E], of which row `self` is this rank's.
@@ -14,10 +16,8 @@ struct Requests {
   std::vector<std::int64_t> counts;
   int self = 0;
 
-  int ranks() const { return static_cast<int>(counts.size() / static_cast<std::size_t>(experts)); }
-  std::int64_t of(int rank, std::int64_t expert) const {
-    return counts[static_cast<std::size_t>(rank * experts + expert)];
-  }
+  int ranks() const { return static_cast<int>(counts.size() / at(experts)); }
+  std::int64_t of(int rank, std::int64_t expert) const { return counts[at(rank * experts + expert)]; }
   /// Of the ranks below `end`.
   std::int64_t below(int end, std::int64_t expert) const {
     std::int64_t sum = 0;
@@ -33,9 +33,9 @@ struct Requests {
 
 /// [E] how often each expert stands in `ids`.
 inline std::vector<std::int64_t> counts_of(std::span<const std::int32_t> ids, std::int64_t experts) {
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(experts));
+  std::vector<std::int64_t> counts(at(experts));
   for (const std::int32_t id : ids)
-    if (id >= 0) ++counts[static_cast<std::size_t>(id)];
+    if (id >= 0) ++counts[at(id)];
   return counts;
 }
 

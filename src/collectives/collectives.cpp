@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "src/util/check.h"
 #include "src/util/processor.h"
 #include "src/util/shown.h"
 
@@ -19,8 +20,6 @@ using Slices = std::vector<Slice>;
 std::string sizes(std::int64_t got, std::int64_t wanted) {
   return std::to_string(got) + ", not " + std::to_string(wanted);
 }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 std::int64_t row_elements(const ConstTensor& tensor) {
   return tensor.shape().rank() == 0 || tensor.size(0) == 0 ? 0 : tensor.elements() / tensor.size(0);
@@ -48,7 +47,7 @@ void add_rows(std::span<const std::byte> rows, std::int64_t row_count, std::int6
   }
 }
 
-void require_rows(const ConstTensor& rows, const Tensor& out, std::int64_t elements) {
+void require_sum(const ConstTensor& rows, const Tensor& out, std::int64_t elements) {
   if (rows.dtype() != DType::f32 || out.dtype() != DType::f32) refuse("sums are of f32");
   if (rows.shape().rank() != 2) refuse("rows have shape " + rows.shape().str() + ", not [M, N]");
   if (out.elements() != elements) refuse("out has " + sizes(out.elements(), elements) + " elements");
@@ -61,7 +60,7 @@ void sum_all(const Context& context, ConstTensor rows, Tensor out) {
   Operation operation(communicator, Signature("all_reduce").with("elements", n), context.timeout());
   Block block;
   operation.ready([&] {
-    require_rows(rows, out, n);
+    require_sum(rows, out, n);
     block = communicator.arena().allocate(rows.byte_size());
     copy_into(block.data(), {rows.bytes(), rows.byte_size()});
     return show(block, static_cast<std::uint64_t>(rows.size(0)));
@@ -185,7 +184,7 @@ void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
   Block block;
   // The block holds, for each rank's part, this rank's rows of that part together: what a reader wants is one piece.
   operation.ready([&] {
-    require_rows(rows, out, own_n);
+    require_sum(rows, out, own_n);
     block = communicator.arena().allocate(rows.byte_size());
     auto* to = reinterpret_cast<float*>(block.data());
     for (int p = 0; p < context.size(); ++p) {

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "src/communicator/state.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
@@ -20,14 +21,13 @@ std::chrono::nanoseconds default_timeout() {
   char* end = nullptr;
   const double seconds = std::strtod(text, &end);
   if (end == text || *end != '\0' || !(seconds > 0) || seconds > 1e9) {
-    throw Error(ErrorCode::bad_argument,
-                "EXPAR_TIMEOUT is \"" + std::string(text) + "\", not a number of seconds above 0");
+    refuse("EXPAR_TIMEOUT is \"" + std::string(text) + "\", not a number of seconds above 0");
   }
   return std::chrono::nanoseconds(std::llround(seconds * 1e9));
 }
 
 Communicator::Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options) {
-  if (options.timeout.count() < 0) throw Error(ErrorCode::bad_argument, "the timeout of a communicator is negative");
+  if (options.timeout.count() < 0) refuse("the timeout of a communicator is negative");
   const auto timeout = options.timeout.count() > 0 ? options.timeout : default_timeout();
   state_ = std::make_shared<State>(std::move(transport), timeout);
 }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "src/communicator/state.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
@@ -123,7 +124,7 @@ Communicator Communicator::split(int group, int key) const {
   const Wish wish{group, key, state_->rank->places, state_->rank->last_of_gone};
   Operation operation(*this, Signature("split"), timeout());
   operation.ready([&] {
-    if (group < -1) throw Error(ErrorCode::bad_argument, "group is " + std::to_string(group) + ", below -1");
+    if (group < -1) refuse("group is " + std::to_string(group) + ", below -1");
     return wish.words();
   });
   operation.meet();

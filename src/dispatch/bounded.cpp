@@ -5,12 +5,12 @@
 #include <string>
 
 #include "src/dispatch/plan_data.h"
+#include "src/util/check.h"
 #include "src/util/kept.h"
 
 namespace expar {
 namespace {
 
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 [[noreturn]] void disagree(const Communicator& communicator, int source) {

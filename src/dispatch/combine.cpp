@@ -9,24 +9,12 @@
 #include "src/dispatch/results.h"
 #include "src/dispatch/row_order.h"
 #include "src/dispatch/sum_parts.h"
+#include "src/util/check.h"
 #include "src/util/kept.h"
 #include "src/util/shown.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
-std::string describe(const ConstTensor& tensor) {
-  return std::string(name(tensor.dtype())) + " " + tensor.shape().str();
-}
-
-void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  refuse(std::string(what) + " is " + describe(tensor) + ", not " + std::string(name(dtype)) + " " + shape.str());
-}
 
 std::int64_t capacity_of(const Outbox& outbox) {
   return outbox.layout() == Layout::padded && outbox.rows().shape().rank() == 3 ? outbox.rows().size(1) : 0;
@@ -135,8 +123,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   with_layout(signature, y);
   auto state = make_kept<PendingCombine::State>(context.memory(), context, plan, y, out, options, signature);
   state->operation.ready([&] {
-    if (dtype != DType::f32 && dtype != DType::bf16)
-      refuse("y is " + std::string(name(dtype)) + ", neither f32 nor bf16");
+    require_rows("y", y.rows());
     if (options.slice && !plan.replicated()) refuse("slices are of a replicated plan");
     if (options.slice && !options.norm.y.absent()) refuse("a slice has no norm: it takes whole rows");
     if (options.slice && state->in_parts()) refuse("a slice of results cannot be summed over slices of experts");
@@ -196,7 +183,7 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   Operation operation(context.communicator(), with_layout(signature, values), context.timeout());
   const RowOrder order(plan, context.rank(), values.layout(), capacity_of(values));
   operation.ready([&] {
-    if (values.rows().dtype() != DType::f32) refuse("values are " + describe(values.rows()) + ", not f32");
+    require("values", values.rows(), DType::f32, values.rows().shape());
     require("out", out, DType::f32, Shape{plan.tokens(), plan.topk(), width});
     return show_outbox(values, order, operation);
   });

@@ -9,6 +9,7 @@
 #include "src/dispatch/lists.h"
 #include "src/dispatch/plan_data.h"
 #include "src/dispatch/row_order.h"
+#include "src/util/check.h"
 #include "src/util/copy.h"
 #include "src/util/kept.h"
 #include "src/util/shown.h"
@@ -17,22 +18,14 @@
 namespace expar {
 namespace {
 
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
 void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const DispatchOptions& options) {
   if (options.failure) throw *options.failure;
   if (plan.data().failure) throw *plan.data().failure;
-  if (x.dtype() != DType::f32 && x.dtype() != DType::bf16)
-    refuse("x is " + std::string(name(x.dtype())) + ", neither f32 nor bf16");
+  require_rows("x", x);
   if (x.shape().rank() != 2) refuse("x has shape " + x.shape().str() + ", not [T, H]");
   if (x.size(0) != plan.tokens())
     refuse("x has " + std::to_string(x.size(0)) + " tokens, the plan " + std::to_string(plan.tokens()));
-  if (!weights.absent() && (weights.dtype() != DType::f32 || weights.shape() != Shape{plan.tokens(), plan.topk()})) {
-    refuse("weights are " + std::string(name(weights.dtype())) + " " + weights.shape().str() + ", not f32 " +
-           Shape{plan.tokens(), plan.topk()}.str());
-  }
+  if (!weights.absent()) require("weights", weights, DType::f32, {plan.tokens(), plan.topk()});
   if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
     refuse("lists_of is the inbox of another plan");
   const DType payload = options.payload.value_or(x.dtype());

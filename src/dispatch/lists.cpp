@@ -4,12 +4,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "src/util/check.h"
+
 namespace expar {
-namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-}  // namespace
 
 void write_tags(const Plan& plan, int destination, std::span<const std::int32_t> tokens, const float* weights,
                 SlotTag* tags) {

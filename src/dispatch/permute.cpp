@@ -4,16 +4,11 @@
 #include <limits>
 #include <string>
 
-#include <expar/error.h>
-
+#include "src/util/check.h"
 #include "src/util/copy.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 /// Where each of `order` stands. Throws unless it is each of 0 to N - 1 once.
 std::vector<std::int32_t> inverse(std::span<const std::int32_t> order) {
@@ -32,8 +27,7 @@ std::vector<std::int32_t> inverse(std::span<const std::int32_t> order) {
 
 void copy(ConstTensor rows, std::span<const std::int32_t> order, Tensor out) {
   if (rows.shape().rank() == 0 || rows.dtype() != out.dtype() || rows.shape() != out.shape()) {
-    refuse("rows are " + std::string(name(rows.dtype())) + " " + rows.shape().str() + ", out is " +
-           std::string(name(out.dtype())) + " " + out.shape().str());
+    refuse("rows are " + shown(rows) + ", out is " + shown(out));
   }
   if (at(rows.size(0)) != order.size()) {
     refuse(std::to_string(order.size()) + " indices for " + std::to_string(rows.size(0)) + " rows");

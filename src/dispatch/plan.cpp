@@ -1,6 +1,7 @@
 // Plan: counts rows, exchanges the counts, and derives every offset from them.
 #include <expar/plan.h>
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <new>
@@ -8,24 +9,20 @@
 #include <string>
 
 #include "src/dispatch/plan_data.h"
+#include "src/util/check.h"
 #include "src/util/kept.h"
 #include "src/util/shown.h"
 
 namespace expar {
 namespace {
 
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
 void validate_first_experts(std::span<const std::int64_t> first, int ranks, std::int64_t experts) {
   if (first.empty()) return;
-  bool right = first.size() == at(ranks) + 1 && first.front() == 0 && first.back() == experts;
-  for (std::size_t r = 1; right && r < first.size(); ++r) right = first[r - 1] <= first[r];
-  if (right) return;
-  std::string text;
-  for (const std::int64_t e : first) text += (text.empty() ? "" : ", ") + std::to_string(e);
-  refuse("first_experts are [" + text + "], should be " + std::to_string(ranks + 1) +
+  if (first.size() == at(ranks) + 1 && first.front() == 0 && first.back() == experts &&
+      std::is_sorted(first.begin(), first.end())) {
+    return;
+  }
+  refuse("first_experts are [" + shown(first) + "], should be " + std::to_string(ranks + 1) +
          " numbers that ascend from 0 to " + std::to_string(experts));
 }
 
@@ -39,7 +36,7 @@ void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
     refuse("bound is " + std::to_string(options.bound) + ", above 2^31 - 1");
   if (options.alignment < 1) refuse("alignment is " + std::to_string(options.alignment) + ", below 1");
   if (ids.dtype() != DType::int32 || ids.shape().rank() != 2) {
-    refuse("ids are " + std::string(name(ids.dtype())) + " " + ids.shape().str() + ", not int32 [T, K]");
+    refuse("ids is " + shown(ids) + ", should be int32 [T, K]");
   }
   if (ids.elements() > std::numeric_limits<std::int32_t>::max())
     refuse("ids " + ids.shape().str() + " are more slots than 2^31 - 1");

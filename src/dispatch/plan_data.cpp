@@ -6,12 +6,11 @@
 #include <numeric>
 #include <string>
 
+#include "src/util/check.h"
 #include "src/util/mix.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 /// Reads what rank `source` says of its rows; a rank can send no more rows to a rank than it has slots there.
 void take_counts(const Communicator& communicator, int source, std::span<const std::byte> bytes, Plan::Data& plan,

@@ -5,10 +5,10 @@
 #include <string>
 #include <utility>
 
+#include "src/util/check.h"
+
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 /// Rows that `source` has for `expert`.
 std::size_t count(const Plan& plan, int source, std::int64_t expert) {

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <string>
 
+#include "src/util/check.h"
+
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 int ranks_of(const Plan& plan) { return static_cast<int>(plan.sources().size()) - 1; }
 
@@ -84,9 +84,8 @@ void check_capacity(const Plan& plan, Layout layout, std::int64_t capacity) {
   const auto totals = plan.expert_totals();
   const auto most = std::max_element(totals.begin(), totals.end());
   if (*most <= capacity) return;
-  throw Error(ErrorCode::bad_argument, "expert " + std::to_string(most - totals.begin()) + " has " +
-                                           std::to_string(*most) + " rows, the padded layout a capacity of " +
-                                           std::to_string(capacity) + ": give it at least that many");
+  refuse("expert " + std::to_string(most - totals.begin()) + " has " + std::to_string(*most) +
+         " rows, the padded layout a capacity of " + std::to_string(capacity) + ": give it at least that many");
 }
 
 }  // namespace expar

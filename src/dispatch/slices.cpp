@@ -8,29 +8,22 @@
 #include <expar/partition.h>
 
 #include "src/dispatch/plan_data.h"
+#include "src/util/check.h"
 #include "src/util/copy.h"
 #include "src/util/shown.h"
 
 namespace expar {
 namespace {
 
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
 std::int64_t width(const Part& part) { return part.end - part.begin; }
 
 void validate(const Context& context, const Plan& plan, ConstTensor slices, Tensor x) {
   if (plan.data().failure) throw *plan.data().failure;
   if (!plan.replicated()) refuse("slices are of a replicated plan");
-  if (x.dtype() != DType::f32 && x.dtype() != DType::bf16)
-    refuse("x is " + std::string(name(x.dtype())) + ", neither f32 nor bf16");
+  require_rows("x", x);
   if (x.shape().rank() != 2 || x.size(0) != plan.tokens())
-    refuse("x has shape " + x.shape().str() + ", not [" + std::to_string(plan.tokens()) + ", H]");
-  const Shape wanted{plan.tokens(), width(part_of(x.size(1), context.rank(), context.size()))};
-  if (slices.dtype() == x.dtype() && slices.shape() == wanted) return;
-  refuse("slices are " + std::string(name(slices.dtype())) + " " + slices.shape().str() + ", not " +
-         std::string(name(x.dtype())) + " " + wanted.str());
+    refuse("x is " + shown(x) + ", should be [" + std::to_string(plan.tokens()) + ", H]");
+  require("slices", slices, x.dtype(), {plan.tokens(), width(part_of(x.size(1), context.rank(), context.size()))});
 }
 
 /// The tokens that experts of this rank read, ascending.

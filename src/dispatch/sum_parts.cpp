@@ -6,12 +6,11 @@
 
 #include <expar/collectives.h>
 
+#include "src/util/check.h"
 #include "src/util/shown.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 const void* from_row(const ConstTensor& rows, const Part& part) {
   return rows.absent() ? nullptr : rows.rows(part.begin, part.end - part.begin).data();

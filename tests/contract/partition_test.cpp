@@ -218,7 +218,7 @@ TEST_P(EveryWay, refuses_what_a_replicated_plan_cannot_do) {
     expect([&] { dispatch(context, x, {}, plan, {.layout = Layout::rank_major}); },
            "rows of a replicated plan come from no rank: choose another layout than rank_major");
     expect([&] { join_slices(context, plan, wrong, x); },
-           "slices are f32 [2, 7], not f32 [2, " + std::to_string(part_of(6, 0, context.size()).end) + "]");
+           "slices is f32 [2, 7], should be f32 [2, " + std::to_string(part_of(6, 0, context.size()).end) + "]");
     const Plan bounded = make_plan(context, id_tensor, {.experts = 2, .bound = 4, .replicated = true});
     expect([&] { dispatch(context, x, {}, bounded); }, "a replicated plan exchanges nothing and takes no bound");
     Outbox y = make_outbox(context, plan, 6, DType::f32);

@@ -170,7 +170,7 @@ TEST_P(EveryMesh, tells_every_rank_of_both_directions_what_one_did_wrong) {
     const Error error =
         error_of([&] { combine(context, plan, y, unweighted, odd ? wrong : out, {.sum_over = tensor}); });
     require(error.code() == ErrorCode::bad_argument, error.what());
-    require(error.message() == "out is f32 [3, 7], not f32 [3, 6]", error.message());
+    require(error.message() == "out is f32 [3, 7], should be f32 [3, 6]", error.message());
     require_equal(error.rank(), (context.size() - 1) * tensor.size() + 1, "the rank");
     combine(context, plan, y, unweighted, out, {.sum_over = tensor});  // and all may go on
     for (int i = 0; i < 18; ++i) require_equal(out.as<float>()[i], static_cast<float>(tensor.size()), "a sum");

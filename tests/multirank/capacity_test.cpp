@@ -264,7 +264,7 @@ TEST(CapacityErrors, of_one_rank_reach_all) {
     const Tensor scores = share.routing.choice_scores;
     if (wrong) share.routing.choice_scores = Tensor();
     EXPECT_EQ(message_of(ErrorCode::bad_argument, [&] { bound(right); }),
-              "choice_scores of the routing are f32 [], should be f32 [27, 4]");
+              "routing.choice_scores is f32 [], should be f32 [27, 4]");
     share.routing.choice_scores = scores;
     EXPECT_NE(message_of(ErrorCode::mismatch, [&] { bound({.policy = Policy::reroute, .factor = wrong ? 1.5 : 1.0}); }),
               "");
