@@ -9,8 +9,7 @@
 
 #include <expar/expar.h>
 #include <expar/mesh.h>
-
-#include "models/parallel.h"
+#include <expar/parallel.h>
 
 namespace expar::bench {
 
@@ -30,7 +29,7 @@ struct Options {
   Layout layout = Layout::indexed;
   /// combine: all ranks have the tokens of all, and each reads its slice of the results (expar/partition.h).
   bool hidden_partition = false;
-  /// dispatch, combine, layer: how ranks share the experts, see models/parallel.h; empty: all along ep. Ranks along tp
+  /// dispatch, combine, layer: how ranks share the experts, see expar/parallel.h; empty: all along ep. Ranks along tp
   /// work on the tokens of all of them, rank after rank.
   std::vector<MeshDim> mesh = {};
   std::string routes = "uniform";  // uniform, zipf:A, hot:N:F, or a file

@@ -4,8 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include <expar/parallel.h>
+
 #include "bench/bench.h"
-#include "models/parallel.h"
 
 namespace expar::bench {
 

@@ -6,10 +6,10 @@
 #include <vector>
 
 #include <expar/layer.h>
+#include <expar/parallel.h>
 
 #include "models/batch.h"
 #include "models/embedding.h"
-#include "models/parallel.h"
 
 namespace expar {
 

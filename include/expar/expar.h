@@ -9,10 +9,11 @@
 #include <expar/error.h>         // Error: code, rank, peer, operation
 #include <expar/experts.h>       // the experts' networks
 #include <expar/hidden_moe.h>    // HiddenMoe: the layer of ranks that all have the same tokens
-#include <expar/layer.h>         // MoeLayer: all of the above in one object
+#include <expar/layer.h>         // MoeLayer: route, plan, dispatch, experts, combine in one object
 #include <expar/mesh.h>          // Mesh: ranks in a grid, and the groups along its dims
 #include <expar/norm.h>          // RMSNorm
 #include <expar/optimizer.h>     // AdamW
+#include <expar/parallel.h>      // Parallel: which ranks of a mesh share tokens, experts, slices
 #include <expar/partition.h>     // all ranks have the same tokens, each a slice of the hidden size
 #include <expar/permute.h>       // rows from rank-major to expert-major and back
 #include <expar/plan.h>          // make_plan: who sends which row where

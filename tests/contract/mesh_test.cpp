@@ -3,6 +3,7 @@
 
 #include <expar/collectives.h>
 #include <expar/mesh.h>
+#include <expar/parallel.h>
 
 #include "tests/contract/routes.h"
 #include "tests/contract/ways.h"
@@ -67,6 +68,43 @@ TEST(Mesh, refuses_what_is_no_grid_of_these_ranks) {
     const Mesh mesh(context.communicator(), {{"ep", 4}});
     require_same(message_of([&] { (void)mesh.group("tp"); }), "the mesh ep=4 has no dim tp");
     require_same(message_of([&] { (void)mesh.join({"ep", "tp"}); }), "the mesh ep=4 has no dim tp");
+  });
+}
+
+TEST(Parallel, finds_tokens_experts_slices_and_replicas_in_any_order_of_the_dims) {
+  for (const std::vector<std::string>& order :
+       std::vector<std::vector<std::string>>{{"dp", "ep", "tp"}, {"tp", "ep", "dp"}, {"ep", "tp", "dp"}}) {
+    run({.ranks = 12}, [&](const Context& context) {
+      const auto size = [](const std::string& dim) { return dim == "ep" ? 3 : 2; };
+      std::vector<MeshDim> dims;
+      for (const std::string& dim : order) dims.push_back({dim, size(dim)});
+      const Parallel ranks(context, dims);
+      const Mesh mesh(context.communicator(), dims);
+      require(ranks_of(ranks.experts.communicator()) == ranks_of(mesh.group("ep")), "experts");
+      require(ranks_of(ranks.tensor) == ranks_of(mesh.group("tp")), "slices");
+      require(ranks_of(ranks.replicas) == ranks_of(mesh.group("dp")), "replicas");
+      require_equal(ranks.slice(), mesh.coordinate("tp"), "this rank's slice");
+      require(ranks_of(ranks.data.communicator()) == ranks_of(mesh.join({"dp", "ep"})), "ranks with other tokens");
+      // In the first replica the holders of experts are the ranks along ep.
+      if (mesh.coordinate("dp") > 0) return;
+      for (int r = 0; r < 3; ++r) {
+        require_equal(ranks.data.communicator().job_rank(ranks.holder(r)), mesh.group("ep").job_rank(r), "holder");
+      }
+    });
+  }
+}
+
+TEST(Parallel, is_all_experts_without_a_mesh_and_none_with_slices_alone) {
+  run({.ranks = 4}, [](const Context& context) {
+    const Parallel plain(context), slices(context, {{"tp", 4}});
+    require_equal(plain.experts.size(), 4, "ranks that share the experts");
+    require_equal(plain.slice_count(), 1, "slices");
+    require_equal(slices.experts.size(), 1, "ranks that share the experts");
+    require_equal(slices.slice_count(), 4, "slices");
+    require_same(message_of([&] {
+                   const Parallel wrong(context, {{"pp", 4}});
+                 }),
+                 "the mesh has a dim pp; there are dp, ep and tp");
   });
 }
 

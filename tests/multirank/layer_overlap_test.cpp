@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include <expar/mesh.h>
+#include <expar/parallel.h>
 
 #include "tests/contract/ways.h"
 #include "tests/fastest_backend.h"
@@ -91,11 +91,11 @@ TEST(OverlapOfSlices, gives_the_bytes_of_one_batch_after_the_other) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const LayerCase c({.dtype = dtype, .shared_inner = 21});
     expect_success(run_communicators({.ranks = 4}, [&](const Communicator& communicator) {
-      const Mesh mesh(communicator, {{"ep", 2}, {"tp", 2}});
       const Context all(communicator, {.threads = 1, .backend = fastest_backend()});
-      const Context context = all.on(mesh.group("ep"));
+      const Parallel ranks(all, {{"ep", 2}, {"tp", 2}});
+      const Context& context = ranks.experts;
       MoeLayerOptions options = c.options();
-      options.tensor = mesh.group("tp");
+      options.tensor = ranks.tensor;
       MoeLayer layer(context, options);
       c.fill(layer);
       Batch first(c, context, 0), second(c, context, 1), early(c, context, 0), late(c, context, 1);

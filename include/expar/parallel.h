@@ -1,4 +1,4 @@
-// How the ranks of a job share tokens and experts: of a text model, or of one layer.
+// How the ranks of a mesh share the tokens and experts of a layer.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,16 @@ namespace expar {
 /// Ranks along dims of a mesh, each of which may be missing:
 ///   dp  replicas of the experts, with other tokens
 ///   ep  tokens travel among these
-///   tp  slices of the same experts, with the same tokens
+///   tp  slices of the same experts (up and down by the inner dimension F), with the same tokens
+///
+/// The usual styles are the dims that are there: ExpertParallel {ep}, TensorParallel {tp}, where no token travels,
+/// ExpertTensorParallel {ep, tp}; and replicas beside each, {dp, ...}.
+///
+///   Parallel ranks(context, {{"ep", 4}, {"tp", 2}});
+///   options.tensor = ranks.tensor;
+///   MoeLayer layer(ranks.experts, options);
+///
+/// Source: ExpertParallel, TensorParallel and ExpertTensorParallel of HyperParallel.
 struct Parallel {
   Context all;
   Context data;     // along dp and ep: ranks with other tokens; what is not an expert is data parallel over them

@@ -1,5 +1,5 @@
 // The groups of a mesh that tokens and experts are shared along.
-#include "models/parallel.h"
+#include <expar/parallel.h>
 
 #include <string>
 
