@@ -5,10 +5,10 @@
 #include <charconv>
 #include <utility>
 
+#include "src/util/check.h"
+
 namespace expar {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 std::string shown(const std::vector<MeshDim>& dims) {
   std::string text;

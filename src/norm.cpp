@@ -5,7 +5,7 @@
 #include <array>
 #include <string>
 
-#include <expar/error.h>
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
@@ -59,13 +59,6 @@ void backward(const Context& context, ConstTensor x, ConstTensor gain, ConstTens
   });
 }
 
-void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  throw Error(ErrorCode::bad_argument, std::string("the norm's ") + what + " is " + std::string(name(tensor.dtype())) +
-                                           " " + tensor.shape().str() + ", not " + std::string(name(dtype)) + " " +
-                                           shape.str());
-}
-
 }  // namespace
 
 NormOutput checked(const RmsNorm& norm, DType dtype, const Shape& rows) {
@@ -74,9 +67,9 @@ NormOutput checked(const RmsNorm& norm, DType dtype, const Shape& rows) {
     throw Error(ErrorCode::bad_argument,
                 "a norm's rows are " + std::string(name(dtype)) + " " + rows.str() + ", not [T, H] of f32 or bf16");
   }
-  require("gain", norm.gain, DType::f32, Shape{rows[1]});
-  require("y", norm.y, dtype, rows);
-  if (!norm.scale.absent()) require("scale", norm.scale, DType::f32, Shape{rows[0]});
+  require("the norm's gain", norm.gain, DType::f32, Shape{rows[1]});
+  require("the norm's y", norm.y, dtype, rows);
+  if (!norm.scale.absent()) require("the norm's scale", norm.scale, DType::f32, Shape{rows[0]});
   if (!(norm.epsilon >= 0)) {
     throw Error(ErrorCode::bad_argument, "the norm's epsilon is " + std::to_string(norm.epsilon) + ", not from 0 on");
   }
@@ -87,7 +80,7 @@ NormOutput checked(const RmsNorm& norm, DType dtype, const Shape& rows) {
 }
 
 void rms_norm(const Context& context, ConstTensor x, const RmsNorm& norm) {
-  require("y", norm.y, x.dtype(), x.shape());
+  require("the norm's y", norm.y, x.dtype(), x.shape());
   const NormOutput output = checked(norm, x.dtype(), x.shape());
   context.kernels().rms_norm(
       {.tokens = x.size(0), .width = x.size(1), .dtype = x.dtype(), .x = x.data(), .norm = output}, context.pool());

@@ -6,12 +6,11 @@
 
 #include <expar/error.h>
 
+#include "src/util/check.h"
 #include "src/util/processor.h"
 
 namespace expar {
 namespace {
-
-[[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
 
 void check(const Parameter& p) {
   const auto same = [&](const ConstTensor& t, DType dtype, const char* what) {

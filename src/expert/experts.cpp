@@ -8,20 +8,11 @@
 #include <expar/error.h>
 
 #include "src/expert/pass.h"
+#include "src/util/check.h"
 #include "src/util/processor.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
-
-void require(const std::string& what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  refuse(what + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
-         std::string(name(dtype)) + " " + shape.str());
-}
 
 void check(const ExpertShape& shape, const ExpertWeights& weights, std::int64_t experts) {
   const auto matrix = [&](const char* what, const GroupWeights& w) {

@@ -1,5 +1,6 @@
 // How the layer's errors reach every rank: at its making, before its operations and between them.
 #include "src/layer/agree.h"
+#include "src/util/check.h"
 
 #include <bit>
 #include <exception>
@@ -11,8 +12,6 @@
 
 namespace expar {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
 
 void validate(const MoeLayerOptions& options) {
   validate(options.expert_shape());

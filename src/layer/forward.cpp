@@ -7,20 +7,10 @@
 
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
-void check_shards(std::span<const std::int64_t> shards, std::int64_t tokens) {
-  bool right = !shards.empty() && shards.front() == 0 && shards.back() == tokens;
-  for (std::size_t s = 1; right && s < shards.size(); ++s) right = shards[s - 1] <= shards[s];
-  if (right) return;
-  std::string text;
-  for (const std::int64_t s : shards) text += (text.empty() ? "" : ", ") + std::to_string(s);
-  refuse("shards are [" + text + "], should ascend from 0 to the " + std::to_string(tokens) + " tokens of this rank");
-}
 
 std::int64_t valid_tokens(const ConstTensor& x, const ConstTensor& mask) {
   if (mask.absent()) return x.size(0);
@@ -86,15 +76,11 @@ void PendingForward::State::check(ConstTensor x, ConstTensor residual, const Sha
   layer_.check_rows("x", x, tokens);
   layer_.check_rows("out", out_, tokens);
   if (!residual.absent()) layer_.check_rows("residual", residual, tokens);
-  const ConstTensor& mask = inputs.mask;
-  if (!mask.absent() && (mask.dtype() != DType::int8 || mask.shape() != Shape{tokens})) {
-    refuse("mask is " + std::string(name(mask.dtype())) + " " + mask.shape().str() + ", should be int8 " +
-           Shape{tokens}.str());
-  }
+  if (!inputs.mask.absent()) require("mask", inputs.mask, DType::int8, {tokens});
   if (!shards) return;
   layer_.check_trains();
   if (x.elements() > 0 && out_.data() == x.data()) refuse("out must not be x, which the backward pass reads");
-  check_shards(*shards, tokens);
+  require_ascending("shards", *shards, tokens);
 }
 
 RouteInputs PendingForward::State::route_inputs(const MoeInputs& inputs) const {

@@ -6,19 +6,10 @@
 #include <string>
 
 #include "src/layer/agree.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
-void require(const std::string& what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  refuse(what + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", not " +
-         std::string(name(dtype)) + " " + shape.str());
-}
 
 void validate(const HiddenMoeOptions& options) {
   if (options.hidden < 1) refuse("hidden is " + std::to_string(options.hidden) + ", must be at least 1");
@@ -79,9 +70,7 @@ struct HiddenMoe::State {
 
 void HiddenMoe::State::check(const HiddenMoeInputs& inputs, const Tensor& out) const {
   const ConstTensor& x = inputs.x;
-  if (x.dtype() != DType::f32 && x.dtype() != DType::bf16) {
-    refuse("x is " + std::string(name(x.dtype())) + ", neither f32 nor bf16");
-  }
+  require_rows("x", x);
   const std::int64_t tokens = x.shape().rank() == 2 ? x.size(0) : 0;
   require("x", x, x.dtype(), {tokens, options.slices ? part_width() : options.hidden});
   require("out", out, x.dtype(), {tokens, part_width()});

@@ -6,14 +6,10 @@
 
 #include "src/layer/forward.h"
 #include "src/layer/state.h"
+#include "src/util/check.h"
 #include "src/util/kept.h"
 
 namespace expar {
-namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
-}  // namespace
 
 MoeLayer::MoeLayer(const Context& context, const MoeLayerOptions& options)
     : state_(std::make_unique<State>(context, options)) {}

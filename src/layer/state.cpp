@@ -4,13 +4,9 @@
 #include <string>
 
 #include "src/layer/agree.h"
+#include "src/util/check.h"
 
 namespace expar {
-namespace {
-
-[[noreturn]] void refuse(const std::string& message) { throw Error(ErrorCode::bad_argument, message); }
-
-}  // namespace
 
 MoeLayer::State::State(const Context& c, const MoeLayerOptions& o)
     : context(c),
@@ -49,10 +45,7 @@ void MoeLayer::State::check_trains() const {
 }
 
 void MoeLayer::State::check_rows(const char* what, const ConstTensor& rows, std::int64_t tokens) const {
-  const Shape wanted{tokens, options.hidden};
-  if (rows.dtype() == options.dtype && rows.shape() == wanted) return;
-  refuse(std::string(what) + " is " + std::string(name(rows.dtype())) + " " + rows.shape().str() + ", should be " +
-         std::string(name(options.dtype)) + " " + wanted.str());
+  require(what, rows, options.dtype, {tokens, options.hidden});
 }
 
 }  // namespace expar

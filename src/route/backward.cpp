@@ -115,12 +115,7 @@ void check_segments(const RouterLosses& losses, std::int64_t tokens, std::int64_
     refuse("dscores of the losses has " + std::to_string(losses.dscores.size()) + " entries for " +
            std::to_string(rows) + " segments of " + std::to_string(experts) + " experts");
   }
-  if (segments.empty()) return;
-  if (segments.front() != 0 || segments.back() != tokens || !std::is_sorted(segments.begin(), segments.end())) {
-    refuse("segments of the losses go from " + std::to_string(segments.front()) + " to " +
-           std::to_string(segments.back()) + ", should ascend from 0 to the " + std::to_string(tokens) +
-           " tokens of this rank");
-  }
+  if (!segments.empty()) require_ascending("segments of the losses", segments, tokens);
 }
 
 }  // namespace
@@ -129,8 +124,8 @@ void route_backward(const Context& context, const RouterOptions& options, const 
                     const RouterLosses& losses, ConstTensor dweights, Tensor dlogits) {
   validate(options);
   require(options, routing);
-  require("dweights", dweights, routing.weights.shape());
-  require("dlogits", dlogits, routing.scores.shape());
+  require("dweights", dweights, DType::f32, routing.weights.shape());
+  require("dlogits", dlogits, DType::f32, routing.scores.shape());
   const std::int64_t tokens = routing.scores.size(0);
   check_segments(losses, tokens, options.experts);
 

@@ -8,13 +8,12 @@
 
 #include "src/route/check.h"
 #include "src/route/top_k.h"
+#include "src/util/check.h"
 #include "src/util/ranges.h"
 #include "src/util/shown.h"
 
 namespace expar {
 namespace {
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 /// Calls use(row, token) for each of this rank's tokens that is no padding.
 template <class Use>

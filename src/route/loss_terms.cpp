@@ -6,13 +6,12 @@
 #include <numeric>
 
 #include "src/route/check.h"
+#include "src/util/check.h"
 
 namespace expar {
 namespace {
 
 constexpr double kTinySquare = 1e-10;  // beside the squared mean, as Tutel does
-
-std::size_t at(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 struct Spread {
   double mean = 0, variance = 0;  // unbiased

@@ -21,18 +21,6 @@ constexpr std::int64_t kLowTokens = 1024;
 
 using Bounds = std::span<const std::int64_t>;
 
-void check_bounds(const std::string& what, Bounds bounds, std::int64_t tokens) {
-  if (bounds.empty() || bounds.front() != 0) refuse(what + " must begin with 0");
-  for (std::size_t s = 1; s < bounds.size(); ++s) {
-    if (bounds[s] >= bounds[s - 1]) continue;
-    refuse(what + "[" + std::to_string(s) + "] is " + std::to_string(bounds[s]) + ", below the " +
-           std::to_string(bounds[s - 1]) + " before it");
-  }
-  if (bounds.back() != tokens) {
-    refuse(what + " end at " + std::to_string(bounds.back()) + ", this rank has " + std::to_string(tokens) + " tokens");
-  }
-}
-
 void check_counts(const std::string& what, std::span<const std::int64_t> counts, std::int64_t experts) {
   if (static_cast<std::int64_t>(counts.size()) == experts) return;
   refuse(what + " has " + std::to_string(counts.size()) + " entries for " + std::to_string(experts) + " experts");
@@ -47,8 +35,8 @@ void check(const RouterOptions& options, const Routing& routing, std::span<const
   if (inputs.tokens_so_far < 0 || (inputs.counts_so_far.empty() && inputs.tokens_so_far > 0)) {
     refuse("tokens_so_far is " + std::to_string(inputs.tokens_so_far) + ", must go with the counts_so_far");
   }
-  check_bounds("shards", shards, routing.scores.size(0));
-  if (!inputs.sequences.empty()) check_bounds("sequences", inputs.sequences, routing.scores.size(0));
+  require_ascending("shards", shards, routing.scores.size(0));
+  if (!inputs.sequences.empty()) require_ascending("sequences", inputs.sequences, routing.scores.size(0));
 }
 
 /// Sums of scores, columns, and sums of loads where they count.

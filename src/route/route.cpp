@@ -43,17 +43,7 @@ void check_finite(const ConstTensor& logits, const ConstTensor& mask) {
 void check_input(const char* what, const ConstTensor& tensor, bool wanted, const Shape& shape, DType dtype) {
   if (wanted && tensor.absent()) refuse(std::string("this router needs ") + what);
   if (!wanted && !tensor.absent()) refuse(std::string("this router has no use for ") + what);
-  if (wanted) require(what, tensor, shape, dtype);
-}
-
-void check_ids(const char* what, const ConstTensor& ids, std::int64_t least, std::int64_t experts) {
-  const std::int64_t width = ids.size(1);
-  for (std::int64_t i = 0; i < ids.elements(); ++i) {
-    const std::int32_t id = ids.as<std::int32_t>()[i];
-    if (id >= least && id < experts) continue;
-    refuse(std::string(what) + "[" + std::to_string(i / width) + "," + std::to_string(i % width) +
-           "] = " + std::to_string(id) + " is not in [" + std::to_string(least) + ", " + std::to_string(experts) + ")");
-  }
+  if (wanted) require(what, tensor, dtype, shape);
 }
 
 void check_token_table(const RouteInputs& inputs, const RouterOptions& options, std::int64_t tokens) {
@@ -61,7 +51,7 @@ void check_token_table(const RouteInputs& inputs, const RouterOptions& options, 
   check_input("tokens", inputs.tokens, wanted, {tokens}, DType::int32);
   check_input("token_table", inputs.token_table, wanted, {options.vocabulary, options.topk}, DType::int32);
   if (!wanted) return;
-  check_ids("token_table", inputs.token_table, 0, options.experts);
+  require_experts("token_table", inputs.token_table, options.experts, 0);
   for (std::int64_t t = 0; t < tokens; ++t) {
     const std::int32_t token = inputs.tokens.as<std::int32_t>()[t];
     if (is_padding(inputs.mask, t) || (token >= 0 && token < options.vocabulary)) continue;
@@ -72,12 +62,12 @@ void check_token_table(const RouteInputs& inputs, const RouterOptions& options, 
 
 void check_inputs(const RouteInputs& inputs, const RouterOptions& options, const ConstTensor& logits) {
   const std::int64_t tokens = logits.size(0);
-  if (!inputs.mask.absent()) require("mask", inputs.mask, {tokens}, DType::int8);
+  if (!inputs.mask.absent()) require("mask", inputs.mask, DType::int8, {tokens});
   check_input("selection_bias", inputs.selection_bias, options.selection_bias, {options.experts}, DType::f32);
   check_token_table(inputs, options, tokens);
   if (!inputs.ids.absent()) {
-    require("ids", inputs.ids, {tokens, slots_of(options)}, DType::int32);
-    check_ids("ids", inputs.ids, -1, options.experts);
+    require("ids", inputs.ids, DType::int32, {tokens, slots_of(options)});
+    require_experts("ids", inputs.ids, options.experts);
   }
   if (options.nan == NanPolicy::error) check_finite(logits, inputs.mask);
 }
@@ -369,7 +359,7 @@ void Work::prepare() const {
   if (inputs.failure) throw Error(*inputs.failure);
   validate(options);
   const std::int64_t tokens = logits.shape().rank() == 2 ? logits.size(0) : 0;
-  require("logits", logits, {tokens, options.experts});
+  require("logits", logits, DType::f32, {tokens, options.experts});
   check_inputs(inputs, options, logits);
   lay_out(tokens, options, !inputs.mask.absent(), routing);
   routing.valid = tokens;

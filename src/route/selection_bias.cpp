@@ -11,7 +11,7 @@ namespace expar {
 
 void update_selection_bias(Tensor bias, std::span<const std::int64_t> counts, float rate, BiasRule rule) {
   const auto experts = static_cast<std::int64_t>(counts.size());
-  require("selection bias", bias, {experts});
+  require("selection bias", bias, DType::f32, {experts});
   if (!(std::isfinite(rate) && rate >= 0.0F)) refuse("rate is " + std::to_string(rate) + ", must be a number from 0");
   // mean(c) > c_i, in whole numbers.
   const std::int64_t total = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});

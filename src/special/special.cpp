@@ -10,6 +10,7 @@
 
 #include <expar/error.h>
 
+#include "src/util/check.h"
 #include "src/util/ranges.h"
 
 namespace expar {
@@ -17,14 +18,6 @@ namespace {
 
 constexpr std::int64_t kTokenGrain = 16;    // tokens per task: some ten microseconds
 constexpr std::int64_t kColumnGrain = 128;  // columns of a gradient per task
-
-[[noreturn]] void refuse(std::string message) { throw Error(ErrorCode::bad_argument, std::move(message)); }
-
-void require(const char* what, const ConstTensor& tensor, const Shape& shape, DType dtype = DType::f32) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
-         std::string(name(dtype)) + " " + shape.str());
-}
 
 void check(const SpecialPass& pass) {
   const auto& [zero, copy, constant] = pass.experts;
@@ -34,20 +27,14 @@ void check(const SpecialPass& pass) {
   }
   if (pass.x.shape().rank() != 2) refuse("x has shape " + pass.x.shape().str() + ", not [T, H]");
   const std::int64_t tokens = pass.x.size(0), hidden = pass.x.size(1);
-  require("x", pass.x, {tokens, hidden});
+  require("x", pass.x, DType::f32, {tokens, hidden});
   const std::int64_t topk = pass.ids.shape().rank() == 2 ? pass.ids.size(1) : 0;
-  require("ids", pass.ids, {tokens, topk}, DType::int32);
-  require("weights", pass.weights, {tokens, topk});
-  const std::int64_t end = pass.first + pass.experts.count();
-  for (std::int64_t i = 0; i < pass.ids.elements(); ++i) {
-    const std::int32_t id = pass.ids.as<std::int32_t>()[i];
-    if (id >= -1 && id < end) continue;
-    refuse("ids[" + std::to_string(i / topk) + "," + std::to_string(i % topk) + "] = " + std::to_string(id) +
-           " is no expert below " + std::to_string(end) + " and not -1");
-  }
+  require("ids", pass.ids, DType::int32, {tokens, topk});
+  require("weights", pass.weights, DType::f32, {tokens, topk});
+  require_experts("ids", pass.ids, pass.first + pass.experts.count());
   if (constant == 0) return;
-  require("mix", pass.mix, {constant, 2, hidden});
-  require("value", pass.value, {constant, hidden});
+  require("mix", pass.mix, DType::f32, {constant, 2, hidden});
+  require("value", pass.value, DType::f32, {constant, hidden});
 }
 
 /// The slots of a token that go to special experts, as those who compute see them.
@@ -152,7 +139,7 @@ void zero(const Tensor& tensor) {
 
 void add_special(const Context& context, const SpecialPass& pass, Tensor out) {
   check(pass);
-  require("out", out, pass.x.shape());
+  require("out", out, DType::f32, pass.x.shape());
   const SpecialSlots slots(pass);
   const std::int64_t hidden = slots.hidden();
   for_ranges(context.pool(), pass.x.size(0), kTokenGrain, [&](std::int64_t begin, std::int64_t end) {
@@ -177,17 +164,15 @@ void add_special(const Context& context, const SpecialPass& pass, Tensor out) {
 void special_backward(const Context& context, const SpecialPass& pass, std::span<const std::int64_t> shards,
                       ConstTensor dout, Tensor dx, Tensor dweights, const SpecialGradients& gradients) {
   check(pass);
+  require_ascending("shards", shards, pass.x.size(0));
   const auto count = static_cast<std::int64_t>(shards.size()) - 1;
-  if (count < 0 || shards.front() != 0 || shards.back() != pass.x.size(0)) {
-    refuse("shards must lead from 0 to the " + std::to_string(pass.x.size(0)) + " tokens");
-  }
-  require("dout", dout, pass.x.shape());
-  require("dx", dx, pass.x.shape());
-  require("dweights", dweights, pass.ids.shape());
+  require("dout", dout, DType::f32, pass.x.shape());
+  require("dx", dx, DType::f32, pass.x.shape());
+  require("dweights", dweights, DType::f32, pass.ids.shape());
   const std::int64_t hidden = pass.x.size(1), constant = pass.experts.constant;
   if (constant > 0) {
-    require("gradient of mix", gradients.mix, {count, constant, 2, hidden});
-    require("gradient of value", gradients.value, {count, constant, hidden});
+    require("gradient of mix", gradients.mix, DType::f32, {count, constant, 2, hidden});
+    require("gradient of value", gradients.value, DType::f32, {count, constant, hidden});
   }
   const SpecialSlots slots(pass);
   std::pmr::vector<Share> shares(static_cast<std::size_t>(pass.ids.elements()), context.memory().get());

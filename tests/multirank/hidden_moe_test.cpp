@@ -390,7 +390,7 @@ TEST_P(Hidden, tells_every_rank_what_is_wrong_on_one) {
         EXPECT_EQ(error.message(), wanted);
         EXPECT_EQ(error.rank(), ranks - 1);
       };
-      expect(batch.inputs(odd ? narrow : batch.x), "x is f32 [9, 3], not f32 [9, 8]");
+      expect(batch.inputs(odd ? narrow : batch.x), "x is f32 [9, 3], should be f32 [9, 8]");
       HiddenMoeInputs both = batch.inputs(batch.x);
       if (odd) both.logits = logits;
       expect(both, "either logits are given, or ids and weights");

@@ -223,7 +223,8 @@ TEST(RouterLossesErrors, reach_every_rank) {
     const std::vector<std::int64_t> counts{18, 0, 0, 0};
     const std::vector<std::int64_t> wrong{0, 4, 2, 6};
     const std::vector<std::int64_t> right{0, 3, 6};
-    expect_error(ErrorCode::bad_argument, kWrong, "shards[2] is 2, below the 4 before it",
+    expect_error(ErrorCode::bad_argument, kWrong,
+                 "shards are [0, 4, 2, 6], should ascend from 0 to the 6 tokens of this rank",
                  [&] { router_losses(context, options, routing, counts, context.rank() == kWrong ? wrong : right); });
     const RouterLosses losses = router_losses(context, options, routing, counts, right);
     EXPECT_EQ(losses.tokens, 18);

@@ -239,7 +239,8 @@ TEST(RouterLosses, refuse_what_cannot_be) {
       }
       return "";
     };
-    EXPECT_EQ(message(options, {.sequences = wrong}), "sequences end at 2, this rank has 3 tokens");
+    EXPECT_EQ(message(options, {.sequences = wrong}),
+              "sequences are [0, 2], should ascend from 0 to the 3 tokens of this rank");
     EXPECT_EQ(message(options, {.counts_so_far = three}), "counts_so_far has 3 entries for 2 experts");
     EXPECT_EQ(message(options, {.tokens_so_far = 4}), "tokens_so_far is 4, must go with the counts_so_far");
     RouterOptions load = options;

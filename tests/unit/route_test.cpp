@@ -331,12 +331,12 @@ TEST(Route, names_an_input_that_is_wrong) {
     EXPECT_EQ(message(biased, {.selection_bias = ConstTensor(bias, {3})}),
               "selection_bias is f32 [3], should be f32 [4]");
     EXPECT_EQ(message(plain, {.mask = ConstTensor(mask, {4})}), "mask is int8 [4], should be int8 [2]");
-    EXPECT_EQ(message(plain, {.ids = ConstTensor(ids, {2, 2})}), "ids[1,1] = 4 is not in [-1, 4)");
+    EXPECT_EQ(message(plain, {.ids = ConstTensor(ids, {2, 2})}), "ids[1,1] = 4 is no expert below 4 and not -1");
     EXPECT_EQ(message(hashed, {}), "this router needs tokens");
     EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2})}), "this router needs token_table");
     EXPECT_EQ(message(plain, {.tokens = ConstTensor(tokens, {2})}), "this router has no use for tokens");
     EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(table, {2, 2})}),
-              "token_table[1,1] = -1 is not in [0, 4)");
+              "token_table[1,1] = -1 is no expert below 4");
     EXPECT_EQ(message(hashed, {.tokens = ConstTensor(tokens, {2}), .token_table = ConstTensor(ids, {1, 2})}),
               "token_table is int32 [1, 2], should be int32 [2, 2]");
     const std::int32_t experts[] = {0, 1, 2, 3};
