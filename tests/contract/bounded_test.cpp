@@ -10,29 +10,15 @@
 
 #include <expar/collectives.h>
 
-#include "tests/contract/share.h"
+#include "tests/contract/experts.h"
 #include "tests/contract/ways.h"
 
 namespace expar::test {
 namespace {
 
-class EveryWay : public testing::TestWithParam<Way> {};
+class BoundedPlan : public EveryWay {};
 
 void require_text(const std::string& got, const std::string& wanted) { require(got == wanted, "got: " + got); }
-
-/// Experts that multiply by one more than their number.
-void multiply(const Inbox& inbox, Outbox& y) {
-  const Plan& plan = inbox.plan();
-  const std::int64_t width = y.rows().size(1);
-  for (std::int64_t e = 0; e < plan.local().count; ++e) {
-    const std::int64_t first = plan.offsets()[static_cast<std::size_t>(e)];
-    for (std::int64_t i = first; i < first + plan.rows()[static_cast<std::size_t>(e)]; ++i) {
-      const ConstTensor row(row_bytes(inbox, i), DType::f32, Shape{width});
-      for (std::int64_t h = 0; h < width; ++h)
-        y.rows().as<float>()[i * width + h] = value(row, h) * static_cast<float>(plan.local().first + e + 1);
-    }
-  }
-}
 
 void step(const Context& context, const Workload& w, Share& share, std::int64_t bound) {
   const Plan plan =
@@ -44,7 +30,7 @@ void step(const Context& context, const Workload& w, Share& share, std::int64_t 
   combine(context, inbox.plan(), y, ConstTensor(share.weights), share.out);
 }
 
-TEST_P(EveryWay, gives_the_same_bytes_as_an_exact_plan) {
+TEST_P(BoundedPlan, gives_the_same_bytes_as_an_exact_plan) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       Share exact(w, context.rank(), DType::f32), bounded(w, context.rank(), DType::f32);
@@ -59,7 +45,7 @@ TEST_P(EveryWay, gives_the_same_bytes_as_an_exact_plan) {
   });
 }
 
-TEST_P(EveryWay, serves_everything_that_an_exact_plan_serves) {
+TEST_P(BoundedPlan, serves_everything_that_an_exact_plan_serves) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
@@ -84,7 +70,7 @@ TEST_P(EveryWay, serves_everything_that_an_exact_plan_serves) {
   });
 }
 
-TEST_P(EveryWay, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_on) {
+TEST_P(BoundedPlan, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_on) {
   run(GetParam(), [](const Context& context) {
     const int bad = context.size() - 1;
     const std::int64_t tokens = context.rank() == bad ? 9 : 3;
@@ -117,7 +103,7 @@ TEST_P(EveryWay, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_on)
   });
 }
 
-TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
+TEST_P(BoundedPlan, tells_all_ranks_who_disagrees) {
   if (GetParam().ranks == 1) return;
   run(GetParam(), [](const Context& context) {
     const bool odd = context.rank() == context.size() - 1;
@@ -139,7 +125,7 @@ TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
   });
 }
 
-TEST_P(EveryWay, says_what_an_open_plan_cannot_do) {
+TEST_P(BoundedPlan, says_what_an_open_plan_cannot_do) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids(3, 1);
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
@@ -189,7 +175,7 @@ std::set<std::string> waits(const Context& context, std::int64_t bound) {
   return meetings(*trace);
 }
 
-TEST_P(EveryWay, waits_for_peers_at_most_twice_in_dispatch_and_combine) {
+TEST_P(BoundedPlan, waits_for_peers_at_most_twice_in_dispatch_and_combine) {
   const Way way = GetParam();
   if (way.ranks == 1) return;
   run(way, [&](const Context& context) {
@@ -205,7 +191,7 @@ TEST_P(EveryWay, waits_for_peers_at_most_twice_in_dispatch_and_combine) {
   });
 }
 
-TEST_P(EveryWay, takes_no_more_memory_after_the_first_steps) {
+TEST_P(BoundedPlan, takes_no_more_memory_after_the_first_steps) {
   run(GetParam(), [](const Context& context) {
     const Workload w{"decode", context.size(), 16, 4, 32, Pattern::uniform, std::vector<std::int64_t>(8, 8)};
     Share share(w, context.rank(), DType::f32);
@@ -216,22 +202,7 @@ TEST_P(EveryWay, takes_no_more_memory_after_the_first_steps) {
   });
 }
 
-TEST_P(EveryWay, names_the_rank_that_is_late) {
-  if (GetParam().ranks == 1) return;
-  const auto ends = run_all(GetParam(), [](const Context& context) {
-    const std::vector<std::int32_t> ids(3, 1);
-    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
-    const Array x(DType::f32, Shape{3, 4});
-    barrier(context);
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(400));
-    dispatch(context.with_timeout(std::chrono::milliseconds(150)), x, {}, plan);
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
-  EXPECT_EQ(error.peer(), 1) << error.what();
-}
-
-INSTANTIATE_TEST_SUITE_P(Bounded, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, BoundedPlan, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

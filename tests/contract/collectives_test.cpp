@@ -11,7 +11,7 @@
 namespace expar::test {
 namespace {
 
-class EveryWay : public testing::TestWithParam<Way> {};
+class Collectives : public EveryWay {};
 
 std::vector<float> numbers(std::int64_t count, float first) {
   std::vector<float> values(static_cast<std::size_t>(count));
@@ -19,7 +19,7 @@ std::vector<float> numbers(std::int64_t count, float first) {
   return values;
 }
 
-TEST_P(EveryWay, holds_every_rank_until_all_have_entered) {
+TEST_P(Collectives, holds_every_rank_until_all_have_entered) {
   Shared<std::array<std::atomic<int>, 300>> entered;
   run(GetParam(), [&](const Context& context) {
     for (std::size_t round = 0; round < entered->size(); ++round) {
@@ -30,7 +30,7 @@ TEST_P(EveryWay, holds_every_rank_until_all_have_entered) {
   });
 }
 
-TEST_P(EveryWay, broadcasts_from_any_root) {
+TEST_P(Collectives, broadcasts_from_any_root) {
   run(GetParam(), [](const Context& context) {
     for (int root = 0; root < context.size(); ++root) {
       for (const std::int64_t n : {0, 1, 1000, 70000}) {
@@ -42,7 +42,7 @@ TEST_P(EveryWay, broadcasts_from_any_root) {
   });
 }
 
-TEST_P(EveryWay, gathers_uneven_rows_in_rank_order) {
+TEST_P(Collectives, gathers_uneven_rows_in_rank_order) {
   run(GetParam(), [](const Context& context) {
     const auto rows_of = [](int rank) -> std::int64_t { return (rank * 3 + 1) % 4; };
     std::vector<float> wanted;
@@ -67,7 +67,7 @@ std::vector<float> awkward_row(std::int64_t row, std::int64_t n) {
   return values;
 }
 
-TEST_P(EveryWay, sums_rows_in_global_order_however_they_are_held) {
+TEST_P(Collectives, sums_rows_in_global_order_however_they_are_held) {
   run(GetParam(), [](const Context& context) {
     for (const std::int64_t n : {1, 7, 1024, 5000}) {
       constexpr std::int64_t kRows = 8;
@@ -91,7 +91,7 @@ TEST_P(EveryWay, sums_rows_in_global_order_however_they_are_held) {
   });
 }
 
-TEST_P(EveryWay, sends_any_number_of_rows_to_any_rank) {
+TEST_P(Collectives, sends_any_number_of_rows_to_any_rank) {
   run(GetParam(), [](const Context& context) {
     const auto count = [](int from, int to) -> std::int64_t { return (from * 5 + to * 3) % 4; };
     const auto element = [](int from, int to, std::int64_t i) {
@@ -112,7 +112,7 @@ TEST_P(EveryWay, sends_any_number_of_rows_to_any_rank) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Collectives, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, Collectives, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

@@ -3,31 +3,11 @@
 
 #include <cstring>
 
-#include "tests/contract/share.h"
+#include "tests/contract/experts.h"
 #include "tests/contract/ways.h"
 
 namespace expar::test {
 namespace {
-
-/// Experts that multiply by one more than their number.
-void fill(const Inbox& inbox, Outbox& y) {
-  const Plan& plan = inbox.plan();
-  const std::int64_t width = y.rows().size(1);
-  for (std::int64_t e = 0; e < plan.local().count; ++e) {
-    for (std::int64_t r = 0; r < plan.rows()[static_cast<std::size_t>(e)]; ++r) {
-      const std::int64_t i = plan.offsets()[static_cast<std::size_t>(e)] + r;
-      const ConstTensor row(row_bytes(inbox, i), y.rows().dtype(), Shape{width});
-      for (std::int64_t h = 0; h < width; ++h) {
-        const float result = value(row, h) * static_cast<float>(plan.local().first + e + 1);
-        if (y.rows().dtype() == DType::f32) {
-          y.rows().as<float>()[i * width + h] = result;
-        } else {
-          y.rows().as<bf16>()[i * width + h] = bf16(result);
-        }
-      }
-    }
-  }
-}
 
 void round_trip(const Context& context, const Workload& w, DType dtype, Layout layout) {
   Share share(w, context.rank(), dtype);
@@ -43,7 +23,7 @@ void round_trip(const Context& context, const Workload& w, DType dtype, Layout l
     }
   }
   Outbox y = make_outbox(context, plan, w.hidden, dtype);
-  fill(inbox, y);
+  multiply(inbox, y);
   combine(context, plan, y, ConstTensor(share.weights), share.out);
   check_out(w, share, context.rank(), true);
   combine(context, plan, y, unweighted, share.out);
@@ -54,9 +34,9 @@ void round_trip(const Context& context, const Workload& w, DType dtype, Layout l
   check_rows(w, again);
 }
 
-class EveryWay : public testing::TestWithParam<Way> {};
+class Dispatch : public EveryWay {};
 
-TEST_P(EveryWay, carries_each_row_to_its_expert_and_its_result_home) {
+TEST_P(Dispatch, carries_each_row_to_its_expert_and_its_result_home) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       try {
@@ -69,7 +49,7 @@ TEST_P(EveryWay, carries_each_row_to_its_expert_and_its_result_home) {
   });
 }
 
-TEST_P(EveryWay, finishes_split_phases_in_any_order) {
+TEST_P(Dispatch, finishes_split_phases_in_any_order) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
@@ -83,8 +63,8 @@ TEST_P(EveryWay, finishes_split_phases_in_any_order) {
       check_rows(w, one);
       check_rows(w, two);
       Outbox y = make_outbox(context, plan, w.hidden, DType::f32), z = make_outbox(context, plan, w.hidden, DType::f32);
-      fill(one, y);
-      fill(two, z);
+      multiply(one, y);
+      multiply(two, z);
       auto third = start_combine(context, plan, y, ConstTensor(a.weights), a.out);
       auto fourth = start_combine(context, plan, z, unweighted, b.out);
       (swap ? fourth : third).finish();
@@ -95,7 +75,7 @@ TEST_P(EveryWay, finishes_split_phases_in_any_order) {
   });
 }
 
-TEST_P(EveryWay, keeps_inboxes_alive_in_any_number_and_order) {
+TEST_P(Dispatch, keeps_inboxes_alive_in_any_number_and_order) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
@@ -113,7 +93,7 @@ TEST_P(EveryWay, keeps_inboxes_alive_in_any_number_and_order) {
   });
 }
 
-TEST_P(EveryWay, brings_one_value_per_slot_home) {
+TEST_P(Dispatch, brings_one_value_per_slot_home) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       Share share(w, context.rank(), DType::f32);
@@ -133,7 +113,7 @@ TEST_P(EveryWay, brings_one_value_per_slot_home) {
   });
 }
 
-TEST_P(EveryWay, aligns_the_rows_of_each_expert) {
+TEST_P(Dispatch, aligns_the_rows_of_each_expert) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
@@ -143,13 +123,13 @@ TEST_P(EveryWay, aligns_the_rows_of_each_expert) {
     const Inbox inbox = dispatch(context, share.x, share.weights, plan, {.layout = Layout::expert_major});
     check_rows(w, inbox);
     Outbox y = make_outbox(context, plan, w.hidden, DType::f32);
-    fill(inbox, y);
+    multiply(inbox, y);
     combine(context, plan, y, ConstTensor(share.weights), share.out);
     check_out(w, share, context.rank(), true);
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Dispatch, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, Dispatch, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

@@ -1,8 +1,6 @@
 // Errors of one rank reach all ranks as the same error, and those found before bytes move do no harm.
 #include <gtest/gtest.h>
 
-#include <thread>
-
 #include <expar/collectives.h>
 #include <expar/dispatch.h>
 
@@ -12,9 +10,9 @@
 namespace expar::test {
 namespace {
 
-class EveryWay : public testing::TestWithParam<Way> {};
+class Errors : public EveryWay {};
 
-TEST_P(EveryWay, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
+TEST_P(Errors, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
   run(GetParam(), [](const Context& context) {
     const int bad = context.size() - 1;
     for (const std::int32_t wrong : {64, -2}) {
@@ -31,7 +29,7 @@ TEST_P(EveryWay, tells_all_ranks_which_rank_has_a_bad_id_and_goes_on) {
   });
 }
 
-TEST_P(EveryWay, tells_all_ranks_that_first_experts_are_no_ranges) {
+TEST_P(Errors, tells_all_ranks_that_first_experts_are_no_ranges) {
   run(GetParam(), [](const Context& context) {
     const int bad = context.size() - 1;
     const std::vector<std::int32_t> ids(8, 1);
@@ -55,7 +53,7 @@ TEST_P(EveryWay, tells_all_ranks_that_first_experts_are_no_ranges) {
   });
 }
 
-TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
+TEST_P(Errors, tells_all_ranks_who_disagrees) {
   if (GetParam().ranks == 1) return;  // nobody to disagree with
   run(GetParam(), [](const Context& context) {
     const int odd = context.size() / 2;
@@ -92,56 +90,7 @@ TEST_P(EveryWay, tells_all_ranks_who_disagrees) {
   });
 }
 
-TEST_P(EveryWay, names_the_rank_that_is_late) {
-  if (GetParam().ranks == 1) return;
-  const auto ends = run_all(GetParam(), [](const Context& context) {
-    const Context patient = context.with_timeout(std::chrono::milliseconds(300));
-    barrier(context);
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(600));
-    barrier(patient);
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
-  EXPECT_EQ(error.peer(), 1) << error.what();
-  EXPECT_EQ(error.operation(), "barrier");
-}
-
-TEST_P(EveryWay, names_all_ranks_that_are_late) {
-  const int ranks = GetParam().ranks;
-  if (ranks < 3) return;
-  const auto ends = run_all(GetParam(), [](const Context& context) {
-    barrier(context);
-    if (context.rank() == 0) barrier(context.with_timeout(std::chrono::milliseconds(200)));
-    // The others do not look for rank 0 before it has given up.
-    const auto until = Clock::now() + std::chrono::seconds(20);
-    while (!context.communicator().transport().failure() && Clock::now() < until) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
-    barrier(context);
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
-  EXPECT_EQ(error.peer(), 1);
-  const std::string names = ranks == 3   ? "ranks 1 and 2"
-                            : ranks == 4 ? "ranks 1, 2 and 3"
-                            : ranks == 7 ? "ranks 1, 2, 3, 4 and 2 more"
-                                         : "ranks 1, 2, 3, 4 and 3 more";
-  EXPECT_EQ(error.message(), names + " are late: rank 0 has waited 0.2 s for them to start barrier");
-}
-
-TEST_P(EveryWay, stays_dead_after_a_timeout) {
-  if (GetParam().ranks == 1) return;
-  run_all(GetParam(), [](const Context& context) {
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(400));
-    const Error first = error_of([&] { barrier(context.with_timeout(std::chrono::milliseconds(100))); });
-    const auto begin = Clock::now();
-    const Error second = error_of([&] { barrier(context); });
-    EXPECT_EQ(std::string(first.what()), second.what());
-    EXPECT_LT(Clock::now() - begin, std::chrono::milliseconds(50));
-  });
-}
-
-TEST_P(EveryWay, carries_a_users_own_message_to_every_rank) {
+TEST_P(Errors, carries_a_users_own_message_to_every_rank) {
   const auto ends = run_all(GetParam(), [](const Context& context) {
     barrier(context);
     if (context.rank() == context.size() - 1) context.communicator().abort("the file of weights is gone");
@@ -153,18 +102,7 @@ TEST_P(EveryWay, carries_a_users_own_message_to_every_rank) {
   EXPECT_EQ(error.message(), "the file of weights is gone");
 }
 
-TEST_P(EveryWay, makes_a_foreign_exception_of_one_rank_the_cause_on_all) {
-  const auto ends = run_all(GetParam(), [](const Context& context) {
-    barrier(context);
-    if (context.rank() == 0) throw std::runtime_error("out of luck");
-    barrier(context);
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::internal) << error.what();
-  EXPECT_EQ(error.message(), "out of luck");
-}
-
-TEST_P(EveryWay, does_not_hide_an_exception_behind_the_operation_it_left_open) {
+TEST_P(Errors, does_not_hide_an_exception_behind_the_operation_it_left_open) {
   const auto ends = run_all(GetParam(), [](const Context& context) {
     std::vector<std::int32_t> ids(8, 0);
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
@@ -177,7 +115,7 @@ TEST_P(EveryWay, does_not_hide_an_exception_behind_the_operation_it_left_open) {
   EXPECT_EQ(expect_same_error(ends).message(), "no such expert");
 }
 
-TEST_P(EveryWay, ends_the_job_when_an_operation_is_dropped_half_way) {
+TEST_P(Errors, ends_the_job_when_an_operation_is_dropped_half_way) {
   if (GetParam().ranks == 1) return;
   const auto ends = run_all(GetParam(), [](const Context& context) {
     std::vector<std::int32_t> ids(8, 0);
@@ -194,7 +132,7 @@ TEST_P(EveryWay, ends_the_job_when_an_operation_is_dropped_half_way) {
   for (std::size_t r = 1; r < ends.size(); ++r) EXPECT_TRUE(ends[r].error) << "rank " << r;
 }
 
-INSTANTIATE_TEST_SUITE_P(Errors, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, Errors, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

@@ -1,10 +1,9 @@
-// How every transport ends: late ranks, ranks that leave, give up or throw; one error, the same on every rank.
+// How every transport ends: late ranks, ranks that leave or give up; one error, the same on every rank.
 #include <expar/transport.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <array>
-#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -149,18 +148,6 @@ TEST_P(Failures, waiting_for_a_rank_that_has_left_is_peer_lost_soon) {
   EXPECT_EQ(error.peer(), 1);
   EXPECT_EQ(error.message(),
             "rank 1 has left; rank " + std::to_string(error.rank()) + " still waited for its rows (combine)");
-}
-
-TEST_P(Failures, what_a_rank_throws_reaches_all) {
-  const auto ends = run_transports(GetParam(), [](Transport& transport) {
-    if (transport.rank() == transport.size() / 2) throw std::runtime_error("the expert has no bananas");
-    barrier(transport, 1);
-    transport.wait([] { return false; }, for_test(-1));
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::internal);
-  EXPECT_EQ(error.rank(), GetParam().ranks / 2);
-  EXPECT_EQ(error.message(), "the expert has no bananas");
 }
 
 TEST_P(Failures, nothing_moves_after_the_cause) {

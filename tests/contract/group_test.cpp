@@ -180,20 +180,6 @@ TEST_P(Groups, share_the_jobs_fate) {
   EXPECT_EQ(error.rank(), 4);
 }
 
-TEST_P(Groups, name_the_late_rank_as_the_job_does) {
-  const auto ends = run_all(GetParam(), [](const Context& context) {
-    const Context group = context.on(context.communicator().split(context.rank() / 3));
-    barrier(context);
-    if (context.rank() == 4) std::this_thread::sleep_for(std::chrono::milliseconds(1200));
-    barrier(group.with_timeout(std::chrono::milliseconds(context.rank() < 3 ? 5000 : 300)));
-    barrier(context);
-  });
-  const Error error = expect_same_error(ends);
-  EXPECT_EQ(error.code(), ErrorCode::timeout) << error.what();
-  EXPECT_EQ(error.peer(), 4) << error.what();
-  EXPECT_NE(error.message().find("rank 4 is late"), std::string::npos) << error.what();
-}
-
 INSTANTIATE_TEST_SUITE_P(Job, Groups, testing::ValuesIn(all_setups({6})), way_name);
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include <expar/permute.h>
 
-#include "tests/contract/share.h"
+#include "tests/contract/experts.h"
 #include "tests/contract/ways.h"
 
 namespace expar::test {
@@ -16,48 +16,10 @@ namespace {
 
 constexpr Layout kPacked[] = {Layout::expert_major, Layout::padded, Layout::rank_major};
 
-class EveryWay : public testing::TestWithParam<Way> {};
-
-/// Rows in packed() of one expert, those of one source or of all.
-struct Stretch {
-  std::int64_t expert, first, count;
-};
-
-/// As a caller's kernel finds them, from offsets() and rows() alone.
-std::vector<Stretch> stretches(const Inbox& inbox) {
-  const std::int64_t local = inbox.plan().local().count;
-  const auto offsets = inbox.offsets();
-  std::vector<Stretch> all;
-  for (std::size_t i = 0; i + 1 < offsets.size(); ++i) {
-    const auto e = static_cast<std::int64_t>(i) % local;
-    const std::int64_t room = offsets[i + 1] - offsets[i];
-    const bool by_rank = inbox.layout() == Layout::rank_major;
-    all.push_back({e, offsets[i], by_rank ? room : inbox.plan().rows()[i]});
-  }
-  return all;
-}
+class Layouts : public EveryWay {};
 
 float element(const ConstTensor& packed, std::int64_t row, std::int64_t width, std::int64_t h) {
   return value(packed, row * width + h);
-}
-
-/// Multiplies by one more than the expert's number; what lies between gets a value that would be noticed.
-void multiply(const Workload& w, const Inbox& inbox, Outbox& y) {
-  const auto set = [&](std::int64_t i, float v) {
-    if (y.rows().dtype() == DType::f32) {
-      y.rows().as<float>()[i] = v;
-    } else {
-      y.rows().as<bf16>()[i] = bf16(v);
-    }
-  };
-  for (std::int64_t i = 0; i < y.rows().elements(); ++i) set(i, 1e30F);
-  for (const auto& [expert, first, count] : stretches(inbox)) {
-    const auto factor = static_cast<float>(inbox.plan().local().first + expert + 1);
-    for (std::int64_t row = first; row < first + count; ++row) {
-      for (std::int64_t h = 0; h < w.hidden; ++h)
-        set(row * w.hidden + h, element(inbox.packed(), row, w.hidden, h) * factor);
-    }
-  }
 }
 
 /// The rows of `expert`, in the order in which this layout holds them.
@@ -71,8 +33,9 @@ std::vector<std::int64_t> packed_rows(const Inbox& inbox, std::int64_t expert) {
 
 void check_packed(const Workload& w, const Inbox& inbox) {
   std::vector<bool> taken(static_cast<std::size_t>(inbox.offsets().back()));
+  const auto by_expert = rows_by_expert(w);
   for (std::int64_t e = 0; e < inbox.plan().local().count; ++e) {
-    const auto expected = rows_of_expert(w, inbox.plan().local().first + e);
+    const auto& expected = by_expert[static_cast<std::size_t>(inbox.plan().local().first + e)];
     const auto rows = packed_rows(inbox, e);
     require_equal(rows.size(), expected.size(), "rows of an expert");
     for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -95,7 +58,7 @@ std::int64_t most_rows(const Plan& plan) {
   return *std::max_element(totals.begin(), totals.end());
 }
 
-TEST_P(EveryWay, packs_rows_in_each_layout_and_finds_the_results_there) {
+TEST_P(Layouts, packs_rows_in_each_layout_and_finds_the_results_there) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
@@ -108,7 +71,7 @@ TEST_P(EveryWay, packs_rows_in_each_layout_and_finds_the_results_there) {
           const Inbox inbox = dispatch(context, share.x, share.weights, plan, options);
           check_packed(w, inbox);
           Outbox y = make_outbox(context, inbox, w.hidden, dtype);
-          multiply(w, inbox, y);
+          multiply(inbox, y);
           combine(context, plan, y, ConstTensor(share.weights), share.out);
           check_out(w, share, context.rank(), true);
         }
@@ -117,7 +80,7 @@ TEST_P(EveryWay, packs_rows_in_each_layout_and_finds_the_results_there) {
   });
 }
 
-TEST_P(EveryWay, brings_values_home_from_each_layout) {
+TEST_P(Layouts, brings_values_home_from_each_layout) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     Share share(w, context.rank(), DType::f32);
@@ -138,7 +101,7 @@ TEST_P(EveryWay, brings_values_home_from_each_layout) {
   });
 }
 
-TEST_P(EveryWay, permutes_rank_major_rows_into_expert_major_ones_and_back) {
+TEST_P(Layouts, permutes_rank_major_rows_into_expert_major_ones_and_back) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       const Share share(w, context.rank(), DType::f32);
@@ -161,7 +124,7 @@ TEST_P(EveryWay, permutes_rank_major_rows_into_expert_major_ones_and_back) {
   });
 }
 
-TEST_P(EveryWay, refuses_a_capacity_that_is_too_small_and_layouts_that_differ) {
+TEST_P(Layouts, refuses_a_capacity_that_is_too_small_and_layouts_that_differ) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{2, 2, 2};
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 5});
@@ -183,7 +146,7 @@ TEST_P(EveryWay, refuses_a_capacity_that_is_too_small_and_layouts_that_differ) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, Layouts, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

@@ -11,15 +11,6 @@
 namespace expar::test {
 namespace {
 
-std::string message_of(const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const Error& error) {
-    return error.message();
-  }
-  return "nothing was thrown";
-}
-
 void require_same(const std::string& got, const std::string& wanted) {
   require(got == wanted, "got '" + got + "', not '" + wanted + "'");
 }
@@ -54,7 +45,7 @@ TEST(Mesh, groups_ranks_along_each_dim_and_along_several) {
 TEST(Mesh, refuses_what_is_no_grid_of_these_ranks) {
   run({.ranks = 4}, [](const Context& context) {
     const auto message = [&](const std::vector<MeshDim>& dims) {
-      return message_of([&] { const Mesh mesh(context.communicator(), dims); });
+      return error_of([&] { const Mesh mesh(context.communicator(), dims); }).message();
     };
     require_same(message({{"dp", 2}, {"ep", 3}}), "the mesh dp=2,ep=3 has 6 places for 4 ranks");
     require_same(message({{"ep", 0}}), "dim ep of the mesh has size 0, below 1");
@@ -66,8 +57,8 @@ TEST(Mesh, refuses_what_is_no_grid_of_these_ranks) {
     const std::string disagree = message({{context.rank() == 3 ? "tp" : "ep", 4}});
     require_same(disagree, "ranks disagree: rank 0 runs mesh ep=4, rank 3 runs mesh tp=4");
     const Mesh mesh(context.communicator(), {{"ep", 4}});
-    require_same(message_of([&] { (void)mesh.group("tp"); }), "the mesh ep=4 has no dim tp");
-    require_same(message_of([&] { (void)mesh.join({"ep", "tp"}); }), "the mesh ep=4 has no dim tp");
+    require_same(error_of([&] { (void)mesh.group("tp"); }).message(), "the mesh ep=4 has no dim tp");
+    require_same(error_of([&] { (void)mesh.join({"ep", "tp"}); }).message(), "the mesh ep=4 has no dim tp");
   });
 }
 
@@ -101,9 +92,9 @@ TEST(Parallel, is_all_experts_without_a_mesh_and_none_with_slices_alone) {
     require_equal(plain.slice_count(), 1, "slices");
     require_equal(slices.experts.size(), 1, "ranks that share the experts");
     require_equal(slices.slice_count(), 4, "slices");
-    require_same(message_of([&] {
+    require_same(error_of([&] {
                    const Parallel wrong(context, {{"pp", 4}});
-                 }),
+                 }).message(),
                  "the mesh has a dim pp; there are dp, ep and tp");
   });
 }
@@ -116,8 +107,9 @@ TEST(Mesh, is_read_from_a_line) {
   EXPECT_EQ(dims[1].size, 16);
   for (const std::string bad :
        {"", "ep", "=2", "ep=", "ep=two", "ep=2x", "ep=0", "ep=-1", "ep=2,", "ep=2,,tp=1", "ep=99999999999"}) {
-    EXPECT_NE(message_of([&] { parse_mesh(bad); }).find("is no part of a mesh, which is written like dp=2,ep=4"),
-              std::string::npos)
+    EXPECT_NE(
+        error_of([&] { parse_mesh(bad); }).message().find("is no part of a mesh, which is written like dp=2,ep=4"),
+        std::string::npos)
         << bad;
   }
 }

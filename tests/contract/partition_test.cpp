@@ -6,21 +6,13 @@
 
 #include <expar/partition.h>
 
-#include "tests/contract/share.h"
+#include "tests/contract/experts.h"
 #include "tests/contract/ways.h"
 
 namespace expar::test {
 namespace {
 
-class EveryWay : public testing::TestWithParam<Way> {};
-
-void set(const Tensor& tensor, std::int64_t i, float v) {
-  if (tensor.dtype() == DType::f32) {
-    tensor.as<float>()[i] = v;
-  } else {
-    tensor.as<bf16>()[i] = bf16(v);
-  }
-}
+class ReplicatedPlan : public EveryWay {};
 
 /// The batch that all ranks have: rank 0's share of `w`.
 PlanOptions replicated(const Workload& w) {
@@ -35,45 +27,26 @@ Array columns(const ConstTensor& x, const Part& part) {
   return slice;
 }
 
-/// Multiplies by one more than the expert's number, row by row as the list or the packed rows have them.
-void multiply(const Workload& w, const Inbox& inbox, Outbox& y) {
-  const bool indexed = inbox.layout() == Layout::indexed;
-  for (std::int64_t i = 0; i < y.rows().elements(); ++i) set(y.rows(), i, 1e30F);  // would be noticed
-  for (std::size_t e = 0; e < inbox.plan().rows().size(); ++e) {
-    const auto factor = static_cast<float>(inbox.plan().local().first + static_cast<std::int64_t>(e) + 1);
-    const std::int64_t first = inbox.offsets()[e];
-    for (std::int64_t row = first; row < first + inbox.plan().rows()[e]; ++row) {
-      for (std::int64_t h = 0; h < w.hidden; ++h) {
-        const std::int64_t at = row * w.hidden + h;
-        const float x = indexed ? value(ConstTensor(row_bytes(inbox, row), y.rows().dtype(), {w.hidden}), h)
-                                : value(inbox.packed(), at);
-        set(y.rows(), at, x * factor);
-      }
-    }
-  }
-}
-
 /// What one token's column must be; every step of it is exact but for the roundings to bf16.
-double expected(const Workload& w, const Share& share, std::int64_t t, std::int64_t h) {
-  const bool low = share.x.view().dtype() == DType::bf16;
-  double sum = 0;
+float expected(const Workload& w, const Share& share, std::int64_t t, std::int64_t h) {
+  const DType dtype = share.x.view().dtype();
+  float sum = 0;
   for (std::int64_t k = 0; k < w.topk; ++k) {
     const std::int32_t e = share.ids[static_cast<std::size_t>(t * w.topk + k)];
-    const double y = double{w.x(0, t, h)} * (e + 1);
-    if (e >= 0) sum += (low ? double{static_cast<float>(bf16(static_cast<float>(y)))} : y) * w.weight(0, t, k);
+    if (e >= 0) sum += rounded(w.x(0, t, h) * static_cast<float>(e + 1), dtype) * w.weight(0, t, k);
   }
-  return low ? double{static_cast<float>(bf16(static_cast<float>(sum)))} : sum;
+  return rounded(sum, dtype);
 }
 
 void check_slice(const Workload& w, const Share& share, const Part& part, const ConstTensor& out) {
   const std::int64_t wide = part.end - part.begin;
   for (std::int64_t t = 0; t < out.size(0); ++t) {
     for (std::int64_t h = part.begin; h < part.end; ++h)
-      require_equal(double{value(out, t * wide + h - part.begin)}, expected(w, share, t, h), "a column");
+      require_equal(value(out, t * wide + h - part.begin), expected(w, share, t, h), "a column");
   }
 }
 
-TEST_P(EveryWay, gives_each_rank_its_slice_of_what_the_experts_made) {
+TEST_P(ReplicatedPlan, gives_each_rank_its_slice_of_what_the_experts_made) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
@@ -91,7 +64,7 @@ TEST_P(EveryWay, gives_each_rank_its_slice_of_what_the_experts_made) {
           const Inbox inbox = dispatch(context, x, share.weights, plan, options);
           require_equal(inbox.rows().size(0), std::int64_t{0}, "rows of other ranks");
           Outbox y = make_outbox(context, inbox, w.hidden, dtype);
-          multiply(w, inbox, y);
+          multiply(inbox, y);
           combine(context, plan, y, ConstTensor(share.weights), out, {.slice = true});
           check_slice(w, share, part, out);
           if (layout != Layout::indexed) continue;
@@ -103,7 +76,7 @@ TEST_P(EveryWay, gives_each_rank_its_slice_of_what_the_experts_made) {
   });
 }
 
-TEST_P(EveryWay, adds_slices_of_what_is_shared_and_of_the_residual) {
+TEST_P(ReplicatedPlan, adds_slices_of_what_is_shared_and_of_the_residual) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     const Share share(w, 0, DType::f32);
@@ -111,7 +84,7 @@ TEST_P(EveryWay, adds_slices_of_what_is_shared_and_of_the_residual) {
     const Plan plan = make_plan(context, share.id_tensor(w), replicated(w));
     const Inbox inbox = dispatch(context, share.x, {}, plan);
     Outbox y = make_outbox(context, inbox, w.hidden, DType::f32);
-    multiply(w, inbox, y);
+    multiply(inbox, y);
     const Array residual = columns(share.x, part), out(DType::f32, residual.view().shape());
     combine(context, plan, y, ConstTensor(share.weights), out,
             {.shared = residual, .residual = residual, .slice = true});
@@ -120,7 +93,7 @@ TEST_P(EveryWay, adds_slices_of_what_is_shared_and_of_the_residual) {
   });
 }
 
-TEST_P(EveryWay, plans_alone_and_counts_each_row_once) {
+TEST_P(ReplicatedPlan, plans_alone_and_counts_each_row_once) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     const Share share(w, 0, DType::f32);
@@ -140,7 +113,7 @@ TEST_P(EveryWay, plans_alone_and_counts_each_row_once) {
   });
 }
 
-TEST_P(EveryWay, joins_the_rows_that_are_read_here_and_no_others) {
+TEST_P(ReplicatedPlan, joins_the_rows_that_are_read_here_and_no_others) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{0, -1, 1, 2, 2, 0};  // [3, 2] of 3 experts
     const Plan plan = make_plan(context, ConstTensor(ids.data(), {3, 2}), {.experts = 3, .replicated = true});
@@ -163,7 +136,7 @@ TEST_P(EveryWay, joins_the_rows_that_are_read_here_and_no_others) {
   });
 }
 
-TEST_P(EveryWay, tells_every_rank_that_the_ids_of_one_are_wrong_or_differ) {
+TEST_P(ReplicatedPlan, tells_every_rank_that_the_ids_of_one_are_wrong_or_differ) {
   run(GetParam(), [](const Context& context) {
     std::vector<std::int32_t> ids{0, 1, 2, 3};
     const Array x(DType::f32, {2, 6}), slices(DType::f32, {2, part_of(6, context.rank(), context.size()).end -
@@ -200,7 +173,7 @@ TEST_P(EveryWay, tells_every_rank_that_the_ids_of_one_are_wrong_or_differ) {
   });
 }
 
-TEST_P(EveryWay, refuses_what_a_replicated_plan_cannot_do) {
+TEST_P(ReplicatedPlan, refuses_what_a_replicated_plan_cannot_do) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{0, 1};
     const ConstTensor id_tensor(ids.data(), {2, 1});
@@ -232,7 +205,7 @@ TEST_P(EveryWay, refuses_what_a_replicated_plan_cannot_do) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Partition, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, ReplicatedPlan, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

@@ -11,14 +11,12 @@
 namespace expar::test {
 namespace {
 
-class EveryWay : public testing::TestWithParam<Way> {};
+class Payload : public EveryWay {};
 
 /// x of one token of `w`, no whole numbers, so that each payload rounds some of them.
 void fill(const Workload& w, int rank, std::int64_t token, const Tensor& row) {
   for (std::int64_t h = 0; h < w.hidden; ++h) {
-    const float v = w.x(rank, token, h) * 0.37F - 1.0F / static_cast<float>(1 + h);
-    if (row.dtype() == DType::f32) row.as<float>()[h] = v;
-    if (row.dtype() == DType::bf16) row.as<bf16>()[h] = bf16(v);
+    set(row, h, w.x(rank, token, h) * 0.37F - 1.0F / static_cast<float>(1 + h));
   }
 }
 
@@ -49,9 +47,10 @@ void check(const Context& context, const Workload& w, DType dtype, DType payload
   const Inbox inbox = dispatch(context, share.x, share.weights, plan, options);
   const std::size_t bytes = static_cast<std::size_t>(w.hidden) * size_of(dtype);
   const ExpertRange local = inbox.plan().local();
+  const auto by_expert = rows_by_expert(w);
   for (std::int64_t e = 0; e < local.count; ++e) {
     std::int64_t row = inbox.offsets()[static_cast<std::size_t>(e)];
-    for (const auto& [source, token, slot] : rows_of_expert(w, local.first + e)) {
+    for (const auto& [source, token, slot] : by_expert[static_cast<std::size_t>(local.first + e)]) {
       const Array wanted = arrived(context, w, source, token, dtype, payload);
       const auto* packed = inbox.packed().bytes() + static_cast<std::size_t>(row) * bytes;
       require(bytes == 0 || std::memcmp(row_bytes(inbox, row), wanted.view().data(), bytes) == 0, "a row");
@@ -61,7 +60,7 @@ void check(const Context& context, const Workload& w, DType dtype, DType payload
   }
 }
 
-TEST_P(EveryWay, brings_rows_as_the_payload_rounds_them) {
+TEST_P(Payload, brings_rows_as_the_payload_rounds_them) {
   run(GetParam(), [](const Context& context) {
     for (const std::size_t i : {0U, 1U, 2U, 3U, 7U, 10U}) {
       const Workload w = workloads(context.size())[i];
@@ -77,19 +76,14 @@ TEST_P(EveryWay, brings_rows_as_the_payload_rounds_them) {
   });
 }
 
-TEST_P(EveryWay, refuses_payloads_that_are_none_or_differ) {
+TEST_P(Payload, refuses_payloads_that_are_none_or_differ) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids(3, 1);
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4});
     const Array x(DType::f32, Shape{3, 4}), low(DType::bf16, Shape{3, 4});
     const auto expect = [&](const Array& rows, DType payload, ErrorCode code, const std::string& part) {
-      try {
-        dispatch(context, rows, {}, plan, {.payload = payload});
-      } catch (const Error& error) {
-        require(error.code() == code && error.message().find(part) != std::string::npos, error.what());
-        return;
-      }
-      throw std::runtime_error("nothing was thrown");
+      const Error error = error_of([&] { dispatch(context, rows, {}, plan, {.payload = payload}); });
+      require(error.code() == code && error.message().find(part) != std::string::npos, error.what());
     };
     expect(x, DType::int32, ErrorCode::bad_argument, "rows of f32 do not travel as int32, but as");
     expect(low, DType::f32, ErrorCode::bad_argument, "rows of bf16 do not travel as f32, but as");
@@ -100,7 +94,7 @@ TEST_P(EveryWay, refuses_payloads_that_are_none_or_differ) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Payload, EveryWay, testing::ValuesIn(every_way()), way_name);
+INSTANTIATE_TEST_SUITE_P(Ways, Payload, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace
 }  // namespace expar::test

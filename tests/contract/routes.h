@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <expar/random.h>
@@ -12,14 +13,14 @@
 namespace expar::test {
 
 /// Unlike a gtest expectation it also ends the rank's function, and works in a child process.
-inline void require(bool condition, const std::string& what) {
-  if (!condition) throw std::runtime_error(what);
+inline void require(bool condition, std::string_view what) {
+  if (!condition) throw std::runtime_error(std::string(what));
 }
 
 template <class A, class B>
-void require_equal(const A& got, const B& wanted, const std::string& what) {
+void require_equal(const A& got, const B& wanted, std::string_view what) {
   if (got == wanted) return;
-  throw std::runtime_error(what + ": got " + std::to_string(got) + ", not " + std::to_string(wanted));
+  throw std::runtime_error(std::string(what) + ": got " + std::to_string(got) + ", not " + std::to_string(wanted));
 }
 
 enum class Pattern { uniform, one_hot, sparse, repeated };
@@ -85,7 +86,7 @@ inline std::vector<Workload> workloads(int ranks) {
       {"more ranks than experts", ranks, 3, 2, 16, Pattern::uniform, uneven},
       {"slots not routed", ranks, 5, 8, 7, Pattern::sparse, uneven},
       {"the same expert twice", ranks, 8, 2, 1, Pattern::repeated, uneven},
-      {"many tokens", ranks, 64, 8, 130, Pattern::uniform, std::vector<std::int64_t>(p, 150)},
+      {"many tokens", ranks, 64, 8, 130, Pattern::uniform, std::vector<std::int64_t>(p, 70)},
       {"rows of zero bytes", ranks, 8, 2, 0, Pattern::uniform, uneven},
       {"experts placed unevenly", ranks, 10, 3, 16, Pattern::uniform, uneven, first_experts},
   };

@@ -7,6 +7,7 @@
 #include <expar/dispatch.h>
 
 #include "tests/contract/routes.h"
+#include "tests/elements.h"
 
 namespace expar::test {
 
@@ -18,15 +19,8 @@ struct Share {
         weights(DType::f32, Shape{x.view().size(0), w.topk}),
         out(dtype, x.view().shape()) {
     for (std::int64_t t = 0; t < x.view().size(0); ++t) {
-      for (std::int64_t h = 0; h < w.hidden; ++h) set(t * w.hidden + h, w.x(rank, t, h));
+      for (std::int64_t h = 0; h < w.hidden; ++h) set(x, t * w.hidden + h, w.x(rank, t, h));
       for (std::int64_t k = 0; k < w.topk; ++k) weights.as<float>()[t * w.topk + k] = w.weight(rank, t, k);
-    }
-  }
-  void set(std::int64_t i, float value) {
-    if (x.view().dtype() == DType::f32) {
-      x.as<float>()[i] = value;
-    } else {
-      x.as<bf16>()[i] = bf16(value);
     }
   }
   ConstTensor id_tensor(const Workload& w) const { return {ids.data(), Shape{x.view().size(0), w.topk}}; }
@@ -35,23 +29,20 @@ struct Share {
   Array x, weights, out;
 };
 
-inline float value(const ConstTensor& tensor, std::int64_t i) {
-  return tensor.dtype() == DType::f32 ? tensor.as<float>()[i] : static_cast<float>(tensor.as<bf16>()[i]);
-}
-
 /// One entry of the global order of an expert's rows.
 struct Expected {
   int source;
   std::int64_t token, slot;
 };
 
-inline std::vector<Expected> rows_of_expert(const Workload& w, std::int64_t expert) {
-  std::vector<Expected> rows;
+/// The rows of each expert in that order.
+inline std::vector<std::vector<Expected>> rows_by_expert(const Workload& w) {
+  std::vector<std::vector<Expected>> rows(static_cast<std::size_t>(w.experts));
   for (int s = 0; s < w.ranks; ++s) {
     const auto ids = w.ids(s);
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const auto slot = static_cast<std::int64_t>(i);
-      if (ids[i] == expert) rows.push_back({s, slot / w.topk, slot % w.topk});
+      if (ids[i] >= 0) rows[static_cast<std::size_t>(ids[i])].push_back({s, slot / w.topk, slot % w.topk});
     }
   }
   return rows;
@@ -69,8 +60,9 @@ inline const std::byte* row_bytes(const Inbox& inbox, std::int64_t i) {
 inline void check_rows(const Workload& w, const Inbox& inbox) {
   const Plan& plan = inbox.plan();
   const ExpertRange local = plan.local();
+  const auto by_expert = rows_by_expert(w);
   for (std::int64_t e = 0; e < local.count; ++e) {
-    const auto expected = rows_of_expert(w, local.first + e);
+    const auto& expected = by_expert[static_cast<std::size_t>(local.first + e)];
     require_equal(plan.rows()[static_cast<std::size_t>(e)], static_cast<std::int64_t>(expected.size()),
                   "rows of an expert");
     for (std::size_t i = 0; i < expected.size(); ++i) {
@@ -85,18 +77,17 @@ inline void check_rows(const Workload& w, const Inbox& inbox) {
 
 /// `out` where experts multiply by one more than their number.
 inline void check_out(const Workload& w, const Share& share, int rank, bool weighted) {
-  const bool low = share.x.view().dtype() == DType::bf16;
+  const DType dtype = share.x.view().dtype();
   for (std::int64_t t = 0; t < share.x.view().size(0); ++t) {
     for (std::int64_t h = 0; h < w.hidden; ++h) {
       float sum = 0;
       for (std::int64_t k = 0; k < w.topk; ++k) {
         const std::int32_t e = share.ids[static_cast<std::size_t>(t * w.topk + k)];
         if (e < 0) continue;
-        const float y = w.x(rank, t, h) * static_cast<float>(e + 1);
-        sum += (low ? static_cast<float>(bf16(y)) : y) * (weighted ? w.weight(rank, t, k) : 1.0F);
+        const float y = rounded(w.x(rank, t, h) * static_cast<float>(e + 1), dtype);
+        sum += y * (weighted ? w.weight(rank, t, k) : 1.0F);
       }
-      require_equal(value(share.out, t * w.hidden + h), low ? static_cast<float>(bf16(sum)) : sum,
-                    "a combined element");
+      require_equal(value(share.out, t * w.hidden + h), rounded(sum, dtype), "a combined element");
     }
   }
 }

@@ -10,7 +10,7 @@
 #include <expar/dispatch.h>
 #include <expar/mesh.h>
 
-#include "tests/contract/share.h"
+#include "tests/contract/experts.h"
 #include "tests/contract/ways.h"
 #include "transports/threads/threads.h"
 
@@ -45,33 +45,10 @@ class EveryMesh : public testing::TestWithParam<Place> {
   }
 };
 
-float rounded(float value, DType dtype) { return dtype == DType::bf16 ? static_cast<float>(bf16(value)) : value; }
-
-void set(const Tensor& tensor, std::int64_t i, float v) {
-  if (tensor.dtype() == DType::f32) {
-    tensor.as<float>()[i] = v;
-  } else {
-    tensor.as<bf16>()[i] = bf16(v);
-  }
-}
-
 /// What slice `slice` of expert `e` makes of x. The parts of several slices add up to other bits in another order.
 float answer(float x, std::int64_t e, int slice, DType dtype) {
   constexpr float kOfSlice[] = {3e7F, -3e7F, 1.0F / 3};
   return rounded((x + 1) * static_cast<float>(e + 1) * kOfSlice[slice], dtype);
-}
-
-void answer_all(const Workload& w, const Inbox& inbox, int slice, Outbox& y) {
-  for (std::size_t e = 0; e < inbox.plan().rows().size(); ++e) {
-    const std::int64_t first = inbox.plan().offsets()[e];
-    for (std::int64_t row = first; row < first + inbox.plan().rows()[e]; ++row) {
-      const ConstTensor x(row_bytes(inbox, row), y.rows().dtype(), {w.hidden});
-      for (std::int64_t h = 0; h < w.hidden; ++h) {
-        const auto expert = inbox.plan().local().first + static_cast<std::int64_t>(e);
-        set(y.rows(), row * w.hidden + h, answer(value(x, h), expert, slice, y.rows().dtype()));
-      }
-    }
-  }
 }
 
 /// What is added to the sum, and to its norm; weights of powers of two keep products exact.
@@ -128,7 +105,7 @@ TEST_P(EveryMesh, adds_up_the_parts_in_rank_order_and_then_what_is_beside_them) 
             make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
         const Inbox inbox = dispatch(context, share.x, {}, plan);
         Outbox y = make_outbox(context, plan, w.hidden, dtype);
-        answer_all(w, inbox, tensor.rank(), y);
+        run_experts(inbox, y, [&](std::int64_t e, float x) { return answer(x, e, tensor.rank(), dtype); });
 
         const Beside beside(w, share);
         const Array normed(dtype, share.x.view().shape()), scale(DType::f32, {plan.tokens()});

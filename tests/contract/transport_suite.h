@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/error_of.h"
 #include "tests/multirank/processes.h"
 
 namespace expar::test {
@@ -30,18 +31,6 @@ inline void barrier(Transport& transport, std::uint64_t round, Clock::duration l
     transport.wait([&] { return transport.peek(peer, kIndex).sequence >= round; },
                    {.peer = peer, .operation = "barrier", .what = "to start", .limit = limit});
   }
-}
-
-/// What `run` throws; a failed expectation if it throws nothing.
-template <class Run>
-Error error_of(const Run& run) {
-  try {
-    run();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return Error(ErrorCode::internal, "nothing was thrown");
 }
 
 }  // namespace expar::test

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <functional>
-#include <stdexcept>
 
 #include <gtest/gtest.h>
 
 #include <expar/context.h>
 
+#include "tests/error_of.h"
 #include "tests/multirank/processes.h"
 
 namespace expar::test {
@@ -15,6 +15,7 @@ namespace expar::test {
 using Way = RankSetup;
 
 inline std::vector<Way> every_way() { return all_communicators(); }
+class EveryWay : public testing::TestWithParam<Way> {};
 inline std::string way_name(const testing::TestParamInfo<Way>& info) { return info.param.name(); }
 
 inline std::vector<Outcome> run_all(const Way& way, const std::function<void(const Context&)>& rank_main) {
@@ -25,16 +26,6 @@ inline std::vector<Outcome> run_all(const Way& way, const std::function<void(con
 
 inline void run(const Way& way, const std::function<void(const Context&)>& rank_main) {
   expect_success(run_all(way, rank_main));
-}
-
-/// What `call` throws.
-inline Error error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error;
-  }
-  throw std::runtime_error("nothing was thrown");
 }
 
 }  // namespace expar::test

@@ -9,6 +9,7 @@
 #include <expar/random.h>
 #include <expar/registry.h>
 
+#include "tests/elements.h"
 #include "tests/fastest_backend.h"
 
 namespace expar::test {
@@ -24,14 +25,6 @@ float number(const char* name, int rank, std::int64_t i) {
   return static_cast<float>(static_cast<int>(Random(5, name).bits(key(rank, i)) % 7) - 3);
 }
 
-void set(const Tensor& to, std::int64_t i, float value) {
-  if (to.dtype() == DType::f32) to.as<float>()[i] = value;
-  if (to.dtype() == DType::bf16) to.as<bf16>()[i] = bf16(value);
-}
-float get(const ConstTensor& from, std::int64_t i) {
-  return from.dtype() == DType::f32 ? from.as<float>()[i] : static_cast<float>(from.as<bf16>()[i]);
-}
-
 Array drawn(const char* name, int rank, DType dtype, const Shape& shape) {
   Array array(dtype, shape);
   for (std::int64_t i = 0; i < shape.elements(); ++i) set(array, i, number(name, rank, i));
@@ -40,7 +33,7 @@ Array drawn(const char* name, int rank, DType dtype, const Shape& shape) {
 
 double dot(const ConstTensor& a, const ConstTensor& b) {
   double sum = 0;
-  for (std::int64_t i = 0; i < a.elements(); ++i) sum += static_cast<double>(get(a, i)) * get(b, i);
+  for (std::int64_t i = 0; i < a.elements(); ++i) sum += static_cast<double>(value(a, i)) * value(b, i);
   return sum;
 }
 
@@ -96,7 +89,7 @@ TEST_P(Transposes, copies_that_are_summed_give_k_times_the_tokens) {
       Outbox copies = rank.gathered(inbox, false);
       combine(rank.context, rank.plan, copies, unweighted, rank.out);
       for (std::int64_t i = 0; i < rank.tokens * kHidden; ++i)
-        ASSERT_EQ(get(rank.out, i), kTopk * get(rank.x, i)) << ranks << " ranks, element " << i;
+        ASSERT_EQ(value(rank.out, i), kTopk * value(rank.x, i)) << ranks << " ranks, element " << i;
     });
   }
 }
@@ -121,25 +114,6 @@ TEST_P(Transposes, dispatch_and_combine_transpose_each_other) {
       EXPECT_EQ(there, std::accumulate(back.begin(), back.end(), 0.0)) << ranks << " ranks";
       EXPECT_NE(there, 0);
     }
-  }
-}
-
-/// <fetch_slots v, d> = <v, d carried to the experts>: the gradient of the weights.
-TEST_P(Transposes, fetch_slots_brings_each_row_to_its_slot) {
-  for (int ranks = 1; ranks <= kMostRanks; ++ranks) {
-    run(ranks, true, [&](Rank& rank) {
-      const Array weights = drawn("weights", rank.context.rank(), DType::f32, {rank.tokens, kTopk});
-      const Inbox inbox = dispatch(rank.context, rank.x, weights, rank.plan);
-      Outbox values = make_outbox(rank.context, rank.plan, 1, DType::f32);
-      for (std::int64_t i = 0; i < rank.plan.received(); ++i)
-        values.rows().as<float>()[i] = inbox.refs()[static_cast<std::size_t>(i)].weight;
-      Array fetched(DType::f32, {rank.tokens, kTopk, 1});
-      fetch_slots(rank.context, rank.plan, values, fetched);
-      for (std::int64_t i = 0; i < rank.tokens * kTopk; ++i) {
-        const float wanted = rank.ids.as<std::int32_t>()[i] < 0 ? 0.0F : weights.as<float>()[i];
-        ASSERT_EQ(fetched.as<float>()[i], wanted) << ranks << " ranks, slot " << i;
-      }
-    });
   }
 }
 

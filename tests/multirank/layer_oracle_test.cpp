@@ -252,7 +252,7 @@ LayerResult run_on_mesh(const LayerCase& c, const RankSetup& setup, int ep, int 
   return result;
 }
 
-TEST(LayerSlices, agree_on_any_mesh) {
+TEST(LayerSlices, give_the_numbers_of_whole_experts_on_any_mesh) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     const LayerSpec specs[] = {{.experts = 5, .topk = 3, .bias = true, .dtype = dtype},
                                {.experts = 5,
@@ -298,11 +298,11 @@ std::string name_of(const Choice& c) {
 }
 void PrintTo(const Choice& c, std::ostream* out) { *out << name_of(c); }
 
-class LayerOracle : public testing::TestWithParam<Choice> {};
-INSTANTIATE_TEST_SUITE_P(all, LayerOracle, testing::ValuesIn(choices()),
+class LayerNumbers : public testing::TestWithParam<Choice> {};
+INSTANTIATE_TEST_SUITE_P(all, LayerNumbers, testing::ValuesIn(choices()),
                          [](const auto& test) { return name_of(test.param); });
 
-TEST_P(LayerOracle, agrees_on_any_number_of_ranks) {
+TEST_P(LayerNumbers, are_those_of_a_plain_loop_on_any_number_of_ranks) {
   const auto [experts, topk, dtype] = GetParam();
   for (const Activation activation : {Activation::swiglu, Activation::gelu}) {
     for (const bool bias : {false, true}) {
@@ -374,7 +374,7 @@ TEST(LayerSpecial, agrees_with_zero_copy_and_constant_experts) {
   }
 }
 
-TEST(LayerActivations, agree) {
+TEST(LayerActivations, give_the_numbers_of_their_formulas) {
   for (const NamedActivation& named : kActivations) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       LayerSpec spec{.experts = 5, .activation = named.activation, .numbers = named.numbers, .dtype = dtype};

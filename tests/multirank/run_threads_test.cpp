@@ -7,17 +7,13 @@
 #include <stdexcept>
 #include <thread>
 
+#include "tests/error_of.h"
+
 namespace expar {
 namespace {
 
 Error error_of_run(int ranks, const std::function<void(Communicator)>& rank_main) {
-  try {
-    run_threads(ranks, rank_main, {.timeout = std::chrono::seconds(20)});
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return Error(ErrorCode::internal, "nothing was thrown");
+  return test::error_of([&] { run_threads(ranks, rank_main, {.timeout = std::chrono::seconds(20)}); });
 }
 
 void wait_for_rank(const Communicator& communicator, int peer) {
@@ -58,14 +54,6 @@ TEST(RunThreads, keeps_the_code_of_an_error) {
   });
   EXPECT_EQ(error.code(), ErrorCode::io);
   EXPECT_STREQ(error.what(), Error(ErrorCode::io, "no such text", {0, -1, "read"}).what());
-}
-
-TEST(RunThreads, a_function_that_leaves_is_a_lost_rank_to_those_who_wait_for_it) {
-  const Error error = error_of_run(3, [](Communicator communicator) {
-    if (communicator.rank() != 2) wait_for_rank(communicator, 2);
-  });
-  EXPECT_EQ(error.code(), ErrorCode::peer_lost);
-  EXPECT_EQ(error.peer(), 2);
 }
 
 TEST(RunThreads, throws_something_even_for_something_that_is_no_exception) {

@@ -16,6 +16,7 @@
 #include "backends/cpu/cpu.h"
 #include "backends/reference/reference.h"
 #include "src/util/processor.h"
+#include "tests/elements.h"
 
 namespace expar {
 
@@ -61,16 +62,8 @@ struct Operand {
     return o;
   }
 
-  float operator[](std::int64_t i) const {
-    return dtype == DType::bf16 ? static_cast<float>(memory.as<bf16>()[i]) : memory.as<float>()[i];
-  }
-  void set(std::int64_t i, float value) {
-    if (dtype == DType::bf16) {
-      memory.as<bf16>()[i] = bf16(value);
-    } else {
-      memory.as<float>()[i] = value;
-    }
-  }
+  float operator[](std::int64_t i) const { return test::value(memory, i); }
+  void set(std::int64_t i, float value) { test::set(memory, i, value); }
   void* data() { return memory.view().data(); }
   const void* data() const { return memory.view().data(); }
   float* f32() { return memory.as<float>(); }

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -10,6 +9,8 @@
 #include <expar/error.h>
 #include <expar/permute.h>
 #include <expar/random.h>
+
+#include "tests/error_of.h"
 
 namespace expar {
 namespace {
@@ -93,20 +94,10 @@ TEST(Permute, takes_no_rows_at_all) {
   unpermute_rows(out, order.indices, rows);
 }
 
-std::string refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::bad_argument);
-    return error.message();
-  }
-  return "nothing was thrown";
-}
-
 TEST(Permute, refuses_what_is_no_order_of_the_rows) {
   const Array rows(DType::f32, {3, 2}), out(DType::f32, {3, 2}), narrow(DType::f32, {3, 1});
   const auto permute = [&](const std::vector<std::int32_t>& indices, const Array& to) {
-    return refusal([&] { permute_rows(rows, indices, to); });
+    return test::refusal_of([&] { permute_rows(rows, indices, to); });
   };
   EXPECT_EQ(permute({0, 1, 3}, out), "indices[2] = 3 is none of the 3 rows");
   EXPECT_EQ(permute({0, -1, 2}, out), "indices[1] = -1 is none of the 3 rows");
@@ -114,7 +105,7 @@ TEST(Permute, refuses_what_is_no_order_of_the_rows) {
   EXPECT_EQ(permute({1, 0}, out), "2 indices for 3 rows");
   EXPECT_EQ(permute({0, 1, 2}, narrow), "rows are f32 [3, 2], out is f32 [3, 1]");
   const auto order = [&](const std::vector<std::int64_t>& counts, int ranks) {
-    return refusal([&] { expert_major(counts, ranks); });
+    return test::refusal_of([&] { expert_major(counts, ranks); });
   };
   EXPECT_EQ(order({1, 2, 3}, 2), "3 counts are not those of 2 ranks");
   EXPECT_EQ(order({1, 2, -3}, 3), "counts[2] = -3 is below 0");

@@ -55,11 +55,11 @@ std::vector<Case> cases() {
 }
 void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
-class RouterOracle : public testing::TestWithParam<Case> {};
-INSTANTIATE_TEST_SUITE_P(all, RouterOracle, testing::ValuesIn(cases()),
+class RouterKinds : public testing::TestWithParam<Case> {};
+INSTANTIATE_TEST_SUITE_P(all, RouterKinds, testing::ValuesIn(cases()),
                          [](const auto& test) { return test.param.name; });
 
-TEST_P(RouterOracle, agrees) {
+TEST_P(RouterKinds, choose_and_weigh_by_their_formulas) {
   const RouterOptions options = GetParam().options;
   const std::int64_t E = options.experts, K = options.topk;
   const Random random(5, "logits");
@@ -164,7 +164,7 @@ struct Share {
   std::int64_t tokens() const { return static_cast<std::int64_t>(mask.size()); }
 };
 
-TEST_P(RouterOfAll, agrees) {
+TEST_P(RouterOfAll, chooses_by_its_formulas_over_the_whole_batch) {
   const RouterOptions& options = GetParam().options;
   const bool is_sinkhorn = options.choice == Choice::sinkhorn;
   const std::int64_t slots = slots_of(options);

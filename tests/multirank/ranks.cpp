@@ -1,0 +1,74 @@
+// Gives each rank of a test its transport, or the communicator on it.
+#include <exception>
+#include <memory>
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include "tests/multirank/processes.h"
+#include "transports/shm/shm.h"
+#include "transports/threads/threads.h"
+
+namespace expar::test {
+namespace {
+
+/// What `rank_main` throws reaches the other ranks before this one's transport goes.
+void tell_of_exceptions(Transport& transport, const std::function<void()>& rank_main) {
+  try {
+    rank_main();
+  } catch (const Error& error) {
+    transport.abort(error);
+    throw;
+  } catch (const std::exception& error) {
+    throw transport.abort(Error(ErrorCode::internal, error.what(), {transport.rank(), -1, {}}));
+  }
+}
+
+std::vector<Outcome> run_ranks(const RankSetup& setup,
+                               const std::function<void(std::unique_ptr<Transport>)>& rank_main) {
+  if (setup.kind == Kind::shm) {
+    const std::string job = fresh_job_id();
+    const auto run = [&](int rank) { rank_main(shm::connect({job, rank, setup.ranks, setup.mapping}, setup.timeout)); };
+    return fork_ranks(setup.ranks, run, setup.patience);
+  }
+  const threads::ThreadsJob job(setup.ranks, setup.mapping);
+  std::vector<Outcome> outcomes(static_cast<std::size_t>(setup.ranks));
+  std::vector<std::thread> running;
+  for (int rank = 0; rank < setup.ranks; ++rank) {
+    running.emplace_back(
+        [&, rank] { outcomes[static_cast<std::size_t>(rank)] = end_of([&] { rank_main(job.transport(rank)); }); });
+  }
+  for (std::thread& thread : running) thread.join();
+  return outcomes;
+}
+
+/// One rank more than the group has, which leaves as soon as the others are one.
+std::vector<Outcome> run_group(RankSetup setup, const std::function<void(Communicator)>& rank_main) {
+  const int members = setup.ranks;
+  setup.ranks += 1;
+  setup.group = false;
+  std::vector<Outcome> outcomes = run_communicators(setup, [&](const Communicator& job) {
+    if (const Communicator group = job.split(job.rank() < members ? 0 : -1)) rank_main(group);
+  });
+  EXPECT_TRUE(outcomes.back().ok()) << outcomes.back().describe();
+  outcomes.pop_back();
+  return outcomes;
+}
+
+}  // namespace
+
+std::vector<Outcome> run_transports(const RankSetup& setup, const std::function<void(Transport&)>& rank_main) {
+  return run_ranks(setup, [&](const std::unique_ptr<Transport>& transport) {
+    tell_of_exceptions(*transport, [&] { rank_main(*transport); });
+  });
+}
+
+std::vector<Outcome> run_communicators(const RankSetup& setup, const std::function<void(Communicator)>& rank_main) {
+  if (setup.group) return run_group(setup, rank_main);
+  return run_ranks(setup, [&](std::unique_ptr<Transport> transport) {
+    const Communicator communicator(std::move(transport), {setup.timeout});
+    tell_of_exceptions(communicator.transport(), [&] { rank_main(communicator); });
+  });
+}
+
+}  // namespace expar::test
