@@ -51,9 +51,9 @@ std::string threads_of(const nlohmann::json& measured) {
 }
 
 /// Processes of this program meet and leave; only their success is seen, so they time nothing.
-void probe_processes(const std::string& transport, const Common& common) {
+void probe_processes(const Common& common) {
   const LaunchResult result =
-      launch(common.ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", transport, "--backend",
+      launch(common.ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", common.transport, "--backend",
                             common.backend, "--timeout", std::to_string(common.timeout)});
   if (result.failed) throw result.error;
 }
@@ -61,9 +61,10 @@ void probe_processes(const std::string& transport, const Common& common) {
 nlohmann::json try_transport(const std::string& transport, Common common) {
   if (common.timeout == 0) common.timeout = kProbeTimeout;
   if (common.ranks == 0) common.ranks = 2;
+  common.transport = transport;
   nlohmann::json row = {{"name", transport}, {"ranks", common.ranks}};
   try {
-    if (transport == "threads") {
+    if (!has_processes(transport)) {
       run_threads(
           common.ranks,
           [&](const Communicator& communicator) {
@@ -73,7 +74,7 @@ nlohmann::json try_transport(const std::string& transport, Common common) {
           common.run_options());
     } else {
       static_cast<void>(job_from_environment());  // where this process finds no job, its children would not
-      probe_processes(transport, common);
+      probe_processes(common);
     }
     row["works"] = true;
   } catch (...) {
@@ -121,7 +122,8 @@ constexpr std::int64_t kCopied = 128 << 20;
 /// Kernels reach more than twice this where they have the cores to themselves.
 constexpr double kLittleOfPeak = 0.25;
 
-nlohmann::json measure_rates(const Common& common) {
+nlohmann::json measure_rates(Common common) {
+  common.transport.clear();  // one rank needs none in particular
   nlohmann::json measured;
   const bench::Options options{
       .tokens = 256, .hidden = 1024, .inner = 512, .experts = 8, .topk = 2, .seconds = kSeconds};

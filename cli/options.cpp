@@ -9,6 +9,8 @@
 
 #include <expar/mesh.h>
 
+#include "cli/output.h"
+
 namespace expar::cli {
 namespace {
 
@@ -54,8 +56,8 @@ void add_common(CLI::App& app, Common& common) {
   const char* group = "Every verb";
   app.add_option("-n,--ranks", common.ranks, "ranks (default 1)")->check(whole_number(1, kMaxRanks))->group(group);
   app.add_option("--transport", common.transport,
-                 "threads of this process, or shm: processes of this host (default shm)")
-      ->check(one_of({"threads", "shm", "mpi"}))
+                 "how ranks reach each other: " + joined(available_transports()) + " (default shm)")
+      ->check(one_of(known_transports()))
       ->group(group);
   app.add_option("--threads", common.threads, "threads of each rank (default: cores / ranks)")
       ->check(whole_number(1, kMaxThreads))
@@ -125,7 +127,7 @@ void agree_on_ranks(std::int64_t asked, int& ranks) {
 
 RunOptions Common::run_options() const {
   const std::chrono::duration<double> seconds(std::min(timeout, kMaxTimeout));
-  return {.timeout = std::chrono::ceil<std::chrono::nanoseconds>(seconds)};
+  return {.timeout = std::chrono::ceil<std::chrono::nanoseconds>(seconds), .transport = transport};
 }
 
 ContextOptions Common::context_options() const { return {.threads = threads, .backend = backend}; }
@@ -155,9 +157,7 @@ CLI::Validator number_above(double bound, bool inclusive) {
 CLI::Validator one_of(std::vector<std::string> names) {
   return {[names = std::move(names)](std::string& word) {
             if (std::find(names.begin(), names.end(), word) != names.end()) return std::string();
-            std::string list;
-            for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
-            return "'" + word + "' is not one of " + list + suggestion(word, names);
+            return "'" + word + "' is not one of " + joined(names) + suggestion(word, names);
           },
           ""};
 }

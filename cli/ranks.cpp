@@ -11,18 +11,6 @@
 namespace expar::cli {
 namespace {
 
-bool works(const std::string& transport) {
-  const std::vector<std::string> all = available_transports();
-  return std::find(all.begin(), all.end(), transport) != all.end();
-}
-
-void check_transport(const std::string& transport) {
-  if (works(transport)) return;
-  std::string list;
-  for (const std::string& name : available_transports()) list += (list.empty() ? "" : ", ") + name;
-  throw Error(ErrorCode::unsupported, "--transport " + transport + " is not in this build; it has: " + list);
-}
-
 /// A launcher has already decided how many ranks there are and that they are processes.
 void check_against(const Job& job, const Common& common) {
   const std::string has =
@@ -31,8 +19,9 @@ void check_against(const Job& job, const Common& common) {
     throw Error(ErrorCode::bad_argument,
                 "--ranks = '" + std::to_string(common.ranks) + "' contradicts the launcher: " + has);
   }
-  if (common.transport == "threads" && job.size > 1) {
-    throw Error(ErrorCode::bad_argument, "--transport = 'threads' contradicts the launcher: " + has + " as processes");
+  if (!has_processes(common.transport) && job.size > 1) {
+    throw Error(ErrorCode::bad_argument,
+                "--transport = '" + common.transport + "' contradicts the launcher: " + has + " as processes");
   }
 }
 
@@ -108,12 +97,12 @@ void run(const Verb& verb, const Common& common, const std::vector<std::string>&
     check_writable(common.trace);
   }
   if (verb.run_alone) return write_result(common, verb.run_alone(common));
-  check_transport(common.transport);
+  const bool processes = has_processes(common.transport);
   const Job job = job_from_environment();
   const bool started = job.launcher != "none";
   if (started) check_against(job, common);
   try {
-    if (common.transport == "threads") return run_as_threads(verb, common);
+    if (!processes) return run_as_threads(verb, common);
     if (started || common.ranks <= 1) return run_in_job(verb, common, job);
     run_as_processes(words, common.ranks);
   } catch (const Error&) {

@@ -15,6 +15,11 @@ namespace expar {
 /// The transports and backends of this build that work on this machine. Absent ones are not listed.
 std::vector<std::string> available_transports();
 std::vector<std::string> available_backends();
+/// The names of all transports, also of those that do not work here.
+std::vector<std::string> known_transports();
+/// True where the ranks of `transport` are processes, false where they are threads of one.
+/// Throws Error: unsupported (it does not work here: why, and which do).
+bool has_processes(std::string_view transport);
 /// The instruction sets of a backend that this processor runs, best first.
 std::vector<std::string> available_isas(std::string_view backend);
 
@@ -27,11 +32,13 @@ struct RunOptions {
   /// Off: peers do not address each other's memory and rows travel as messages. For tests, and for machines that forbid
   /// it.
   bool mapping = true;
+  std::string transport = {};  // "": "threads" of run_threads(), "shm" of join()
 };
 
-/// Runs `rank_main` on `ranks` threads of this process, each with its communicator (transport "threads"), and waits.
-/// A rank dies when its function leaves or throws; what it throws becomes the cause on all ranks.
-/// Throws the job's root cause, after every rank has returned.
+/// Runs `rank_main` on `ranks` threads of this process, each with its communicator, and waits. A rank dies when its
+/// function leaves or throws; what it throws becomes the cause on all ranks.
+/// Throws the job's root cause, after every rank has returned. Error: bad_argument (no ranks, or a transport whose
+/// ranks are processes), unsupported.
 void run_threads(int ranks, const std::function<void(Communicator)>& rank_main, const RunOptions& options = {});
 
 /// Which job this process belongs to, as its launcher says in the environment.
@@ -49,8 +56,9 @@ struct Job {
 /// Throws Error: bad_argument (variables that are missing or contradict each other, naming them and what to type).
 Job job_from_environment();
 
-/// Joins the processes of `job` on this host (transport "shm").
-/// Collective over the job's processes. Throws Error: timeout (naming a rank that never came), io, unsupported.
+/// Joins the processes of `job`.
+/// Collective over the job's processes. Throws Error: timeout (naming a rank that never came), io, bad_argument (a
+/// transport whose ranks are threads), unsupported.
 Communicator join(const Job& job, const RunOptions& options = {});
 
 /// The one line by which a program joins the ranks that a launcher has started with it: `expar launch`, torchrun,

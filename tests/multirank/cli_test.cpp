@@ -140,6 +140,13 @@ TEST_F(CommandLine, answers_a_mistake_with_one_sentence) {
   expect_mistake({"bench", "dispatch", "--topk", "9", "--experts", "8"}, "--topk = 9 is above --experts = 8");
 }
 
+TEST_F(CommandLine, says_why_a_transport_does_not_work) {
+  const Result result = run({"bench", "barrier", "--transport", "mpi"});
+  EXPECT_EQ(result.status, 6);
+  EXPECT_EQ(result.err.find("expar: there is no transport \"mpi\" here: "), 0U) << result.err;
+  EXPECT_NE(result.err.find("; there are threads"), std::string::npos) << result.err;
+}
+
 TEST_F(CommandLine, suggests_the_verb_that_was_meant) {
   const Result result = run({"docto"});
   EXPECT_EQ(result.status, 2);
@@ -355,7 +362,8 @@ TEST_F(CommandLine, measures_micro_batches_of_a_layer_in_flight) {
   // One by one the first rank waits for each batch.
   EXPECT_GT(rows[0]["dispatch_us"], 3 * 1500);
   expect_mistake({"bench", "layer", "--late", "5"}, "--late goes with --batches of 2 or more");
-  expect_mistake({"bench", "dispatch", "--batches", "2"}, "--batches goes with inference of layer alone, without a mesh");
+  expect_mistake({"bench", "dispatch", "--batches", "2"},
+                 "--batches goes with inference of layer alone, without a mesh");
 }
 
 TEST_F(CommandLine, measures_every_way_to_route) {

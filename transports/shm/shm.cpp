@@ -88,13 +88,13 @@ class ShmTransport final : private JobPages, public local::LocalTransport {
 
 }  // namespace
 
-bool works() noexcept {
+std::string missing() {
   try {
     const Fd socket = make_socket();
     const std::size_t page = local::whole_pages(1);
-    return is_sealed(make_sealed(page).get(), page);
-  } catch (const Error&) {
-    return false;
+    return is_sealed(make_sealed(page).get(), page) ? "" : "the kernel does not seal shared memory";
+  } catch (const Error& error) {
+    return error.message();
   }
 }
 

@@ -9,8 +9,8 @@
 
 namespace expar::shm {
 
-/// True if this machine has what the transport needs.
-bool works() noexcept;
+/// What this machine lacks of what the transport needs; empty where it lacks nothing.
+std::string missing();
 
 struct Membership {
   std::string job;  // the same for all ranks of this job and no other job of this user on this host

@@ -89,8 +89,6 @@ ThreadsJob::ThreadsJob(int ranks, bool mapping) {
   state_ = std::make_shared<State>(ranks, mapping);
 }
 
-int ThreadsJob::size() const { return state_->size; }
-
 std::unique_ptr<Transport> ThreadsJob::transport(int rank) const {
   return std::make_unique<ThreadsTransport>(rank, state_);
 }

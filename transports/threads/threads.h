@@ -15,8 +15,6 @@ class ThreadsJob {
   /// Throws Error: bad_argument (ranks < 1), no_memory.
   explicit ThreadsJob(int ranks, bool mapping = true);
 
-  int size() const;
-
   /// The transport of `rank`, once per rank; to be used by one thread at a time.
   std::unique_ptr<Transport> transport(int rank) const;
 
