@@ -9,7 +9,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <new>
 
 #include "io/file.h"
 
@@ -97,20 +96,6 @@ void print_error(const Error& error) {
   // One write, so that lines of several processes do not mix.
   std::fflush(stdout);
   std::fwrite(line.data(), 1, line.size(), stderr);
-}
-
-Error current_error() {
-  try {
-    throw;
-  } catch (const Error& error) {
-    return error;
-  } catch (const std::bad_alloc&) {
-    return {ErrorCode::no_memory, "memory ran out"};
-  } catch (const std::exception& error) {
-    return {ErrorCode::internal, error.what()};
-  } catch (...) {
-    return {ErrorCode::internal, "an exception of no known type"};
-  }
 }
 
 }  // namespace expar::cli

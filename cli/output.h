@@ -27,7 +27,4 @@ nlohmann::json to_json(const Error& error);
 /// "expar: rank 2: dispatch: ..." on one line of stderr.
 void print_error(const Error& error);
 
-/// The exception being handled, as an Error: bad_alloc is no_memory, what is not ours is internal.
-Error current_error();
-
 }  // namespace expar::cli

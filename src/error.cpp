@@ -1,6 +1,7 @@
 // The exception of the library: its names, its exit codes and the sentence it prints.
 #include <expar/error.h>
 
+#include <new>
 #include <utility>
 
 namespace expar {
@@ -54,6 +55,20 @@ Error::Error(ErrorCode code, std::string message, Where where)
   if (where_.rank >= 0) what_ += "rank " + std::to_string(where_.rank) + ": ";
   if (!where_.operation.empty()) what_ += where_.operation + ": ";
   what_ += message_;
+}
+
+Error current_error(Error::Where where) {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return error;
+  } catch (const std::bad_alloc&) {
+    return {ErrorCode::no_memory, "memory ran out", std::move(where)};
+  } catch (const std::exception& error) {
+    return {ErrorCode::internal, error.what(), std::move(where)};
+  } catch (...) {
+    return {ErrorCode::internal, "an exception of no known type", std::move(where)};
+  }
 }
 
 }  // namespace expar

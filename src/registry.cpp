@@ -1,11 +1,8 @@
 // The one place that knows transports and backends by name.
 #include <expar/registry.h>
 
-#include <algorithm>
 #include <cstdlib>
-#include <exception>
 #include <memory>
-#include <optional>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -131,22 +128,12 @@ std::chrono::nanoseconds timeout_of(const RunOptions& options) {
 
 void run_rank(const threads::ThreadsJob& job, const TransportRow& row, int rank,
               const std::function<void(Communicator)>& rank_main, std::chrono::nanoseconds timeout) {
+  Communicator communicator;  // kept until the cause is recorded: a rank that seems to leave hides why it failed
   try {
-    // Kept until the cause is recorded: a rank that seems to leave cleanly would hide why it failed.
-    const Communicator communicator(row.of_thread(job, rank), {timeout});
-    try {
-      rank_main(communicator);
-    } catch (const Error& error) {
-      job.abort(rank, error);
-    } catch (const std::exception& error) {
-      job.abort(rank, Error(ErrorCode::internal, error.what(), {rank}));
-    } catch (...) {
-      job.abort(rank, Error(ErrorCode::internal, "threw something that is not a std::exception", {rank}));
-    }
-  } catch (const Error& error) {
-    job.abort(rank, error);
-  } catch (const std::exception& error) {
-    job.abort(rank, Error(ErrorCode::internal, error.what(), {rank}));
+    communicator = Communicator(row.of_thread(job, rank), {timeout});
+    rank_main(communicator);
+  } catch (...) {
+    job.abort(rank, current_error({rank}));
   }
 }
 

@@ -58,4 +58,8 @@ class Error : public std::exception {
   std::string what_;
 };
 
+/// The exception being handled, as an Error: one is itself; bad_alloc is no_memory, anything else internal, both
+/// `where`.
+Error current_error(Error::Where where = {});
+
 }  // namespace expar

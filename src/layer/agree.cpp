@@ -3,8 +3,6 @@
 #include "src/util/check.h"
 
 #include <bit>
-#include <exception>
-#include <new>
 #include <string>
 #include <vector>
 
@@ -95,12 +93,8 @@ void agree_on_router(const Context& context, const RouterOptions& router) {
 std::optional<Error> attempt(FunctionRef<void()> work) {
   try {
     work();
-  } catch (const Error& error) {
-    return error;
-  } catch (const std::bad_alloc&) {
-    return Error(ErrorCode::no_memory, "no memory");
-  } catch (const std::exception& error) {
-    return Error(ErrorCode::internal, error.what());
+  } catch (...) {
+    return current_error();
   }
   return std::nullopt;
 }

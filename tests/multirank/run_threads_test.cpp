@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -54,6 +55,16 @@ TEST(RunThreads, keeps_the_code_of_an_error) {
   });
   EXPECT_EQ(error.code(), ErrorCode::io);
   EXPECT_STREQ(error.what(), Error(ErrorCode::io, "no such text", {0, -1, "read"}).what());
+}
+
+TEST(RunThreads, says_that_memory_ran_out_and_where) {
+  const Error error = error_of_run(2, [](Communicator communicator) {
+    if (communicator.rank() == 1) throw std::bad_alloc();
+    wait_for_rank(communicator, 1);
+  });
+  EXPECT_EQ(error.code(), ErrorCode::no_memory);
+  EXPECT_EQ(error.rank(), 1);
+  EXPECT_EQ(error.message(), "memory ran out");
 }
 
 TEST(RunThreads, throws_something_even_for_something_that_is_no_exception) {
