@@ -52,10 +52,9 @@ std::string threads_of(const nlohmann::json& measured) {
 
 /// Processes of this program meet and leave; only their success is seen, so they time nothing.
 void probe_processes(const Common& common) {
-  const LaunchResult result =
-      launch(common.ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", common.transport, "--backend",
-                            common.backend, "--timeout", std::to_string(common.timeout)});
-  if (result.failed) throw result.error;
+  const auto error = launch(common.ranks, {"/proc/self/exe", "doctor", "--probe", "--transport", common.transport,
+                                           "--backend", common.backend, "--timeout", std::to_string(common.timeout)});
+  if (error) throw *error;
 }
 
 nlohmann::json try_transport(const std::string& transport, Common common) {

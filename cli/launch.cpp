@@ -18,8 +18,7 @@ Verb launch_program() {
   };
   verb.run_alone = [command](const Common& common) -> nlohmann::json {
     const int ranks = std::max(common.ranks, 1);
-    const LaunchResult result = launch(ranks, *command);
-    if (result.failed) throw result.error;
+    if (const auto error = launch(ranks, *command)) throw *error;
     return {{"ranks", ranks}};
   };
   return verb;

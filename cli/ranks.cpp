@@ -84,8 +84,7 @@ void run_in_job(const Verb& verb, const Common& common, const Job& job) {
 void run_as_processes(const std::vector<std::string>& words, int ranks) {
   std::vector<std::string> command = words;
   command.insert(command.begin(), own_program());
-  const LaunchResult result = launch(ranks, command);
-  if (result.failed) throw result.error;
+  if (const auto error = launch(ranks, command)) throw *error;
 }
 
 }  // namespace

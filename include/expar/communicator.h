@@ -102,18 +102,14 @@ class InFlight {
 /// Throws Error: bad_argument (EXPAR_TIMEOUT is not a number above 0).
 std::chrono::nanoseconds default_timeout();
 
-struct CommunicatorOptions {
-  /// How long a call may wait; 0 is default_timeout().
-  std::chrono::nanoseconds timeout{0};
-};
-
 /// A set of ranks. A cheap handle: copies are the same communicator. One thread at a time uses it.
 /// After `timeout` or `peer_lost`, and after abort(), every later call throws the same error and destructors do not
 /// wait.
 class Communicator {
  public:
   Communicator() = default;
-  explicit Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options = {});
+  /// `timeout`: how long a call may wait; 0 is default_timeout(). Throws Error: bad_argument (below 0).
+  explicit Communicator(std::unique_ptr<Transport> transport, std::chrono::nanoseconds timeout = {});
   explicit operator bool() const { return state_ != nullptr; }
 
   int rank() const;

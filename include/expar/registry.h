@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,7 +29,7 @@ std::vector<std::string> available_isas(std::string_view backend);
 Kernels find_kernels(std::string_view backend, std::string_view isa = {});
 
 struct RunOptions {
-  std::chrono::nanoseconds timeout{0};  // see CommunicatorOptions
+  std::chrono::nanoseconds timeout{0};  // 0: default_timeout()
   /// Off: peers do not address each other's memory and rows travel as messages. For tests, and for machines that forbid
   /// it.
   bool mapping = true;
@@ -69,11 +70,7 @@ inline Communicator init(const RunOptions& options = {}) { return join(job_from_
 /// Starts `ranks` processes of `command` on this host in rank order, waits for them, and leaves none behind.
 /// Returns the error of the root cause if any failed (a rank that was killed: peer_lost naming it), else nothing.
 /// The children find their rank by job_from_environment() and may hand over their error by report_error().
-struct LaunchResult {
-  bool failed = false;
-  Error error{ErrorCode::internal, ""};
-};
-LaunchResult launch(int ranks, const std::vector<std::string>& command);
+std::optional<Error> launch(int ranks, const std::vector<std::string>& command);
 
 /// In a process started by launch(): hands the error that ends this rank to the launcher. Elsewhere: does nothing.
 void report_error(const Error& error) noexcept;

@@ -26,10 +26,9 @@ std::chrono::nanoseconds default_timeout() {
   return std::chrono::nanoseconds(std::llround(seconds * 1e9));
 }
 
-Communicator::Communicator(std::unique_ptr<Transport> transport, const CommunicatorOptions& options) {
-  if (options.timeout.count() < 0) refuse("the timeout of a communicator is negative");
-  const auto timeout = options.timeout.count() > 0 ? options.timeout : default_timeout();
-  state_ = std::make_shared<State>(std::move(transport), timeout);
+Communicator::Communicator(std::unique_ptr<Transport> transport, std::chrono::nanoseconds timeout) {
+  if (timeout.count() < 0) refuse("the timeout of a communicator is negative");
+  state_ = std::make_shared<State>(std::move(transport), timeout.count() > 0 ? timeout : default_timeout());
 }
 
 int Communicator::rank() const { return state_->transport->rank(); }

@@ -126,7 +126,7 @@ class Watch {
 
 }  // namespace
 
-LaunchResult launch(int ranks, const std::vector<std::string>& command) {
+std::optional<Error> launch(int ranks, const std::vector<std::string>& command) {
   if (ranks < 1) {
     throw Error(ErrorCode::bad_argument, std::to_string(ranks) + " ranks cannot be started", {.operation = "launch"});
   }
@@ -135,7 +135,6 @@ LaunchResult launch(int ranks, const std::vector<std::string>& command) {
   }
   HeldSignals signals;
   ReportChannel channel;
-  LaunchResult result;
   try {
     Watch job(ranks,
               {.command = command,
@@ -145,15 +144,13 @@ LaunchResult launch(int ranks, const std::vector<std::string>& command) {
                .signals = signals.mask_before()},
               channel, signals);
     job.run();
-    if (job.failed()) {
-      result = {true, job.root_cause()};
-      // The signal was for the caller too; it takes effect when the hold ends, with no child left.
-      if (job.interrupted_by() != 0) HeldSignals::put_back(job.interrupted_by());
-    }
+    if (!job.failed()) return std::nullopt;
+    // The signal was for the caller too; it takes effect when the hold ends, with no child left.
+    if (job.interrupted_by() != 0) HeldSignals::put_back(job.interrupted_by());
+    return job.root_cause();
   } catch (const Error& error) {
-    result = {true, error};
+    return error;
   }
-  return result;
 }
 
 }  // namespace expar

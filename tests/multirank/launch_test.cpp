@@ -6,6 +6,7 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,7 +28,14 @@ std::vector<std::string> rank_program(std::vector<std::string> orders) {
   return orders;
 }
 
-LaunchResult run(int ranks, std::vector<std::string> orders) { return launch(ranks, rank_program(std::move(orders))); }
+std::optional<Error> run(int ranks, std::vector<std::string> orders) {
+  return launch(ranks, rank_program(std::move(orders)));
+}
+
+Error error_of(const std::optional<Error>& result) {
+  EXPECT_TRUE(result.has_value()) << "nothing failed";
+  return result.value_or(Error(ErrorCode::internal, "nothing failed"));
+}
 
 std::string code(ErrorCode value) { return std::to_string(static_cast<int>(value)); }
 
@@ -57,10 +65,10 @@ class Launch : public InDirectory {
   }
 };
 
-TEST_F(Launch, succeeds_when_every_rank_does) { EXPECT_FALSE(run(3, {"*:stdin"}).failed); }
+TEST_F(Launch, succeeds_when_every_rank_does) { EXPECT_FALSE(run(3, {"*:stdin"})); }
 
 TEST_F(Launch, tells_each_rank_its_number) {
-  ASSERT_FALSE(run(3, {"*:pid:" + directory_}).failed);
+  ASSERT_FALSE(run(3, {"*:pid:" + directory_}));
   EXPECT_NE(wait_for_pid("0"), wait_for_pid("1"));
   EXPECT_NE(wait_for_pid("1"), wait_for_pid("2"));
 }
@@ -72,63 +80,62 @@ TEST_F(Launch, gives_stdin_to_rank_0_alone) {
   close(ends[1]);
   const int before = dup(STDIN_FILENO);
   dup2(ends[0], STDIN_FILENO);
-  EXPECT_FALSE(run(2, {"1:stdin"}).failed);
-  const LaunchResult result = run(2, {"0:stdin"});
+  EXPECT_FALSE(run(2, {"1:stdin"}));
+  const Error error = error_of(run(2, {"0:stdin"}));
   dup2(before, STDIN_FILENO);
   close(before);
   close(ends[0]);
-  EXPECT_EQ(result.error.message(), "rank 0 exited with status 9");
+  EXPECT_EQ(error.message(), "rank 0 exited with status 9");
 }
 
 TEST_F(Launch, hands_over_the_error_of_a_rank) {
-  const LaunchResult result = run(3, {"1:report:" + code(ErrorCode::mismatch) + ":2"});
-  ASSERT_TRUE(result.failed);
-  EXPECT_EQ(result.error.code(), ErrorCode::mismatch);
-  EXPECT_EQ(result.error.rank(), 1);
-  EXPECT_EQ(result.error.peer(), 2);
-  EXPECT_STREQ(result.error.what(), "rank 1: dispatch: as told");
+  const Error error = error_of(run(3, {"1:report:" + code(ErrorCode::mismatch) + ":2"}));
+  EXPECT_EQ(error.code(), ErrorCode::mismatch);
+  EXPECT_EQ(error.rank(), 1);
+  EXPECT_EQ(error.peer(), 2);
+  EXPECT_STREQ(error.what(), "rank 1: dispatch: as told");
 }
 
 TEST_F(Launch, names_a_killed_rank_and_what_the_others_were_doing) {
   const std::string lost = "report:" + code(ErrorCode::peer_lost) + ":2";
-  const LaunchResult result = run(4, {"2:kill:9", "*:sleep:0.2", "0:" + lost, "1:" + lost, "3:" + lost});
-  EXPECT_EQ(result.error.code(), ErrorCode::peer_lost);
-  EXPECT_EQ(result.error.peer(), 2);
-  EXPECT_EQ(result.error.operation(), "dispatch");
-  EXPECT_EQ(result.error.message(), "rank 2 was killed by signal 9 (SIGKILL)");
+  const Error error = error_of(run(4, {"2:kill:9", "*:sleep:0.2", "0:" + lost, "1:" + lost, "3:" + lost}));
+  EXPECT_EQ(error.code(), ErrorCode::peer_lost);
+  EXPECT_EQ(error.peer(), 2);
+  EXPECT_EQ(error.operation(), "dispatch");
+  EXPECT_EQ(error.message(), "rank 2 was killed by signal 9 (SIGKILL)");
 }
 
 TEST_F(Launch, prefers_a_first_cause_to_a_loss_that_was_reported_before) {
-  const LaunchResult result = run(
-      2, {"0:report:" + code(ErrorCode::peer_lost) + ":1", "1:sleep:0.2", "1:report:" + code(ErrorCode::no_memory)});
-  EXPECT_EQ(result.error.code(), ErrorCode::no_memory);
-  EXPECT_EQ(result.error.rank(), 1);
+  const Error error = error_of(run(
+      2, {"0:report:" + code(ErrorCode::peer_lost) + ":1", "1:sleep:0.2", "1:report:" + code(ErrorCode::no_memory)}));
+  EXPECT_EQ(error.code(), ErrorCode::no_memory);
+  EXPECT_EQ(error.rank(), 1);
 }
 
 TEST_F(Launch, prefers_a_killed_rank_to_the_timeout_of_another) {
-  const LaunchResult result = run(2, {"0:sleep:0.1", "0:report:" + code(ErrorCode::timeout) + ":1", "1:kill:11"});
-  EXPECT_EQ(result.error.message(), "rank 1 was killed by signal 11 (SIGSEGV)");
+  const Error error = error_of(run(2, {"0:sleep:0.1", "0:report:" + code(ErrorCode::timeout) + ":1", "1:kill:11"}));
+  EXPECT_EQ(error.message(), "rank 1 was killed by signal 11 (SIGSEGV)");
 }
 
 TEST_F(Launch, says_how_a_silent_rank_exited) {
-  const LaunchResult result = run(2, {"1:exit:3"});
-  EXPECT_EQ(result.error.code(), ErrorCode::internal);
-  EXPECT_EQ(result.error.message(), "rank 1 exited with status 3");
+  const Error error = error_of(run(2, {"1:exit:3"}));
+  EXPECT_EQ(error.code(), ErrorCode::internal);
+  EXPECT_EQ(error.message(), "rank 1 exited with status 3");
 }
 
 TEST_F(Launch, ends_ranks_that_go_on_after_a_failure) {
   const auto start = steady_clock::now();
-  const LaunchResult result = run(3, {"*:pid:" + directory_, "1:report:0", "*:sleep:100"});
-  EXPECT_EQ(result.error.code(), ErrorCode::bad_argument);
+  const Error error = error_of(run(3, {"*:pid:" + directory_, "1:report:0", "*:sleep:100"}));
+  EXPECT_EQ(error.code(), ErrorCode::bad_argument);
   EXPECT_LT(steady_clock::now() - start, seconds(30));
   expect_gone(wait_for_pid("0"));
   expect_gone(wait_for_pid("2"));
 }
 
 TEST_F(Launch, names_a_program_that_cannot_be_started) {
-  const LaunchResult result = launch(2, {"/nowhere/program"});
-  EXPECT_EQ(result.error.code(), ErrorCode::io);
-  EXPECT_EQ(result.error.message(), "cannot start /nowhere/program: No such file or directory");
+  const Error error = error_of(launch(2, {"/nowhere/program"}));
+  EXPECT_EQ(error.code(), ErrorCode::io);
+  EXPECT_EQ(error.message(), "cannot start /nowhere/program: No such file or directory");
 }
 
 TEST_F(Launch, refuses_no_ranks_and_no_program) {
@@ -137,7 +144,7 @@ TEST_F(Launch, refuses_no_ranks_and_no_program) {
 }
 
 TEST_F(Launch, ends_what_a_rank_leaves_behind) {
-  ASSERT_FALSE(run(2, {"1:child:" + path("child")}).failed);
+  ASSERT_FALSE(run(2, {"1:child:" + path("child")}));
   expect_gone(wait_for_pid("child"));
 }
 
@@ -147,7 +154,7 @@ TEST_F(Launch, leaves_other_children_of_the_caller_alone) {
     sleep(100);
     _exit(0);
   }
-  EXPECT_FALSE(run(2, {}).failed);
+  EXPECT_FALSE(run(2, {}));
   EXPECT_EQ(waitpid(other, nullptr, WNOHANG), 0);
   kill(other, SIGKILL);
   waitpid(other, nullptr, 0);
@@ -157,8 +164,8 @@ TEST_F(Launch, leaves_other_children_of_the_caller_alone) {
 pid_t start_launcher(const std::vector<std::string>& orders) {
   const pid_t pid = fork();
   if (pid == 0) {
-    const LaunchResult result = run(3, orders);
-    _exit(result.failed ? exit_code(result.error.code()) : 0);
+    const std::optional<Error> error = run(3, orders);
+    _exit(error ? exit_code(error->code()) : 0);
   }
   return pid;
 }
