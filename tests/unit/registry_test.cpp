@@ -5,19 +5,12 @@
 #include <expar/registry.h>
 #include <gtest/gtest.h>
 
+#include "tests/error_of.h"
+
 namespace expar {
 namespace {
 
-template <class Run>
-Error error_of(const Run& run) {
-  try {
-    run();
-  } catch (const Error& error) {
-    return error;
-  }
-  ADD_FAILURE() << "nothing was thrown";
-  return {ErrorCode::internal, "nothing was thrown"};
-}
+using test::error_of;
 
 TEST(Transports, are_known_whether_they_work_here_or_not) {
   const auto available = available_transports();
