@@ -1,6 +1,7 @@
 // What the collectives promise, on every way of connecting ranks.
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <numeric>
 
 #include <expar/collectives.h>
@@ -110,6 +111,84 @@ TEST_P(Collectives, sends_any_number_of_rows_to_any_rank) {
                  Tensor(out.data(), Shape{static_cast<std::int64_t>(out.size() / 3), 3}), receives);
     require(out == wanted, "received rows");
   });
+}
+
+TEST_P(Collectives, refuse_what_does_not_fit_on_every_rank_and_go_on) {
+  run(GetParam(), [](const Context& context) {
+    const int bad = context.size() - 1;
+    const bool mine = context.rank() == bad;
+    const auto expect = [&](const std::function<void()>& call, int rank, const std::string& wanted) {
+      const Error error = error_of(call);
+      require(error.code() == ErrorCode::bad_argument && error.message() == wanted, error.what());
+      require_equal(error.rank(), context.communicator().job_rank(rank), "rank of the error");
+      barrier(context);
+    };
+    const std::int64_t ranks = context.size();
+    const Array row(DType::f32, {1, 2}), out(DType::f32, {ranks, 2}), longer(DType::f32, {ranks + 1, 2});
+    const Array wide(DType::f32, {ranks, 3}), low(DType::bf16, {ranks, 2}), sum(DType::f32, {2});
+    for (const int root : {-1, context.size()}) {
+      expect([&] { broadcast(context, row, root); }, 0,
+             "root " + std::to_string(root) + " is not a rank below " + std::to_string(ranks));
+    }
+    expect([&] { all_gather(context, row, mine ? longer : out); }, bad,
+           "out has " + std::to_string(ranks + 1) + ", not " + std::to_string(ranks) + " rows, the sum over ranks");
+    expect([&] { all_gather(context, row, mine ? wide : out); }, bad,
+           "in [1, 2] and out [" + std::to_string(ranks) + ", 3] differ in more than the first axis");
+    expect([&] { all_gather(context, row, mine ? low : out); }, bad, "in is f32 and out is bf16");
+    const Array three(DType::f32, {3}), low_sum(DType::bf16, {2});
+    expect([&] { all_reduce(context, row, mine ? three : sum); }, bad, "out has 3, not 2 elements");
+    expect([&] { all_reduce(context, row, mine ? low_sum : sum); }, bad, "sums are of f32");
+    const Part part = part_of(2, context.rank(), context.size());
+    const Array own(DType::f32, {part.end - part.begin});
+    expect([&] { reduce_scatter(context, row, mine ? three : own); }, bad,
+           "out has 3, not " +
+               std::to_string(part_of(2, bad, context.size()).end - part_of(2, bad, context.size()).begin) +
+               " elements");
+  });
+}
+
+TEST_P(Collectives, refuse_counts_of_rows_that_do_not_fit) {
+  run(GetParam(), [](const Context& context) {
+    const int bad = context.size() - 1;
+    const auto ranks = static_cast<std::size_t>(context.size());
+    const std::vector<std::int64_t> ones(ranks, 1);
+    const Array rows(DType::f32, {context.size(), 2}), out(DType::f32, {context.size(), 2});
+    const auto expect = [&](const std::vector<std::int64_t>& sends, const std::vector<std::int64_t>& receives,
+                            const std::string& wanted) {
+      const bool mine = context.rank() == bad;
+      const Error error =
+          error_of([&] { all_to_all_v(context, rows, mine ? sends : ones, out, mine ? receives : ones); });
+      require(error.code() == ErrorCode::bad_argument && error.message() == wanted, error.what());
+      require_equal(error.rank(), context.communicator().job_rank(bad), "rank of the error");
+    };
+    const std::string all = std::to_string(ranks), more = std::to_string(ranks + 1);
+    std::vector<std::int64_t> two = ones, negative = ones;
+    two[0] = 2;
+    negative[0] = -1;
+    expect(two, ones, "in has " + all + ", not " + more + " rows, the sum of send_rows");
+    expect(ones, two, "out has " + all + ", not " + more + " rows, the sum of receive_rows");
+    expect(negative, ones, "a count of rows for rank 0 is negative");
+    expect(std::vector<std::int64_t>(ranks + 1, 1), ones, "the counts of rows do not have one entry per rank");
+    all_to_all_v(context, rows, ones, out, ones);
+  });
+}
+
+TEST_P(Collectives, end_the_job_where_two_ranks_count_different_rows) {
+  if (GetParam().ranks == 1) return;
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    // Rank 0 sends rank 1 two rows and itself none; rank 1 waits for one from each.
+    const auto ranks = static_cast<std::size_t>(context.size());
+    std::vector<std::int64_t> sends(ranks, 1);
+    if (context.rank() == 0) sends[0] = 0, sends[1] = 2;
+    std::vector<std::int64_t> receives(ranks, 1);
+    if (context.rank() == 0) receives[0] = 0;
+    const Array rows(DType::f32, {context.size(), 2}), out(DType::f32, {context.size() - (context.rank() == 0), 2});
+    all_to_all_v(context, rows, sends, out, receives);
+    barrier(context);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::mismatch);
+  EXPECT_EQ(error.message(), "rank 0 sends 2 rows, rank 1 expects 1");
 }
 
 INSTANTIATE_TEST_SUITE_P(Ways, Collectives, testing::ValuesIn(every_way()), way_name);

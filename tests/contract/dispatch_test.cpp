@@ -129,6 +129,23 @@ TEST_P(Dispatch, aligns_the_rows_of_each_expert) {
   });
 }
 
+TEST_P(Dispatch, refuses_lists_of_another_plan_on_every_rank_and_goes_on) {
+  run(GetParam(), [](const Context& context) {
+    const std::vector<std::int32_t> ids{0, 1, 2}, others{2, 2, 2};
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 3});
+    const Plan another = make_plan(context, ConstTensor(others.data(), Shape{3, 1}), {.experts = 3});
+    const Array x(DType::f32, Shape{3, 4});
+    const Inbox right = dispatch(context, x, {}, plan), wrong = dispatch(context, x, {}, another);
+    const int bad = context.size() - 1;
+    const Inbox& lists = context.rank() == bad ? wrong : right;
+    const Error error = error_of([&] { dispatch(context, x, {}, plan, {.lists_of = &lists}); });
+    require(error.code() == ErrorCode::bad_argument, error.what());
+    require(error.message() == "lists_of is the inbox of another plan", error.what());
+    require_equal(error.rank(), context.communicator().job_rank(bad), "rank of the error");
+    dispatch(context, x, {}, plan, {.lists_of = &right});
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, Dispatch, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace

@@ -132,6 +132,25 @@ TEST_P(Errors, ends_the_job_when_an_operation_is_dropped_half_way) {
   for (std::size_t r = 1; r < ends.size(); ++r) EXPECT_TRUE(ends[r].error) << "rank " << r;
 }
 
+TEST_P(Errors, say_how_many_operations_may_be_in_flight) {
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    const std::vector<std::int32_t> ids(8, 0);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{4, 2}), {.experts = 4});
+    const Array x(DType::f32, Shape{4, 16});
+    std::vector<PendingDispatch> pending;
+    const Error error = error_of([&] {
+      while (pending.size() < 1000) pending.push_back(start_dispatch(context, x, {}, plan));
+    });
+    require(error.message() ==
+                std::to_string(pending.size()) + " operations are in flight; finish one before the next is started",
+            error.what());
+    require(pending.size() >= 8, "too few");
+    throw error;
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_EQ(error.code(), ErrorCode::bad_argument);
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, Errors, testing::ValuesIn(every_way()), way_name);
 
 }  // namespace

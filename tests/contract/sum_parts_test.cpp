@@ -11,6 +11,7 @@
 #include <expar/mesh.h>
 
 #include "tests/contract/experts.h"
+#include "tests/contract/forwarding.h"
 #include "tests/contract/ways.h"
 #include "transports/threads/threads.h"
 
@@ -173,32 +174,17 @@ TEST_P(EveryMesh, refuses_parts_of_other_tokens_and_of_slices) {
 }
 
 /// Counts the bytes that a rank sends.
-class Counted final : public Transport {
+class Counted final : public Forwarding {
  public:
-  Counted(std::unique_ptr<Transport> job, std::atomic<std::int64_t>& sent)
-      : Transport(job->rank(), job->size()), job_(std::move(job)), sent_(sent) {}
-  std::string_view name() const override { return job_->name(); }
-  void publish(int index, const Line& line, std::string_view text) override { job_->publish(index, line, text); }
-  Line peek(int peer, int index) const override { return job_->peek(peer, index); }
-  std::string text(int peer, int index) const override { return job_->text(peer, index); }
-  Error abort(const Error& cause) override { return job_->abort(cause); }
-  std::optional<Error> failure() const override { return job_->failure(); }
-  Segment grow(std::size_t bytes) override { return job_->grow(bytes); }
-  bool mapped(int peer) const override { return job_->mapped(peer); }
-  std::span<std::byte> map(int peer, std::uint32_t id) override { return job_->map(peer, id); }
+  Counted(std::unique_ptr<Transport> to, std::atomic<std::int64_t>& sent) : Forwarding(std::move(to)), sent_(sent) {}
   Ticket start(std::span<const Message> messages) override {
     for (const Message& message : messages) {
       if (message.kind == Message::Kind::send) sent_ += static_cast<std::int64_t>(message.bytes);
     }
-    return job_->start(messages);
+    return Forwarding::start(messages);
   }
-  bool test(Ticket ticket) override { return job_->test(ticket); }
-
- protected:
-  void wait_until(FunctionRef<bool()> done, const Waiting& waiting) override { job_->wait(done, waiting); }
 
  private:
-  std::unique_ptr<Transport> job_;
   std::atomic<std::int64_t>& sent_;
 };
 

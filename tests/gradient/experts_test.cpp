@@ -8,6 +8,7 @@
 #include <expar/random.h>
 #include <expar/registry.h>
 
+#include "tests/error_of.h"
 #include "tests/fastest_backend.h"
 #include "tests/gradient/differences.h"
 
@@ -174,9 +175,7 @@ ExpertShape shape_of(const NamedActivation& named, WeightsOn on, bool bias) {
           .weights_on = on};
 }
 
-TEST_P(ExpertsGradient, agrees_with_finite_differences) {
-  check(shape_of(GetParam(), WeightsOn::output, true));
-}
+TEST_P(ExpertsGradient, agrees_with_finite_differences) { check(shape_of(GetParam(), WeightsOn::output, true)); }
 
 TEST(ExpertsGradients, agree_with_finite_differences_without_biases) {
   check(shape_of(kActivations[0], WeightsOn::output, false));
@@ -223,6 +222,30 @@ TEST_P(ExpertsGradient, is_added_where_asked) {
     }
     for (std::size_t i = 0; i < once.size(); ++i)
       EXPECT_NEAR(up.as<float>()[i], 2 * once[i], 1e-5 + 1e-5 * std::abs(once[i]));
+  });
+}
+
+TEST(Experts, refuse_rows_that_are_not_theirs) {
+  const ExpertShape shape = shape_of(kActivations[0], WeightsOn::output, false);
+  Numbers numbers(shape);
+  run_threads(1, [&](const Communicator& communicator) {
+    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+    ExpertWeights weights;
+    weights.up = {numbers.at(kUp), DType::f32, false};
+    weights.down = {numbers.at(kDown), DType::f32, false};
+    const auto refusal = [&](const Array& x, std::int64_t alignment) {
+      const Plan plan =
+          make_plan(context, ConstTensor(kIds, {kAll, kTopk}), {.experts = kExperts, .alignment = alignment});
+      const Inbox inbox = dispatch(context, x, {}, plan);
+      Outbox y = make_outbox(context, plan, kHidden, DType::f32);
+      ExpertsRecord record;
+      return refusal_of([&] { experts_forward(context, shape, weights, inbox, y, record); });
+    };
+    const Array x(DType::f32, {kAll, kHidden}), wide(DType::f32, {kAll, kHidden + 1}),
+        low(DType::bf16, {kAll, kHidden});
+    EXPECT_EQ(refusal(wide, 1), "hidden of the inbox is 7, of the experts 6");
+    EXPECT_EQ(refusal(low, 1), "dtype of the inbox is bf16, of the experts f32");
+    EXPECT_EQ(refusal(x, 4), "the experts take plans of alignment 1: local expert 0 has 6 rows in room for 8");
   });
 }
 

@@ -222,6 +222,28 @@ TEST(RouterLosses, convert_the_coefficient_of_hugging_face) {
   }));
 }
 
+/// All logits are alike, so that each token adds log(E)^2 to the z-loss, and its mean is that if all are counted.
+TEST(RouterLosses, count_every_token_of_a_large_batch) {
+  RouterOptions options{.experts = 4, .topk = 1};
+  options.z = 1;
+  for (const int ranks : {1, 3, 8}) {
+    for (const std::int64_t tokens : {1023, 1024, 1025, 2500}) {  // of rank 0; each other has seven more
+      expect_success(run_communicators({.ranks = ranks}, [&](const Communicator& communicator) {
+        const Context context(communicator, {.threads = 1, .backend = "reference"});
+        const Array logits(DType::f32, {tokens + 7 * context.rank(), 4});
+        Routing routing;
+        route(context, options, logits, routing);
+        const std::int64_t all = tokens * ranks + 7 * ranks * (ranks - 1) / 2;
+        const std::vector<std::int64_t> counts{all, 0, 0, 0}, shards{0, 10, logits.view().size(0)};
+        const RouterLosses losses = router_losses(context, options, routing, counts, shards);
+        EXPECT_EQ(losses.tokens, all) << ranks << " ranks";
+        EXPECT_NEAR(losses.z, std::pow(std::log(4.0), 2), 1e-4) << ranks << " ranks";
+        EXPECT_EQ(losses.load_fraction[0], 1.0F);
+      }));
+    }
+  }
+}
+
 TEST(RouterLosses, refuse_what_cannot_be) {
   expect_success(run_communicators({.ranks = 2}, [&](const Communicator& communicator) {
     const Context context(communicator, {.threads = 1, .backend = "reference"});
