@@ -57,14 +57,14 @@ class Bench {
 
   Row step() {
     std::vector<Parameter> parameters = layer_.expert_parameters(kPrefix);
-    parameters.push_back(layer_.router_parameter(kPrefix));
+    parameters.push_back(layer_.dense_parameters(kPrefix).front());
     AdamW optimizer;
     train_forward();
     std::int64_t wrong = count_wrong_token();
     const Row row = measure("layer_step", step_work(parameters), [&] {
       train_forward();
       layer_.backward(context_, record_, dout_, dx_);
-      const ConstTensor shards = layer_.router_shard_gradients();
+      const ConstTensor shards = layer_.dense_shard_gradients().front();
       const Tensor total = parameters.back().gradient;
       all_reduce(ranks_.data, ConstTensor(shards.data(), DType::f32, Shape{shards.size(0), total.elements()}),
                  Tensor(total.data(), DType::f32, Shape{total.elements()}));

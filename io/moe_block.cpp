@@ -251,8 +251,10 @@ void MoeBlock::load_shared(const BlockTargets& to) const {
 void MoeBlock::load(MoeLayer& layer) const {
   const std::int64_t h = config_.hidden, f = config_.inner, inner = config_.shared_inner;
   BlockTargets to;
-  to.router = layer.router_parameter("").value;
-  if (layer.options().router.bias) to.router_bias = layer.router_bias_parameter("").value;
+  for (const Parameter& p : layer.dense_parameters("")) {
+    if (p.name == "router.weight") to.router = p.value;
+    if (p.name == "router.bias") to.router_bias = p.value;
+  }
   to.selection_bias = layer.selection_bias();
   const DType dtype = layer.options().inference ? layer.options().dtype : DType::f32;  // what the layer keeps
   const Array up(dtype, {2 * inner, h}), down(dtype, {h, inner}), gate(DType::f32, {h});

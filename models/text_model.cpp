@@ -87,20 +87,16 @@ TextModel::TextModel(const Parallel& ranks, const TextModelOptions& options, std
   moe.workspace = std::make_shared<ExpertsWorkspace>();  // blocks run one after another
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
-    Block& block = blocks_.emplace_back(MoeLayer(ranks_.experts, moe), std::vector<Parameter>{},
-                                        std::vector<Parameter>{}, MoeRecord{});
+    Block& block = blocks_.emplace_back(MoeLayer(ranks_.experts, moe), std::vector<Parameter>{}, MoeRecord{});
     block.moe.initialise(seed, prefix(layer));
-    block.router.push_back(block.moe.router_parameter(prefix(layer)));
-    if (moe.router.bias) block.router.push_back(block.moe.router_bias_parameter(prefix(layer)));
-    block.shared = block.moe.shared_parameters(prefix(layer));
+    block.dense = block.moe.dense_parameters(prefix(layer));
   }
 }
 
 std::vector<Parameter> TextModel::parameters() {
   std::vector<Parameter> all{embedding_.parameter()};
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
-    all.insert(all.end(), blocks_[layer].router.begin(), blocks_[layer].router.end());
-    all.insert(all.end(), blocks_[layer].shared.begin(), blocks_[layer].shared.end());
+    all.insert(all.end(), blocks_[layer].dense.begin(), blocks_[layer].dense.end());
     auto experts = blocks_[layer].moe.expert_parameters(prefix(layer));
     std::move(experts.begin(), experts.end(), std::back_inserter(all));
   }
@@ -223,12 +219,9 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     const Phase phase(context.trace(), name);
     Block& block = blocks_[layer];
     block.moe.backward(ranks_.experts, block.record, dx, dnormed);
-    all_reduce(context, flat_rows(block.moe.router_shard_gradients()), flat(block.router[0].gradient));
-    if (options_.moe.router.bias)
-      all_reduce(context, block.moe.router_bias_shard_gradients(), block.router[1].gradient);
-    const std::vector<ConstTensor> shared = block.moe.shared_shard_gradients();
-    for (std::size_t i = 0; i < shared.size(); ++i) {
-      all_reduce(context, flat_rows(shared[i]), flat(block.shared[i].gradient));
+    const std::vector<ConstTensor> by_shard = block.moe.dense_shard_gradients();
+    for (std::size_t i = 0; i < by_shard.size(); ++i) {
+      all_reduce(context, flat_rows(by_shard[i]), flat(block.dense[i].gradient));
     }
     norm_backward(context, layer, dnormed, dx, sharding, dx);
   }

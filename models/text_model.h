@@ -78,8 +78,7 @@ class TextModel {
   };
   struct Block {
     MoeLayer moe;
-    std::vector<Parameter> router;  // its weight and, if it has one, its bias
-    std::vector<Parameter> shared;
+    std::vector<Parameter> dense;
     MoeRecord record;
   };
   enum class Pass : std::uint8_t { training, inference };

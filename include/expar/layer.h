@@ -157,10 +157,8 @@ class PendingForward {
   std::shared_ptr<State> state_;
 };
 
-/// Parameters: router.weight [E, H] and, if asked for, router.bias [E], f32, the same on all ranks; experts.up,
-/// experts.down (and biases) of this rank's experts, f32 masters with bf16 copies where dtype is bf16; shared.up [2F,
-/// H] or [F, H], shared.down [H, F] and shared.gate [H], the same on all ranks, where there are shared experts. A layer
-/// for inference alone has packed weights in place of masters and copies.
+/// Its parameters are f32, with bf16 copies of the experts' weights where dtype is bf16; a layer for inference alone
+/// has packed weights in place of both.
 class MoeLayer {
  public:
   /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
@@ -193,31 +191,21 @@ class MoeLayer {
   /// again. Nothing to do in a layer for inference alone, whose weights are packed as they are written.
   void refresh();
 
-  /// The experts' parameters of this rank; gradients are complete after backward. Throws Error: bad_argument (a layer
-  /// for inference alone has none; the same for shared_parameters()).
+  /// experts.up, experts.down and, where there are biases, experts.up_bias and experts.down_bias of this rank's
+  /// experts; gradients are complete after backward. Throws Error: bad_argument (a layer for inference alone has none).
   std::vector<Parameter> expert_parameters(std::string_view prefix);
-  /// router.weight; its gradient is to be summed over shards and ranks by the caller, see router_shard_gradients.
-  Parameter router_parameter(std::string_view prefix);
-  /// [S, E, H] f32, the router's gradient of each of this rank's shards, after backward and until the next one.
-  ConstTensor router_shard_gradients() const;
-  /// router.bias and [S, E], the gradient of each shard. Throws Error: bad_argument (the router has no bias).
-  Parameter router_bias_parameter(std::string_view prefix);
-  ConstTensor router_bias_shard_gradients() const;
+  /// What all ranks hold alike, of these what there is, in this order: router.weight [E, H], router.bias [E]; shared.up
+  /// [2F, H] or [F, H], shared.down [H, F], shared.gate [H]; special.mix [C, 2, H], special.value [C, H] of the C
+  /// constant experts. Their gradients are to be summed over shards and ranks by the caller. Where the layer is for
+  /// inference alone, shared.up and shared.down are packed and not among them, and there are no gradients.
+  std::vector<Parameter> dense_parameters(std::string_view prefix);
+  /// [S, ...] f32, the gradient of each of dense_parameters() for each of this rank's shards, after backward and until
+  /// the next one.
+  std::vector<ConstTensor> dense_shard_gradients() const;
   /// What the router reads and no gradient changes, the same on all ranks: [E] f32, see update_selection_bias; [V, K]
   /// int32. Absent where the router has none.
   Tensor selection_bias();
   Tensor token_table();
-
-  /// shared.up, shared.down and shared.gate, those that there are; as the router's, their gradients are to be summed
-  /// over shards and ranks by the caller.
-  std::vector<Parameter> shared_parameters(std::string_view prefix);
-  /// [S, ...] f32 of each of shared_parameters(), after backward and until the next one.
-  std::vector<ConstTensor> shared_shard_gradients() const;
-
-  /// special.mix [C, 2, H] and special.value [C, H] f32 of the C constant experts, where there are any, the same on all
-  /// ranks; as the router's, their gradients are to be summed over shards and ranks by the caller.
-  std::vector<Parameter> special_parameters(std::string_view prefix);
-  std::vector<ConstTensor> special_shard_gradients() const;
 
   /// out = moe(x) + shared(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype

@@ -43,35 +43,19 @@ void MoeLayer::refresh() { state_->parameters->refresh(state_->context.pool()); 
 std::vector<Parameter> MoeLayer::expert_parameters(std::string_view prefix) {
   return state_->parameters->experts(prefix);
 }
-Parameter MoeLayer::router_parameter(std::string_view prefix) { return state_->parameters->router(prefix); }
-ConstTensor MoeLayer::router_shard_gradients() const { return state_->router.weight_gradients(); }
-Parameter MoeLayer::router_bias_parameter(std::string_view prefix) {
-  if (!state_->options.router.bias) refuse("this layer's router has no bias");
-  return state_->parameters->router_bias(prefix);
-}
-ConstTensor MoeLayer::router_bias_shard_gradients() const {
-  if (!state_->options.router.bias) refuse("this layer's router has no bias");
-  return state_->router.bias_gradients();
+std::vector<Parameter> MoeLayer::dense_parameters(std::string_view prefix) { return state_->parameters->dense(prefix); }
+std::vector<ConstTensor> MoeLayer::dense_shard_gradients() const {
+  const SharedGradients& shared = state_->shared.gradients();
+  const SpecialGradients& special = state_->special.gradients();
+  std::vector<ConstTensor> all{state_->router.weight_gradients()};
+  if (state_->options.router.bias) all.emplace_back(state_->router.bias_gradients());
+  if (state_->options.shared_inner > 0) all.insert(all.end(), {shared.up, shared.down});
+  if (state_->options.shared_gate) all.emplace_back(shared.gate);
+  if (state_->options.special.constant > 0) all.insert(all.end(), {special.mix, special.value});
+  return all;
 }
 Tensor MoeLayer::selection_bias() { return state_->parameters->selection_bias(); }
 Tensor MoeLayer::token_table() { return state_->parameters->token_table(); }
-std::vector<Parameter> MoeLayer::shared_parameters(std::string_view prefix) {
-  return state_->parameters->shared(prefix);
-}
-std::vector<Parameter> MoeLayer::special_parameters(std::string_view prefix) {
-  return state_->parameters->special(prefix);
-}
-std::vector<ConstTensor> MoeLayer::special_shard_gradients() const {
-  if (state_->options.special.constant == 0) return {};
-  return {state_->special.gradients().mix, state_->special.gradients().value};
-}
-std::vector<ConstTensor> MoeLayer::shared_shard_gradients() const {
-  if (state_->options.shared_inner == 0) return {};
-  const SharedGradients& of = state_->shared.gradients();
-  std::vector<ConstTensor> all = {of.up, of.down};
-  if (state_->options.shared_gate) all.push_back(of.gate);
-  return all;
-}
 
 void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
                        const MoeInputs& inputs) {

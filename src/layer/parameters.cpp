@@ -10,6 +10,7 @@
 #include <expar/random.h>
 
 #include "src/layer/convert.h"
+#include "src/util/check.h"
 #include "src/util/ranges.h"
 
 namespace expar {
@@ -224,12 +225,6 @@ std::size_t LayerParameters::bytes() const {
   return sum;
 }
 
-void LayerParameters::need_masters(const char* instead) const {
-  if (!inference_) return;
-  throw Error(ErrorCode::bad_argument,
-              std::string("the layer is for inference alone and holds packed weights: write them by ") + instead);
-}
-
 void LayerParameters::refresh(Pool& pool) {
   if (inference_) return;
   for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
@@ -327,63 +322,39 @@ ExpertGradients LayerParameters::gradients() {
 }
 
 std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
-  need_masters("write_expert()");
+  if (inference_) refuse("the layer is for inference alone and holds packed weights: write them by write_expert()");
   watched_ = true;
-  gradients();
-  const auto parameter = [&](const char* what, const Trained& t, const Array* low, bool decay) {
-    Parameter p{join(prefix, what), t.value, t.gradient, {}, decay};
+  return list(prefix, {{"experts.up", &up_, &up_.low},
+                       {"experts.down", &down_, &down_.low},
+                       {"experts.up_bias", &up_bias_, nullptr, Kind::bias},
+                       {"experts.down_bias", has_down_bias_ ? &down_bias_ : nullptr, nullptr, Kind::bias}});
+}
+
+std::vector<Parameter> LayerParameters::dense(std::string_view prefix) {
+  watched_ = true;
+  return list(prefix, {{"router.weight", &router_},
+                       {"router.bias", &router_bias_, nullptr, Kind::bias},
+                       {"shared.up", &shared_up_, &shared_up_.low, Kind::one_group},
+                       {"shared.down", &shared_down_, &shared_down_.low, Kind::one_group},
+                       {"shared.gate", &shared_gate_},
+                       {"special.mix", &special_mix_},
+                       {"special.value", &special_value_}});
+}
+
+/// Those that there are, with room for their gradients.
+std::vector<Parameter> LayerParameters::list(std::string_view prefix, std::initializer_list<Entry> entries) {
+  std::vector<Parameter> all;
+  for (const auto& [name, trained, low, kind] : entries) {
+    if (trained == nullptr || !trained->value) continue;
+    if (!inference_ && !trained->gradient) trained->gradient = Array(DType::f32, trained->value.view().shape());
+    Parameter p{join(prefix, name), trained->value, trained->gradient, {}, kind != Kind::bias};
     if (low != nullptr && *low) p.low = *low;
-    return p;
-  };
-  std::vector<Parameter> all{parameter("experts.up", up_, &up_.low, true),
-                             parameter("experts.down", down_, &down_.low, true)};
-  if (bias_) all.push_back(parameter("experts.up_bias", up_bias_, nullptr, false));
-  if (bias_ && has_down_bias_) all.push_back(parameter("experts.down_bias", down_bias_, nullptr, false));
+    for (Tensor* tensor : {&p.value, &p.gradient, &p.low}) {
+      if (kind == Kind::one_group && !tensor->absent()) *tensor = group_of(*tensor, 0);
+    }
+    all.push_back(std::move(p));
+  }
   return all;
-}
-
-std::vector<Parameter> LayerParameters::shared(std::string_view prefix) {
-  need_masters("write_shared()");
-  watched_ = true;
-  std::vector<Parameter> all;
-  const auto add = [&](const char* what, Trained& t, const Array* low) {
-    if (!t.value) return;
-    if (!t.gradient) t.gradient = Array(DType::f32, t.value.view().shape());
-    const auto plain = [](const Tensor& tensor) {
-      return tensor.shape().rank() < 3 ? tensor
-                                       : Tensor(tensor.data(), tensor.dtype(), {tensor.size(1), tensor.size(2)});
-    };
-    Parameter p{join(prefix, what), plain(t.value), plain(t.gradient), {}, true};
-    if (low != nullptr && *low) p.low = plain(*low);
-    all.push_back(p);
-  };
-  add("shared.up", shared_up_, &shared_up_.low);
-  add("shared.down", shared_down_, &shared_down_.low);
-  add("shared.gate", shared_gate_, nullptr);
-  return all;
-}
-
-std::vector<Parameter> LayerParameters::special(std::string_view prefix) {
-  std::vector<Parameter> all;
-  const auto add = [&](const char* what, Trained& t) {
-    if (!t.value) return;
-    if (!inference_ && !t.gradient) t.gradient = Array(DType::f32, t.value.view().shape());
-    all.push_back({join(prefix, what), t.value, t.gradient, {}, true});
-  };
-  add("special.mix", special_mix_);
-  add("special.value", special_value_);
-  return all;
-}
-
-Parameter LayerParameters::router(std::string_view prefix) {
-  if (!inference_ && !router_.gradient) router_.gradient = Array(DType::f32, router_.value.view().shape());
-  return {join(prefix, "router.weight"), router_.value, router_.gradient, {}, true};
-}
-
-Parameter LayerParameters::router_bias(std::string_view prefix) {
-  if (!inference_ && !router_bias_.gradient)
-    router_bias_.gradient = Array(DType::f32, router_bias_.value.view().shape());
-  return {join(prefix, "router.bias"), router_bias_.value, router_bias_.gradient, {}, false};
 }
 
 }  // namespace expar

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -45,11 +46,9 @@ class LayerParameters {
   ExpertWeights for_inference(const Kernels& kernels, Pool& pool);
   ExpertGradients gradients();
 
+  /// See MoeLayer.
   std::vector<Parameter> experts(std::string_view prefix);
-  Parameter router(std::string_view prefix);
-  Parameter router_bias(std::string_view prefix);
-  std::vector<Parameter> shared(std::string_view prefix);
-  std::vector<Parameter> special(std::string_view prefix);
+  std::vector<Parameter> dense(std::string_view prefix);
   /// A step of the optimizer is to be expected: packed copies are out of use until the next refresh().
   void expect_step() { watched_ = true; }
 
@@ -75,7 +74,18 @@ class LayerParameters {
   const Array& read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
   static void make_room(Matrix& matrix, DType dtype, const Kernels& kernels);
   void pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const;
-  void need_masters(const char* instead) const;
+  enum class Kind : std::uint8_t {
+    weight,
+    bias,
+    one_group
+  };  // biases do not decay; the axis of one group is not shown
+  struct Entry {
+    const char* name;
+    Trained* trained;
+    const Array* low = nullptr;
+    Kind kind = Kind::weight;
+  };
+  std::vector<Parameter> list(std::string_view prefix, std::initializer_list<Entry> entries);
 
   std::int64_t first_;  // global number of the first expert
   DType dtype_;

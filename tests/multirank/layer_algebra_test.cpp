@@ -71,7 +71,7 @@ void check_identities(const Context& context, const MoeLayerOptions& options, co
     }
   }
   route_backward(context, options.router, record.routing, record.losses, dweights, dlogits);
-  const float* router = layer.router_parameter("").value.as<float>();
+  const float* router = layer.dense_parameters("").front().value.as<float>();
   std::vector<double> drouter(kExperts * kHidden);
   for (std::int64_t t = 0; t < tokens; ++t) {
     for (std::int64_t h = 0; h < kHidden; ++h) {
@@ -87,7 +87,7 @@ void check_identities(const Context& context, const MoeLayerOptions& options, co
     }
   }
   for (std::size_t i = 0; i < drouter.size(); ++i)
-    EXPECT_NEAR(layer.router_shard_gradients().as<float>()[i], drouter[i], 1e-4) << where << ", weight " << i;
+    EXPECT_NEAR(layer.dense_shard_gradients().front().as<float>()[i], drouter[i], 1e-4) << where << ", weight " << i;
 }
 
 TEST(LayerAlgebra, of_experts_that_change_nothing_is_the_sum_of_weights) {

@@ -107,7 +107,6 @@ void LayerCase::fill(MoeLayer& layer) const {
   const auto copy = [](const std::vector<float>& from, const Tensor& to) {
     std::memcpy(to.data(), from.data(), to.byte_size());
   };
-  copy(router, layer.router_parameter("").value);
   for (const Parameter& p : layer.expert_parameters("")) {
     const auto& from = p.name == "experts.up"        ? up
                        : p.name == "experts.down"    ? down
@@ -116,12 +115,19 @@ void LayerCase::fill(MoeLayer& layer) const {
     const std::vector<std::size_t> at = places(layer, p.name);
     for (std::size_t i = 0; i < at.size(); ++i) p.value.as<float>()[i] = from[at[i]];
   }
-  const std::vector<float>* const shared[] = {&shared_up, &shared_down, &shared_gate};
-  const std::vector<Parameter> shared_parameters = layer.shared_parameters("");
-  for (std::size_t i = 0; i < shared_parameters.size(); ++i) copy(*shared[i], shared_parameters[i].value);
-  const std::vector<Parameter> special = layer.special_parameters("");
-  for (std::size_t i = 0; i < special.size(); ++i) copy(i == 0 ? special_mix : special_value, special[i].value);
+  for (const Parameter& p : layer.dense_parameters("")) {
+    if (p.name != "router.bias") copy(dense(p.name), p.value);
+  }
   layer.refresh();
+}
+
+const std::vector<float>& LayerCase::dense(const std::string& name) const {
+  return name == "router.weight" ? router
+         : name == "shared.up"   ? shared_up
+         : name == "shared.down" ? shared_down
+         : name == "shared.gate" ? shared_gate
+         : name == "special.mix" ? special_mix
+                                 : special_value;
 }
 
 std::vector<std::size_t> LayerCase::places(const MoeLayer& layer, const std::string& name) const {
@@ -245,17 +251,17 @@ void run_layer(const LayerCase& c, const Context& context, const LayerResult& sh
   EXPECT_EQ(std::memcmp(result.at("out") + row, result.at("inference") + row, x.view().elements() * sizeof(float)), 0)
       << "training and inference differ";
   const auto per_shard = static_cast<std::size_t>(c.spec.all_experts() * c.spec.hidden);
-  to_f32(layer.router_shard_gradients(), result.at("router") + held.first * per_shard);
-  const auto keep_shards = [&](std::initializer_list<const char*> names, const std::vector<ConstTensor>& gradients) {
-    for (std::size_t i = 0; i < gradients.size(); ++i) {
-      const auto rows = static_cast<std::int64_t>(held.count);
-      EXPECT_EQ(gradients[i].size(0), rows);
-      if (rows == 0) continue;
-      to_f32(gradients[i], result.at(names.begin()[i]) + held.first * (gradients[i].elements() / rows));
-    }
-  };
-  keep_shards({"shared_up", "shared_down", "shared_gate"}, layer.shared_shard_gradients());
-  keep_shards({"special_mix", "special_value"}, layer.special_shard_gradients());
+  const std::vector<Parameter> dense = layer.dense_parameters("");
+  const std::vector<ConstTensor> gradients = layer.dense_shard_gradients();
+  EXPECT_EQ(gradients.size(), dense.size());
+  for (std::size_t i = 0; i < dense.size(); ++i) {
+    const auto rows = static_cast<std::int64_t>(held.count);
+    EXPECT_EQ(gradients[i].size(0), rows);
+    if (rows == 0) continue;
+    std::string name = i == 0 ? "router" : dense[i].name;
+    std::replace(name.begin(), name.end(), '.', '_');
+    to_f32(gradients[i], result.at(name) + held.first * (gradients[i].elements() / rows));
+  }
   for (const Parameter& p : layer.expert_parameters("")) {
     float* const all = shown.at(p.name.substr(p.name.find('.') + 1));
     const std::vector<std::size_t> at = c.places(layer, p.name);
@@ -277,7 +283,7 @@ void run_layer(const LayerCase& c, const Context& context, const LayerResult& sh
   };
   const auto first = static_cast<std::size_t>(row);
   EXPECT_TRUE(same("out", first, x.view().elements()) && same("dx", first, x.view().elements()) &&
-              same("router", held.first * per_shard, layer.router_shard_gradients().elements()))
+              same("router", held.first * per_shard, gradients.front().elements()))
       << "slices differ";
 }
 

@@ -56,6 +56,8 @@ struct LayerCase {
   Held held(int rank, int ranks) const;
   /// Draws nothing: writes this rank's part of the parameters into a layer.
   void fill(MoeLayer& layer) const;
+  /// The global array of a parameter that all ranks hold alike ("shared.up").
+  const std::vector<float>& dense(const std::string& name) const;
   /// Where each element of an expert parameter of `layer` stands in the global array of that name ("up", "down_bias").
   std::vector<std::size_t> places(const MoeLayer& layer, const std::string& name) const;
 };

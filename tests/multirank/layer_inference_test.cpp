@@ -34,7 +34,6 @@ void expect_same(const Array& a, const Array& b) {
 /// Writes this rank's part of `c` into a layer for inference alone.
 void write(const LayerCase& c, MoeLayer& layer) {
   const std::int64_t H = c.spec.hidden, F = c.spec.inner, W = c.wide();
-  std::memcpy(layer.router_parameter("").value.data(), c.router.data(), c.router.size() * sizeof(float));
   const ExpertRange range = layer.local_experts();
   for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
     ExpertSource one{ConstTensor(c.up.data() + e * W * H, {W, H}), ConstTensor(c.down.data() + e * H * F, {H, F})};
@@ -44,10 +43,9 @@ void write(const LayerCase& c, MoeLayer& layer) {
     }
     layer.write_expert(e, one);
   }
-  for (const Parameter& p : layer.special_parameters("")) {
+  for (const Parameter& p : layer.dense_parameters("")) {
     EXPECT_TRUE(p.gradient.absent());
-    std::memcpy(p.value.data(), (p.name == "special.mix" ? c.special_mix : c.special_value).data(),
-                p.value.byte_size());
+    std::memcpy(p.value.data(), c.dense(p.name).data(), p.value.byte_size());
   }
   if (c.spec.shared_inner == 0) return;
   const std::int64_t S = c.spec.shared_inner;
@@ -226,10 +224,10 @@ TEST_P(Inference, rejects_training_and_says_how_to_write_weights) {
     options.inference = true;
     MoeLayer layer(context, options);
     write(c, layer);
-    EXPECT_TRUE(layer.router_parameter("").gradient.absent());
-    const std::string packed = "the layer is for inference alone and holds packed weights: write them by ";
-    EXPECT_EQ(error_of([&] { layer.expert_parameters(""); }).message(), packed + "write_expert()");
-    EXPECT_EQ(error_of([&] { layer.shared_parameters(""); }).message(), packed + "write_shared()");
+    EXPECT_TRUE(layer.dense_parameters("").front().gradient.absent());
+    EXPECT_EQ(error_of([&] { layer.expert_parameters(""); }).message(),
+              "the layer is for inference alone and holds packed weights: write them by write_expert()");
+    EXPECT_EQ(layer.dense_parameters("").size(), 1U) << "the router's weight; the shared experts are packed";
 
     MoeRecord record;
     const std::vector<std::int64_t> shards{0, tokens.x.view().size(0)};

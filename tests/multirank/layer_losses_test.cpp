@@ -77,7 +77,7 @@ std::vector<Micro> accumulate(const LayerCase& c, int ranks) {
       std::copy_n(record.routing.ids.as<std::int32_t>(), record.routing.ids.elements(), to.ids.data() + row * K);
       to_f32(record.routing.scores, to.scores.data() + row * E);
       to_f32(dx, to.dx.data() + row * H);
-      to_f32(layer.router_shard_gradients(), to.router.data() + at(E * H) * begin);
+      to_f32(layer.dense_shard_gradients().front(), to.router.data() + at(E * H) * begin);
       if (context.rank() > 0) continue;
       to.balance = record.losses.balance;
       to.so_far = record.losses.counts_so_far;

@@ -132,8 +132,7 @@ struct Trained {
     for (Batch* batch : batches) {
       layer.backward(context, batch->record, batch->out, batch->dx);
       for (const Parameter& p : layer.expert_parameters("")) keep(p.gradient);
-      for (const ConstTensor& shards : layer.shared_shard_gradients()) keep(shards);
-      keep(layer.router_shard_gradients());
+      for (const ConstTensor& shards : layer.dense_shard_gradients()) keep(shards);
     }
   }
   void keep(const ConstTensor& gradient) {

@@ -122,7 +122,7 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
     c.fill(layer);
     for (std::int64_t e = 0; e < kExperts; ++e) {
       if (router.selection_bias) layer.selection_bias().as<float>()[e] = 0.05F * static_cast<float>(e * 3 % 7);
-      if (router.bias) layer.router_bias_parameter("").value.as<float>()[e] = 0.1F * static_cast<float>(e % 3);
+      if (router.bias) layer.dense_parameters("")[1].value.as<float>()[e] = 0.1F * static_cast<float>(e % 3);
     }
     const LayerCase::Held held = c.held(context.rank(), context.size());
     const std::int64_t first = batch.shards[held.first];
@@ -144,11 +144,11 @@ Result run(const LayerCase& c, const RouterOptions& router, const Batch& batch, 
     copy(out, result.out, first * H);
     copy(dx, result.dx, first * H);
     const auto from = static_cast<std::int64_t>(held.first);
-    copy(layer.router_shard_gradients(), result.router, from * kExperts * H);
-    if (router.bias) copy(layer.router_bias_shard_gradients(), result.router_bias, from * kExperts);
+    copy(layer.dense_shard_gradients().front(), result.router, from * kExperts * H);
+    if (router.bias) copy(layer.dense_shard_gradients()[1], result.router_bias, from * kExperts);
     std::int64_t section = 0;
-    std::vector<ConstTensor> everywhere = layer.shared_shard_gradients();
-    for (const ConstTensor& gradient : layer.special_shard_gradients()) everywhere.push_back(gradient);
+    std::vector<ConstTensor> everywhere = layer.dense_shard_gradients();
+    everywhere.erase(everywhere.begin(), everywhere.begin() + (router.bias ? 2 : 1));
     for (const ConstTensor& gradient : everywhere) {
       std::int64_t each = 1;
       for (int axis = 1; axis < gradient.shape().rank(); ++axis) each *= gradient.size(axis);
@@ -385,11 +385,11 @@ TEST(LayerRouter, differentiates_through_its_jitter) {
     }
     expect_gradient("dx", differences, dx.as<float>(), 1e-3);
     std::vector<double> weights;
-    const Tensor router = layer.router_parameter("").value;
+    const Tensor router = layer.dense_parameters("").front().value;
     for (std::int64_t i = 0; i < router.elements(); ++i) {
       weights.push_back(derivative(router.as<float>()[i], 0.01, loss));
     }
-    expect_gradient("router", weights, layer.router_shard_gradients().as<float>(), 1e-3);
+    expect_gradient("router", weights, layer.dense_shard_gradients().front().as<float>(), 1e-3);
 
     const double before = loss();
     MoeInputs other = inputs;

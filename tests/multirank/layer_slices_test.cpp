@@ -61,7 +61,7 @@ TEST(LayerSlices, take_their_part_of_what_is_written) {
       c.fill(training);
       options.inference = true;
       MoeLayer packed(context, options);
-      std::memcpy(packed.router_parameter("").value.data(), c.router.data(), c.router.size() * sizeof(float));
+      std::memcpy(packed.dense_parameters("").front().value.data(), c.router.data(), c.router.size() * sizeof(float));
       const ExpertRange range = packed.local_experts();
       for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
         packed.write_expert(

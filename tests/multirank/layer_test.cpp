@@ -33,7 +33,7 @@ std::vector<float> initial(int ranks, std::uint64_t seed, const char* prefix) {
     MoeLayer layer(context, c.options());
     c.fill(layer);  // what was there before must not matter
     layer.initialise(seed, prefix);
-    const Tensor router = layer.router_parameter("").value;
+    const Tensor router = layer.dense_parameters("").front().value;
     if (context.rank() == 0) std::memcpy(all.data(), router.data(), router.byte_size());
     const auto parameters = layer.expert_parameters("");
     for (std::int64_t e = 0; e < layer.local_experts().count; ++e) {
@@ -67,7 +67,7 @@ TEST(Layer, names_its_parameters) {
     EXPECT_EQ(parameters[1].name, "layers.3.experts.down");
     EXPECT_EQ(parameters[2].name, "layers.3.experts.up_bias");
     EXPECT_EQ(parameters[3].name, "layers.3.experts.down_bias");
-    EXPECT_EQ(layer.router_parameter("layers.3").name, "layers.3.router.weight");
+    EXPECT_EQ(layer.dense_parameters("layers.3").front().name, "layers.3.router.weight");
     EXPECT_EQ(parameters[0].value.shape(), (Shape{4, 38, 35}));
     EXPECT_EQ(parameters[0].low.dtype(), DType::bf16);
     EXPECT_TRUE(parameters[2].low.absent());

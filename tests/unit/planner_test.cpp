@@ -363,8 +363,7 @@ Held held_by_a_layer(const Question& question, const MoeLayerOptions& given) {
     held.arena = bytes_of(record.inbox.rows(), record.y.rows());
     layer.backward(context, record, out, dx);
     std::vector<Parameter> parameters = layer.expert_parameters("moe");
-    parameters.push_back(layer.router_parameter("moe"));
-    for (const Parameter& parameter : layer.shared_parameters("moe")) parameters.push_back(parameter);
+    for (const Parameter& parameter : layer.dense_parameters("moe")) parameters.push_back(parameter);
     AdamW adamw;
     for (const AdamWMoments& moments : adamw.moments(parameters)) held.optimizer += bytes_of(moments.m, moments.v);
     held.weights_and_gradients = static_cast<std::int64_t>(layer.parameter_bytes());
