@@ -57,6 +57,13 @@ std::vector<Case> cases() {
   return all;
 }
 
+/// The same on every rank.
+std::int64_t max_over_ranks(const Context& context, std::int64_t mine) {
+  const Array all(DType::int64, {context.size()});
+  all_gather(context, ConstTensor(&mine, {1}), all);
+  return *std::max_element(all.as<std::int64_t>(), all.as<std::int64_t>() + context.size());
+}
+
 class Memory : public testing::TestWithParam<RankSetup> {};
 INSTANTIATE_TEST_SUITE_P(Layer, Memory,
                          testing::Values(RankSetup{.ranks = 1}, RankSetup{.ranks = 2}, RankSetup{.ranks = 4},
@@ -97,10 +104,16 @@ TEST_P(Memory, of_decoding_is_taken_in_the_first_calls) {
         step(rank, kTokens, {.ids = ids});
       }
       step(context.size(), kTokens, {});
-      const std::int64_t before = allocations();
-      EXPECT_GT(before, at_first) << "nothing was counted";
-      for (int i = 100; i < 200; ++i) step(i, (i + context.rank()) % (kTokens + 1), {});
-      EXPECT_EQ(allocations(), before) << c.name;
+      EXPECT_GT(allocations(), at_first) << "nothing was counted";
+      // A rank that loses its core while others go on may hold more blocks than ever before: then a stretch of calls
+      // takes some memory, and the next ones none.
+      std::int64_t taken = 1;
+      for (int stretch = 0; stretch < 4 && taken > 0; ++stretch) {
+        const std::int64_t before = allocations();
+        for (int i = 100; i < 200; ++i) step(i, (i + context.rank()) % (kTokens + 1), {});
+        taken = max_over_ranks(context, allocations() - before);
+      }
+      EXPECT_EQ(taken, 0) << c.name;
       barrier(context);  // a rank that leaves early would be the beginning of an error here
     }));
   }
