@@ -129,6 +129,31 @@ TEST_P(Dispatch, aligns_the_rows_of_each_expert) {
   });
 }
 
+TEST_P(Dispatch, brings_each_row_with_the_weight_of_its_own_slot) {
+  run(GetParam(), [](const Context& context) {
+    // Token t takes expert k in slot k: whoever holds the expert must find the weight of that slot.
+    constexpr std::int64_t kTokens = 3, kTopk = 4;
+    const Array ids(DType::int32, {kTokens, kTopk}), weights(DType::f32, {kTokens, kTopk});
+    const auto weight = [](int rank, std::int64_t t, std::int64_t k) {
+      return static_cast<float>(100 * rank + 10 * t + k);
+    };
+    for (std::int64_t i = 0; i < kTokens * kTopk; ++i) {
+      ids.as<std::int32_t>()[i] = static_cast<std::int32_t>(i % kTopk);
+      weights.as<float>()[i] = weight(context.rank(), i / kTopk, i % kTopk);
+    }
+    const Plan plan = make_plan(context, ids, {.experts = kTopk});
+    const Array x(DType::f32, {kTokens, 2});
+    const Inbox inbox = dispatch(context, x, weights, plan), without = dispatch(context, x, {}, plan);
+    auto ref = inbox.refs().begin();
+    for (std::int64_t e = plan.local().first; e < plan.local().first + plan.local().count; ++e) {
+      for (int source = 0; source < context.size(); ++source) {
+        for (std::int64_t t = 0; t < kTokens; ++t, ++ref) require_equal(ref->weight, weight(source, t, e), "a weight");
+      }
+    }
+    for (const RowRef& row : without.refs()) require_equal(row.weight, 1.0F, "a weight where none are given");
+  });
+}
+
 TEST_P(Dispatch, refuses_lists_of_another_plan_on_every_rank_and_goes_on) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{0, 1, 2}, others{2, 2, 2};

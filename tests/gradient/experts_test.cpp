@@ -225,6 +225,44 @@ TEST_P(ExpertsGradient, is_added_where_asked) {
   });
 }
 
+/// Matrices of zeros leave the biases alone: of each row, whatever it is, remains down_bias; and with a down of ones,
+/// the sum over act(up_bias) as well.
+TEST(Experts, add_both_their_biases) {
+  for (const WeightsOn on : {WeightsOn::output, WeightsOn::inner, WeightsOn::input}) {
+    ExpertShape shape = shape_of(kActivations[0], on, true);
+    shape.activation = Activation::relu2;
+    run_threads(1, [&](const Communicator& communicator) {
+      const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
+      const Plan plan = make_plan(context, ConstTensor(kIds, {kAll, kTopk}), {.experts = kExperts});
+      const Array x(DType::f32, {kAll, kHidden}), up(DType::f32, {kExperts, kInner, kHidden});
+      const Array down(DType::f32, {kExperts, kHidden, kInner});
+      const Array up_bias(DType::f32, {kExperts, kInner}), down_bias(DType::f32, {kExperts, kHidden});
+      std::fill_n(x.as<float>(), kAll * kHidden, 3.0F);
+      std::fill_n(down.as<float>(), kExperts * kHidden * kInner, 1.0F);
+      for (std::int64_t i = 0; i < kExperts * kInner; ++i) up_bias.as<float>()[i] = static_cast<float>(i / kInner + 1);
+      for (std::int64_t i = 0; i < kExperts * kHidden; ++i) down_bias.as<float>()[i] = static_cast<float>(i);
+      ExpertWeights weights;
+      weights.up = {up.view().data(), DType::f32, false};
+      weights.down = {down.view().data(), DType::f32, false};
+      weights.up_bias = up_bias;
+      weights.down_bias = down_bias;
+      const Inbox inbox = dispatch(context, x, {}, plan);  // every weight is 1
+      Outbox y = make_outbox(context, plan, kHidden, DType::f32);
+      ExpertsRecord record;
+      experts_forward(context, shape, weights, inbox, y, record);
+      for (std::int64_t e = 0; e < kExperts; ++e) {
+        for (std::int64_t row = plan.offsets()[static_cast<std::size_t>(e)];
+             row < plan.offsets()[static_cast<std::size_t>(e) + 1]; ++row) {
+          for (std::int64_t h = 0; h < kHidden; ++h) {
+            const auto sum = static_cast<float>(kInner * (e + 1) * (e + 1) + e * kHidden + h);
+            EXPECT_EQ(y.rows().as<float>()[row * kHidden + h], sum) << "expert " << e << ", column " << h;
+          }
+        }
+      }
+    });
+  }
+}
+
 TEST(Experts, refuse_rows_that_are_not_theirs) {
   const ExpertShape shape = shape_of(kActivations[0], WeightsOn::output, false);
   Numbers numbers(shape);

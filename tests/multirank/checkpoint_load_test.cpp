@@ -1,7 +1,10 @@
 // What a checkpoint gives back, and which tensor it refuses, without the command line.
 #include "models/checkpoint.h"
 
-#include <map>
+#include <algorithm>
+#include <cstring>
+#include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -84,6 +87,26 @@ TEST_F(CheckpointFiles, give_back_every_parameter_and_both_its_moments) {
       EXPECT_EQ(loaded.optimizer.steps(), 12);
     });
   }
+}
+
+/// Whoever else reads the file goes by the names.
+TEST_F(CheckpointFiles, call_the_moments_as_pytorch_does) {
+  on_ranks([&](const Context& context) {
+    Trained saved(context, DType::f32, 0);
+    save_checkpoint(context, path("saved"), saved.model, saved.optimizer, small(DType::f32));
+    if (context.rank() != 0) return;
+    const auto parameters = saved.model.parameters();
+    const auto moments = saved.optimizer.moments(parameters);
+    const auto head = std::find_if(parameters.begin(), parameters.end(), [](auto& p) { return p.name == "head"; });
+    const AdamWMoments& of_head = moments.at(static_cast<std::size_t>(head - parameters.begin()));
+    const io::SafetensorsFile file(path("saved/optimizer-0.safetensors"));
+    const auto holds = [&](const std::string& name, const Tensor& numbers) {
+      const auto bytes = file.at(name).bytes();
+      return bytes.size() == numbers.byte_size() && std::memcmp(bytes.data(), numbers.data(), bytes.size()) == 0;
+    };
+    EXPECT_TRUE(holds("lm_head.weight.exp_avg", of_head.m));
+    EXPECT_TRUE(holds("lm_head.weight.exp_avg_sq", of_head.v));
+  });
 }
 
 /// Writes the file again with one tensor of another shape or dtype.
