@@ -226,7 +226,7 @@ void TextModel::backward(const Context& context, const Batch& batch, const Shard
     norm_backward(context, layer, dnormed, dx, sharding, dx);
   }
   all_reduce(context, gain_rows_, dgains_and_loss_);
-  sum_over_replicas();
+  sum_expert_gradients();
   embedding_.backward(context, batch.contexts, dx);
 }
 
@@ -283,7 +283,7 @@ void TextModel::norm_backward(const Context& context, std::size_t index, ConstTe
 }
 
 /// The gradients of experts that other ranks hold too.
-void TextModel::sum_over_replicas() {
+void TextModel::sum_expert_gradients() {
   if (!ranks_.replicas) return;
   const Context replicas = ranks_.data.on(ranks_.replicas);
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
@@ -298,7 +298,7 @@ void TextModel::sum_over_replicas() {
 /// The sum of each replica's counts.
 std::vector<std::int64_t> TextModel::over_replicas(std::span<const std::int64_t> counts) const {
   std::vector<std::int64_t> sum(counts.begin(), counts.end());
-  if (!ranks_.replicas) return sum;
+  if (!ranks_.replicas || counts.empty()) return sum;
   const auto count = static_cast<std::int64_t>(counts.size());
   const Array all(DType::int64, {ranks_.replicas.size(), count});
   all_gather(ranks_.data.on(ranks_.replicas), ConstTensor(counts.data(), {1, count}), all);
@@ -314,12 +314,8 @@ void TextModel::follow_loads(float rate) {
   if (!options_.moe.router.selection_bias) return;
   for (std::size_t layer = 0; layer < blocks_.size(); ++layer) {
     // What the router wanted, dropped or not.
-    const std::vector<std::int64_t>& chosen = blocks_[layer].record.capacity.chosen;
-    // Loads are sums over replicas already.
-    const auto counts = chosen.empty()
-                            ? std::vector(loads().begin() + static_cast<std::ptrdiff_t>(layer * experts),
-                                          loads().begin() + static_cast<std::ptrdiff_t>((layer + 1) * experts))
-                            : over_replicas(chosen);
+    const std::vector<std::int64_t> chosen = over_replicas(blocks_[layer].record.capacity.chosen);
+    const auto counts = chosen.empty() ? loads().subspan(layer * experts, experts) : std::span(chosen);
     update_selection_bias(selection_bias(layer), counts, rate);
   }
 }
@@ -333,11 +329,8 @@ void TextModel::count_loads() {
     std::copy(totals.begin(), totals.end(), loads_.begin() + static_cast<std::ptrdiff_t>(layer * experts));
     for (const std::int64_t slots : record.capacity.dropped) dropped_ += slots;
   }
-  if (!ranks_.replicas) return;
-  loads_.push_back(dropped_);
   loads_ = over_replicas(loads_);
-  dropped_ = loads_.back();
-  loads_.pop_back();
+  dropped_ = over_replicas({&dropped_, 1}).front();
 }
 
 PhaseTimes TextModel::take_times() {

@@ -91,7 +91,7 @@ class TextModel {
   Tensor head_backward(const Context& context, const Batch& batch, const Sharding& sharding);
   void norm_backward(const Context& context, std::size_t index, ConstTensor dy, ConstTensor residual,
                      const Sharding& sharding, Tensor dx);
-  void sum_over_replicas();
+  void sum_expert_gradients();
   std::vector<std::int64_t> over_replicas(std::span<const std::int64_t> counts) const;
   void count_loads();
   Parameter head_parameter();
