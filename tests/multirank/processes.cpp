@@ -214,7 +214,8 @@ std::vector<RankSetup> all_setups(const std::vector<int>& ranks) {
   for (Kind kind : {Kind::threads, Kind::shm}) {
     for (int n : ranks) {
       if (kind == Kind::shm && n > kMostProcesses) continue;
-      for (bool mapping : {true, false}) setups.push_back({.kind = kind, .ranks = n, .mapping = mapping});
+      setups.push_back({.kind = kind, .ranks = n});
+      if (n > 1) setups.push_back({.kind = kind, .ranks = n, .mapping = false});  // a rank always maps itself
     }
   }
   return setups;
@@ -222,8 +223,9 @@ std::vector<RankSetup> all_setups(const std::vector<int>& ranks) {
 
 std::vector<RankSetup> all_communicators() {
   std::vector<RankSetup> setups = all_setups();
+  setups.push_back({.ranks = 1, .group = true});
   for (const bool mapping : {true, false}) {
-    for (const int n : {1, 3, 4}) setups.push_back({.ranks = n, .mapping = mapping, .group = true});
+    for (const int n : {3, 4}) setups.push_back({.ranks = n, .mapping = mapping, .group = true});
     setups.push_back({.kind = Kind::shm, .ranks = 3, .mapping = mapping, .group = true});
   }
   return setups;

@@ -76,7 +76,8 @@ void expect_no_failures(const std::vector<Outcome>& outcomes);
 /// Every rank but `but` threw, and all threw the same. Returns that error.
 Error expect_same_error(const std::vector<Outcome>& outcomes, int but = -1);
 
-/// All combinations: kinds x ranks x mapping on and off; under ThreadSanitizer without many processes.
+/// All combinations: kinds x ranks x mapping on and, where there is somebody to map, off; under ThreadSanitizer without
+/// many processes.
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks = {1, 2, 3, 4, 7, 8});
 /// Besides, groups of a few sizes.
 std::vector<RankSetup> all_communicators();
