@@ -1,9 +1,12 @@
 // The table of one instruction set; each .cpp of the backend is this under its own flags.
 #pragma once
 
-#include "backends/cpu/elementwise.h"
+#include "backends/cpu/activation.h"
 #include "backends/cpu/gemm_tn.h"
+#include "backends/cpu/optimizer.h"
 #include "backends/cpu/quantise.h"
+#include "backends/cpu/router.h"
+#include "backends/cpu/rows.h"
 #include "backends/cpu/tables.h"
 
 namespace expar::cpu::EXPAR_CPU_ISA {

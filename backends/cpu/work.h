@@ -1,4 +1,4 @@
-// How kernels cut their work for the pool, and the memory a worker cuts its scratch into.
+// How kernels choose their element and cut their work for the pool, and the memory a worker cuts its scratch into.
 #pragma once
 
 #include <expar/kernels.h>
@@ -8,6 +8,16 @@
 
 namespace expar::cpu::EXPAR_CPU_ISA {
 namespace {
+
+/// Calls body(E{}) with the element type of `dtype`.
+template <class Body>
+void with_element(DType dtype, const Body& body) {
+  if (dtype == DType::bf16) {
+    body(std::uint16_t{});
+  } else {
+    body(float{});
+  }
+}
 
 /// Below this many bytes a second thread costs more to wake than it saves.
 constexpr std::int64_t kTaskBytes = 32 << 10;
