@@ -146,18 +146,14 @@ void save_checkpoint(const Parallel& ranks, const std::string& directory, TextMo
     save(&SavedState::v, DType::f32, v_name(t), &Files::write_state);
   }
 
-  Operation saving(ranks.all.communicator(), Signature("save_checkpoint"), context.timeout());
-  saving.ready([&]() -> Operation::Words {
+  meet(ranks.all.communicator(), Signature("save_checkpoint"), [&]() -> Operation::Words {
     if (files) files->commit();
     return {};
   });
-  saving.meet();
-  saving.complete();
 }
 
 void load_checkpoint(const Parallel& ranks, const std::string& directory, TextModel& model, AdamW& optimizer) {
-  Operation loading(ranks.all.communicator(), Signature("load_checkpoint"), ranks.all.timeout());
-  loading.ready([&]() -> Operation::Words {
+  meet(ranks.all.communicator(), Signature("load_checkpoint"), [&]() -> Operation::Words {
     const SavedTraining saved = read_checkpoint(directory);
     const std::filesystem::path path(directory);
     const io::SafetensorsFile values(path / kModelFile);
@@ -185,8 +181,6 @@ void load_checkpoint(const Parallel& ranks, const std::string& directory, TextMo
     optimizer.go_on_from(saved.step);
     return {static_cast<std::uint64_t>(saved.step)};
   });
-  loading.meet();
-  loading.complete();
   model.refresh(ranks.data);
 }
 

@@ -73,18 +73,12 @@ std::vector<std::uint8_t> read_file(const std::string& path, std::size_t most) {
 
 std::vector<std::uint8_t> read_text(const Context& context, const std::string& path) {
   std::vector<std::uint8_t> bytes;
-  std::int64_t size = 0;
-  {  // What rank 0 throws while it reads reaches every rank, and leaves the communicator usable.
-    Operation reading(context.communicator(), Signature("read_text"), context.timeout());
-    reading.ready([&]() -> Operation::Words {
-      if (context.rank() == 0) bytes = read_file(path);
-      return {bytes.size()};
-    });
-    reading.meet();
-    size = static_cast<std::int64_t>(reading.words(0)[0]);
-    reading.done();
-    reading.complete();
-  }
+  // What rank 0 throws while it reads reaches every rank, and leaves the communicator usable.
+  const auto shown = meet(context.communicator(), Signature("read_text"), [&]() -> Operation::Words {
+    if (context.rank() == 0) bytes = read_file(path);
+    return {bytes.size()};
+  });
+  const auto size = static_cast<std::int64_t>(shown[0][0]);
   bytes.resize(static_cast<std::size_t>(size));
   broadcast(context, Tensor(bytes.data(), DType::int8, {size}), 0);
   return bytes;

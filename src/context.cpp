@@ -18,8 +18,7 @@ std::string agree_on_isa(const Communicator& communicator, const ContextOptions&
   const std::string& backend = options.backend;
   const auto key = [](const std::string& isa) { return std::hash<std::string>{}(isa); };
   std::vector<std::string> mine;
-  Operation operation(communicator, Signature("context"), communicator.timeout());
-  operation.ready([&] {
+  const auto shown = meet(communicator, Signature("context"), [&] {
     if (options.threads < 0) {
       throw Error(ErrorCode::bad_argument, "threads is " + std::to_string(options.threads) + ", below 0");
     }
@@ -31,40 +30,34 @@ std::string agree_on_isa(const Communicator& communicator, const ContextOptions&
     for (std::size_t i = 0; i < std::min(mine.size(), words.size()); ++i) words[i] = key(mine[i]);
     return words;
   });
-  operation.meet();
-  operation.complete();
   for (const std::string& isa : mine) {
-    bool common = true;
-    for (int p = 0; p < communicator.size(); ++p) {
-      const auto& words = operation.words(p);
-      common = common && std::find(words.begin(), words.end(), key(isa)) != words.end();
-    }
-    if (common) return isa;
+    const auto has = [&](const Operation::Words& words) {
+      return std::find(words.begin(), words.end(), key(isa)) != words.end();
+    };
+    if (std::all_of(shown.begin(), shown.end(), has)) return isa;
   }
   throw Error(ErrorCode::unsupported, "the ranks have no instruction set of backend \"" + backend + "\" in common");
 }
 
 }  // namespace
 
-Context::Context(Communicator communicator, const ContextOptions& options)
-    : communicator_(std::move(communicator)), timeout_(communicator_.timeout()) {
+Context::Context(Communicator communicator, const ContextOptions& options) : communicator_(std::move(communicator)) {
   kernels_ = std::make_shared<const Kernels>(find_kernels(options.backend, agree_on_isa(communicator_, options)));
   pool_ =
       std::make_shared<Pool>(options.threads > 0 ? options.threads : std::max(1, available_cores().usable() / size()));
   stores_ = std::make_shared<StoreChoice>();
 }
 
-Context Context::on(Communicator group) const {
+Context Context::on(const Communicator& group) const {
   if (!group) throw Error(ErrorCode::bad_argument, "rank " + std::to_string(rank()) + " is in no group here");
   Context context = *this;
-  context.communicator_ = std::move(group);
+  context.communicator_ = group.with_timeout(communicator_.timeout());
   return context;
 }
 
 Context Context::with_timeout(std::chrono::nanoseconds timeout) const {
-  if (timeout.count() <= 0) throw Error(ErrorCode::bad_argument, "a timeout is not above 0");
   Context context = *this;
-  context.timeout_ = timeout;
+  context.communicator_ = communicator_.with_timeout(timeout);
   return context;
 }
 

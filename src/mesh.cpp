@@ -36,13 +36,10 @@ void check(const std::vector<MeshDim>& dims, int ranks) {
 /// Throws the same error on every rank unless all name the same dims, and good ones.
 void agree(const Communicator& communicator, const std::vector<MeshDim>& dims) {
   const std::string name = std::string("mesh ").append(shown(dims));
-  Operation operation(communicator, Signature(name), communicator.timeout());
-  operation.ready([&] {
+  meet(communicator, Signature(name), [&] {
     check(dims, communicator.size());
     return Operation::Words{};
   });
-  operation.meet();
-  operation.complete();
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ struct BlockRef {
 };
 
 /// A piece of this rank's arena; move-only. The destructor gives it back: the memory is used again only after every
-/// peer that may touch it has completed the operations it was shown in (see used_by).
+/// peer that may touch it has completed the operations it was shown in (Operation::show).
 class Block {
  public:
   Block() = default;
@@ -36,11 +36,10 @@ class Block {
   std::byte* data() const { return bytes_.data(); }
   std::size_t size() const { return bytes_.size(); }
   BlockRef ref() const { return ref_; }
-  /// Peers may touch this block until they have completed operation `sequence`.
-  void used_by(std::uint64_t sequence) { last_use_ = sequence > last_use_ ? sequence : last_use_; }
 
  private:
   friend class Arena;
+  friend class Operation;
   struct Owner;
   std::shared_ptr<Owner> owner_;
   std::shared_ptr<Transport> shown_to_;
@@ -117,7 +116,10 @@ class Communicator {
   /// The rank of the whole job that is `rank` here, which is what errors name; another number only in a group.
   int job_rank(int rank) const;
   std::string_view transport_name() const;
-  std::chrono::nanoseconds timeout() const;
+  /// How long one call on this handle may wait.
+  std::chrono::nanoseconds timeout() const { return timeout_; }
+  /// The same communicator with another limit. Throws Error: bad_argument (not above 0).
+  Communicator with_timeout(std::chrono::nanoseconds timeout) const;
 
   /// The ranks that name the same `group` become a communicator of their own, ordered by `key`, then by rank; -1 joins
   /// none and gets an empty handle. A group shares the job's memory and its fate: what ends the job ends it for all.
@@ -149,12 +151,17 @@ class Communicator {
   /// The same, where the cause is what a rank of this communicator did: "rank 3 sent counts that cannot be".
   [[noreturn]] void blame(int peer, std::string_view operation, std::string_view did,
                           ErrorCode code = ErrorCode::internal) const;
+  /// Throws `error`, which every rank has found alike in what all of them showed. Its ranks are those of this
+  /// communicator; what is thrown names them as the job does.
+  [[noreturn]] void throw_alike(const Error& error) const;
 
  private:
   friend class Operation;
   struct State;
-  explicit Communicator(std::shared_ptr<State> state) : state_(std::move(state)) {}
+  Communicator(std::shared_ptr<State> state, std::chrono::nanoseconds timeout)
+      : state_(std::move(state)), timeout_(timeout) {}
   std::shared_ptr<State> state_;
+  std::chrono::nanoseconds timeout_{0};
 };
 
 /// One collective in progress on this rank. All ranks construct the same operations in the same order.
@@ -167,13 +174,18 @@ class Operation {
   using Words = std::array<std::uint64_t, 5>;
 
   /// Takes the next sequence number. Throws the job's cause if there is one.
-  Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout);
+  Operation(const Communicator& communicator, const Signature& signature);
   ~Operation();
   Operation(const Operation&) = delete;
   Operation& operator=(const Operation&) = delete;
 
+  const Communicator& communicator() const { return communicator_; }
+  std::string_view name() const { return signature_.operation(); }
   std::uint64_t sequence() const { return sequence_; }
 
+  /// The words of a ready that shows `block`, which peers may touch from then on until they have completed this
+  /// operation. The last two are for the operation's own use.
+  Words show(Block& block, std::uint64_t first = 0, std::uint64_t second = 0) const;
   /// Runs `prepare`, which validates and returns the words to show; publishes them, or the Error it throws.
   void ready(FunctionRef<Words()> prepare);
   /// True once every rank is ready and none has failed or disagrees. Never waits.
@@ -205,7 +217,6 @@ class Operation {
 
   Communicator communicator_;
   Signature signature_;
-  std::chrono::nanoseconds timeout_;
   std::uint64_t sequence_ = 0;
   int ready_line_ = 0, done_line_ = 0;
   InFlight* work_ = nullptr;
@@ -215,5 +226,10 @@ class Operation {
   bool completed_ = false;
   int unwinding_ = 0;  // exceptions in flight when this operation began
 };
+
+/// An operation that does no more than meet: what `prepare` throws on a rank, every rank throws.
+/// Returns what each rank's showed. Collective. Throws Error: as Operation::meet. Cost: one meeting.
+std::pmr::vector<Operation::Words> meet(const Communicator& communicator, const Signature& signature,
+                                        FunctionRef<Operation::Words()> prepare);
 
 }  // namespace expar

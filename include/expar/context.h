@@ -35,7 +35,7 @@ class Context {
   /// The same context with another limit on how long one call may wait.
   Context with_timeout(std::chrono::nanoseconds timeout) const;
   /// The same kernels, threads and memory for a group of these ranks (Communicator::split). Not collective.
-  Context on(Communicator group) const;
+  Context on(const Communicator& group) const;
 
   const Communicator& communicator() const { return communicator_; }
   int rank() const { return communicator_.rank(); }
@@ -49,7 +49,6 @@ class Context {
   const std::shared_ptr<std::pmr::memory_resource>& memory() const { return communicator_.memory(); }
   /// What this rank has learnt of how to store rows; for the library's own use.
   StoreChoice& stores() const { return *stores_; }
-  std::chrono::nanoseconds timeout() const { return timeout_; }
 
  private:
   Communicator communicator_;
@@ -57,7 +56,6 @@ class Context {
   std::shared_ptr<Pool> pool_;
   std::shared_ptr<StoreChoice> stores_;
   Stream stream_;
-  std::chrono::nanoseconds timeout_{0};
 };
 
 }  // namespace expar

@@ -106,14 +106,17 @@ std::vector<std::int64_t> excess_of(const Demand& demand) {
 }
 
 /// The first expert that is given too much, as every rank knows it.
-[[noreturn]] void refuse_excess(const Demand& demand) {
+[[noreturn]] void refuse_excess(const Communicator& communicator, const Demand& demand) {
   for (int r = 0;; ++r) {
     const Requests requests = demand.requests(r);
     for (std::int64_t e = 0; e < demand.experts; ++e) {
       if (requests.total(e) <= demand.rows(r)) continue;
-      refuse("expert " + std::to_string(e) + " is given " + std::to_string(requests.total(e)) + " rows" +
-             (demand.global() ? "" : " by rank " + std::to_string(r)) + ", its capacity is " +
-             std::to_string(demand.rows(r)) + ": raise it, or choose a policy that drops or re-routes");
+      communicator.throw_alike(Error(
+          ErrorCode::bad_argument,
+          "expert " + std::to_string(e) + " is given " + std::to_string(requests.total(e)) + " rows" +
+              (demand.global() ? "" : " by rank " + std::to_string(communicator.job_rank(r))) + ", its capacity is " +
+              std::to_string(demand.rows(r)) + ": raise it, or choose a policy that drops or re-routes",
+          {.rank = demand.global() ? -1 : r, .operation = "bound_rows"}));
     }
   }
 }
@@ -224,7 +227,7 @@ void bound_rows(const Context& context, const CapacityOptions& options, std::int
   const Demand demand = exchange_demand(context, options, experts, routing, failure);
   const std::vector<std::int64_t> excess = excess_of(demand);
   const bool over = std::any_of(excess.begin(), excess.end(), [](std::int64_t count) { return count > 0; });
-  if (over && options.policy == CapacityPolicy::error) refuse_excess(demand);
+  if (over && options.policy == CapacityPolicy::error) refuse_excess(context.communicator(), demand);
 
   lay_out(routing, options.policy, capacity);
   capacity.rows = demand.rows(context.rank());

@@ -15,14 +15,8 @@ namespace {
 
 constexpr std::int64_t kFewElements = 1024;  // below, reading everything is cheaper than a second meeting
 
-using Slices = std::vector<Slice>;
-
 std::string sizes(std::int64_t got, std::int64_t wanted) {
   return std::to_string(got) + ", not " + std::to_string(wanted);
-}
-
-std::int64_t row_elements(const ConstTensor& tensor) {
-  return tensor.shape().rank() == 0 || tensor.size(0) == 0 ? 0 : tensor.elements() / tensor.size(0);
 }
 
 std::int64_t first_extent(const ConstTensor& tensor) { return tensor.shape().rank() == 0 ? 0 : tensor.size(0); }
@@ -34,15 +28,18 @@ std::int64_t extents_after_first(const ConstTensor& tensor) {
   return elements;
 }
 
+std::span<const std::byte> bytes_of(const ConstTensor& tensor) { return {tensor.bytes(), tensor.byte_size()}; }
+
 void copy_into(std::byte* to, std::span<const std::byte> from) {
   if (!from.empty()) std::memcpy(to, from.data(), from.size());
 }
 
-/// out += rows, one row after the other.
-void add_rows(std::span<const std::byte> rows, std::int64_t row_count, std::int64_t n, float* out) {
+/// out [n] += rows [.., n], one row after the other.
+void add_rows(std::span<const std::byte> rows, std::int64_t n, float* out) {
   const FloatMode mode;
   const auto* row = reinterpret_cast<const float*>(rows.data());
-  for (std::int64_t r = 0; r < row_count; ++r, row += n) {
+  const std::size_t row_bytes = at(n) * sizeof(float);
+  for (std::size_t left = rows.size(); row_bytes > 0 && left >= row_bytes; left -= row_bytes, row += n) {
     for (std::int64_t i = 0; i < n; ++i) out[i] += row[i];
   }
 }
@@ -55,119 +52,81 @@ void require_sum(const ConstTensor& rows, const Tensor& out, std::int64_t elemen
 
 /// The sum of every rank's rows [M_r, N], read whole by every rank.
 void sum_all(const Context& context, ConstTensor rows, Tensor out) {
-  const auto& communicator = context.communicator();
   const std::int64_t n = extents_after_first(rows);
-  Operation operation(communicator, Signature("all_reduce").with("elements", n), context.timeout());
-  Block block;
-  operation.ready([&] {
-    require_sum(rows, out, n);
-    block = communicator.arena().allocate(rows.byte_size());
-    copy_into(block.data(), {rows.bytes(), rows.byte_size()});
-    return show(block, static_cast<std::uint64_t>(rows.size(0)));
-  });
-  operation.meet();
-  block.used_by(operation.sequence());
-  Slices wants, gives(static_cast<std::size_t>(context.size()), Slice{0, block.size()});
-  for (int p = 0; p < context.size(); ++p) {
-    wants.push_back(
-        {0, static_cast<std::size_t>(first_word(operation.words(p)) * static_cast<std::uint64_t>(n)) * sizeof(float)});
-  }
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
-  std::fill_n(out.as<float>(), n, 0.0F);
-  for (int p = 0; p < context.size(); ++p) {
-    add_rows(reading.from(p), static_cast<std::int64_t>(first_word(operation.words(p))), n, out.as<float>());
-  }
-  operation.complete();
+  share(
+      context.communicator(), Signature("all_reduce").with("elements", n),
+      [&](const Operation& operation, Block& block) {
+        require_sum(rows, out, n);
+        return show_copy(operation, block, bytes_of(rows));
+      },
+      [&](const Operation&, const Reading& reading) {
+        std::fill_n(out.as<float>(), n, 0.0F);
+        for (int p = 0; p < context.size(); ++p) add_rows(reading.from(p), n, out.as<float>());
+      });
 }
 
 }  // namespace
 
 void barrier(const Context& context) {
   const Phase phase(context.trace(), operation_span("barrier"));
-  Operation operation(context.communicator(), Signature("barrier"), context.timeout());
-  operation.ready([] { return Operation::Words{}; });
-  operation.meet();
-  operation.complete();
+  meet(context.communicator(), Signature("barrier"), [] { return Operation::Words{}; });
 }
 
 void broadcast(const Context& context, Tensor data, int root) {
   const Phase phase(context.trace(), operation_span("broadcast"));
-  const auto& communicator = context.communicator();
-  Operation operation(communicator,
-                      Signature("broadcast")
-                          .with("root", root)
-                          .with("bytes", static_cast<std::int64_t>(data.byte_size()))
-                          .with("dtype", static_cast<std::int64_t>(data.dtype())),
-                      context.timeout());
+  Signature signature("broadcast");
+  signature.with("root", root).with("bytes", static_cast<std::int64_t>(data.byte_size()));
+  Operation operation(context.communicator(), signature.with("dtype", static_cast<std::int64_t>(data.dtype())));
   const bool mine = context.rank() == root;
   Block block;
   operation.ready([&] {
     if (root < 0 || root >= context.size())
       refuse("root " + std::to_string(root) + " is not a rank below " + std::to_string(context.size()));
-    block = communicator.arena().allocate(mine ? data.byte_size() : 0);
-    if (mine) copy_into(block.data(), {data.bytes(), data.byte_size()});
-    return show(block);
+    return show_copy(operation, block, mine ? bytes_of(data) : std::span<const std::byte>{});
   });
   operation.meet();
-  block.used_by(operation.sequence());
-  Slices wants(static_cast<std::size_t>(context.size())), gives(wants);
-  if (mine) {
-    std::fill(gives.begin(), gives.end(), Slice{0, data.byte_size()});
-  } else {
-    wants[static_cast<std::size_t>(root)] = {0, data.byte_size()};
-  }
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
+  const auto if_so = [&](bool moves) { return ByteRange{0, moves ? data.byte_size() : 0}; };
+  Reading reading(
+      operation, block, [&](int peer) { return if_so(!mine && peer == root); }, [&](int) { return if_so(mine); });
+  reading.finish();
   copy_into(data.bytes(), reading.from(root));
   operation.complete();
 }
 
 void all_gather(const Context& context, ConstTensor in, Tensor out) {
   const Phase phase(context.trace(), operation_span("all_gather"));
-  const auto& communicator = context.communicator();
-  const std::int64_t row = std::max(row_elements(in), row_elements(out));
-  Operation operation(communicator,
-                      Signature("all_gather")
-                          .with("dtype", static_cast<std::int64_t>(in.dtype()))
-                          .with("row elements", extents_after_first(in)),
-                      context.timeout());
-  Block block;
-  operation.ready([&] {
-    if (in.dtype() != out.dtype())
-      refuse("in is " + std::string(name(in.dtype())) + " and out is " + std::string(name(out.dtype())));
-    if (in.shape().rank() == 0 || extents_after_first(in) != extents_after_first(out)) {
-      refuse("in " + in.shape().str() + " and out " + out.shape().str() + " differ in more than the first axis");
-    }
-    block = communicator.arena().allocate(in.byte_size());
-    copy_into(block.data(), {in.bytes(), in.byte_size()});
-    return show(block, static_cast<std::uint64_t>(in.size(0)), static_cast<std::uint64_t>(out.size(0)));
-  });
-  operation.meet();
-  block.used_by(operation.sequence());
-  std::uint64_t total = 0;
-  for (int p = 0; p < context.size(); ++p) total += first_word(operation.words(p));
-  for (int p = 0; p < context.size(); ++p) {  // every rank sees every rank's out: all throw the same
-    if (second_word(operation.words(p)) == total) continue;
-    operation.complete();
-    throw Error(
-        ErrorCode::bad_argument,
-        "out has " +
-            sizes(static_cast<std::int64_t>(second_word(operation.words(p))), static_cast<std::int64_t>(total)) +
-            " rows, the sum over ranks",
-        {.rank = p, .operation = "all_gather"});
-  }
-  const std::size_t row_bytes = static_cast<std::size_t>(row) * size_of(in.dtype());
-  Slices wants, gives(static_cast<std::size_t>(context.size()), Slice{0, block.size()});
-  for (int p = 0; p < context.size(); ++p) wants.push_back({0, first_word(operation.words(p)) * row_bytes});
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
-  std::byte* to = out.bytes();
-  for (int p = 0; p < context.size(); ++p) {
-    copy_into(to, reading.from(p));
-    to += reading.from(p).size();
-  }
-  operation.complete();
+  Signature signature("all_gather");
+  signature.with("dtype", static_cast<std::int64_t>(in.dtype())).with("row elements", extents_after_first(in));
+  share(
+      context.communicator(), signature,
+      [&](const Operation& operation, Block& block) {
+        if (in.dtype() != out.dtype())
+          refuse("in is " + std::string(name(in.dtype())) + " and out is " + std::string(name(out.dtype())));
+        if (in.shape().rank() == 0 || extents_after_first(in) != extents_after_first(out))
+          refuse("in " + in.shape().str() + " and out " + out.shape().str() + " differ in more than the first axis");
+        return show_copy(operation, block, bytes_of(in), at(in.size(0)), at(out.size(0)));
+      },
+      [&](Operation& operation, const Reading& reading) {
+        std::uint64_t total = 0;
+        for (int p = 0; p < context.size(); ++p) total += first_word(operation.words(p));
+        for (int p = 0; p < context.size(); ++p) {  // every rank sees every rank's out: all throw the same
+          const std::uint64_t rows = second_word(operation.words(p));
+          if (rows == total) continue;
+          operation.complete();
+          context.communicator().throw_alike(
+              Error(ErrorCode::bad_argument,
+                    "out has " + std::to_string(rows) + ", not " + std::to_string(total) + " rows, the sum over ranks",
+                    {.rank = p, .operation = "all_gather"}));
+        }
+        std::byte* to = out.bytes();
+        for (int p = 0; p < context.size(); ++p) {
+          const std::size_t row_bytes = at(extents_after_first(in)) * size_of(in.dtype());
+          if (reading.from(p).size() != first_word(operation.words(p)) * row_bytes)
+            context.communicator().blame(p, "all_gather", "showed other bytes than its rows have");
+          copy_into(to, reading.from(p));
+          to += reading.from(p).size();
+        }
+      });
 }
 
 Part part_of(std::int64_t elements, int rank, int ranks) {
@@ -176,16 +135,15 @@ Part part_of(std::int64_t elements, int rank, int ranks) {
 
 void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
   const Phase phase(context.trace(), operation_span("reduce_scatter"));
-  const auto& communicator = context.communicator();
   const std::int64_t n = extents_after_first(rows);
   const Part own = part_of(n, context.rank(), context.size());
   const std::int64_t own_n = own.end - own.begin;
-  Operation operation(communicator, Signature("reduce_scatter").with("elements", n), context.timeout());
+  Operation operation(context.communicator(), Signature("reduce_scatter").with("elements", n));
   Block block;
   // The block holds, for each rank's part, this rank's rows of that part together: what a reader wants is one piece.
   operation.ready([&] {
     require_sum(rows, out, own_n);
-    block = communicator.arena().allocate(rows.byte_size());
+    block = context.communicator().arena().allocate(rows.byte_size());
     auto* to = reinterpret_cast<float*>(block.data());
     for (int p = 0; p < context.size(); ++p) {
       const Part part = part_of(n, p, context.size());
@@ -193,24 +151,19 @@ void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
         to = std::copy(rows.as<float>() + r * n + part.begin, rows.as<float>() + r * n + part.end, to);
       }
     }
-    return show(block, static_cast<std::uint64_t>(rows.size(0)));
+    return operation.show(block, at(rows.size(0)));
   });
   operation.meet();
-  block.used_by(operation.sequence());
-  const auto row_count = [&](int p) { return static_cast<std::int64_t>(first_word(operation.words(p))); };
-  const auto slice = [&](int holder, const Part& part) {
-    const auto unit = static_cast<std::size_t>(row_count(holder)) * sizeof(float);
-    return Slice{static_cast<std::size_t>(part.begin) * unit, static_cast<std::size_t>(part.end - part.begin) * unit};
+  const auto range = [&](int holder, const Part& part) {
+    const std::size_t unit = first_word(operation.words(holder)) * sizeof(float);
+    return ByteRange{at(part.begin) * unit, at(part.end - part.begin) * unit};
   };
-  Slices wants, gives;
-  for (int p = 0; p < context.size(); ++p) {
-    wants.push_back(slice(p, own));
-    gives.push_back(slice(context.rank(), part_of(n, p, context.size())));
-  }
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
+  Reading reading(
+      operation, block, [&](int peer) { return range(peer, own); },
+      [&](int peer) { return range(context.rank(), part_of(n, peer, context.size())); });
+  reading.finish();
   std::fill_n(out.as<float>(), own_n, 0.0F);
-  for (int p = 0; p < context.size(); ++p) add_rows(reading.from(p), row_count(p), own_n, out.as<float>());
+  for (int p = 0; p < context.size(); ++p) add_rows(reading.from(p), own_n, out.as<float>());
   operation.complete();
 }
 
@@ -235,11 +188,9 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
   const auto self = static_cast<std::size_t>(context.rank());
   const std::size_t row_bytes = static_cast<std::size_t>(extents_after_first(in)) * size_of(in.dtype());
   const std::size_t table = ranks * sizeof(std::int64_t);  // in front of the rows: how many go to each rank
-  Operation operation(communicator,
-                      Signature("all_to_all_v")
-                          .with("dtype", static_cast<std::int64_t>(in.dtype()))
-                          .with("row elements", extents_after_first(in)),
-                      context.timeout());
+  Signature signature("all_to_all_v");
+  signature.with("dtype", static_cast<std::int64_t>(in.dtype())).with("row elements", extents_after_first(in));
+  Operation operation(communicator, signature);
   Block block;
   operation.ready([&] {
     if (send_rows.size() != ranks || receive_rows.size() != ranks)
@@ -258,22 +209,21 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
       refuse("out has " + sizes(first_extent(out), received) + " rows, the sum of receive_rows");
     block = communicator.arena().allocate(table + in.byte_size());
     std::memcpy(block.data(), send_rows.data(), table);
-    copy_into(block.data() + table, {in.bytes(), in.byte_size()});
-    return show(block);
+    copy_into(block.data() + table, bytes_of(in));
+    return operation.show(block);
   });
   operation.meet();
-  block.used_by(operation.sequence());
 
   // First everybody's table, so that a disagreement is found by both ends before rows move.
-  const Slices tables(ranks, Slice{0, table});
-  Reading counts(communicator, operation, block, tables, tables);
-  counts.finish(communicator, operation);
+  const auto whole_table = [&](int) { return ByteRange{0, table}; };
+  Reading counts(operation, block, whole_table, whole_table);
+  counts.finish();
   const auto rows_from_to = [&](std::size_t from, std::size_t to) {
     std::int64_t rows = 0;
     std::memcpy(&rows, counts.from(static_cast<int>(from)).data() + to * sizeof rows, sizeof rows);
     return rows;
   };
-  Slices wants(ranks), gives(ranks);
+  std::vector<ByteRange> wants(ranks), gives(ranks);
   std::size_t given = table;
   for (std::size_t p = 0; p < ranks; ++p) {
     if (rows_from_to(p, self) != receive_rows[p]) {
@@ -289,8 +239,9 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
     gives[p] = {given, static_cast<std::size_t>(send_rows[p]) * row_bytes};
     given += gives[p].bytes;
   }
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
+  Reading reading(
+      operation, block, [&](int peer) { return wants[at(peer)]; }, [&](int peer) { return gives[at(peer)]; });
+  reading.finish();
   std::byte* to = out.bytes();
   for (std::size_t p = 0; p < ranks; ++p) {
     copy_into(to, reading.from(static_cast<int>(p)));

@@ -28,14 +28,19 @@ std::chrono::nanoseconds default_timeout() {
 
 Communicator::Communicator(std::unique_ptr<Transport> transport, std::chrono::nanoseconds timeout) {
   if (timeout.count() < 0) refuse("the timeout of a communicator is negative");
-  state_ = std::make_shared<State>(std::move(transport), timeout.count() > 0 ? timeout : default_timeout());
+  timeout_ = timeout.count() > 0 ? timeout : default_timeout();
+  state_ = std::make_shared<State>(std::move(transport));
+}
+
+Communicator Communicator::with_timeout(std::chrono::nanoseconds timeout) const {
+  if (timeout.count() <= 0) refuse("a timeout is not above 0");
+  return Communicator(state_, timeout);
 }
 
 int Communicator::rank() const { return state_->transport->rank(); }
 int Communicator::size() const { return state_->transport->size(); }
 int Communicator::job_rank(int rank) const { return state_->job_rank(rank); }
 std::string_view Communicator::transport_name() const { return state_->transport->name(); }
-std::chrono::nanoseconds Communicator::timeout() const { return state_->timeout; }
 Transport& Communicator::transport() const { return *state_->transport; }
 Arena& Communicator::arena() const { return state_->arena; }
 const std::shared_ptr<std::pmr::memory_resource>& Communicator::memory() const { return state_->memory; }
@@ -52,6 +57,11 @@ void Communicator::fail(const Error& cause) const { throw state_->transport->abo
 void Communicator::blame(int peer, std::string_view operation, std::string_view did, ErrorCode code) const {
   fail(Error(code, "rank " + std::to_string(job_rank(peer)) + " " + std::string(did),
              {.rank = job_rank(rank()), .peer = job_rank(peer), .operation = std::string(operation)}));
+}
+
+void Communicator::throw_alike(const Error& error) const {
+  const auto of_job = [&](int rank) { return rank < 0 ? rank : job_rank(rank); };
+  throw Error(error.code(), error.message(), {of_job(error.rank()), of_job(error.peer()), error.operation()});
 }
 
 void Communicator::wait(FunctionRef<bool()> done, const Waiting& waiting) const {

@@ -37,7 +37,7 @@ struct Planned {
 };
 
 /// Every rank plans all groups from the same wishes, so that all find the same error.
-std::map<int, Planned> plan_groups(const std::vector<Wish>& wishes) {
+std::map<int, Planned> plan_groups(const Communicator& communicator, const std::vector<Wish>& wishes) {
   std::map<int, Planned> groups;
   for (std::size_t rank = 0; rank < wishes.size(); ++rank) {
     const Wish& wish = wishes[rank];
@@ -52,9 +52,11 @@ std::map<int, Planned> plan_groups(const std::vector<Wish>& wishes) {
       return wishes[static_cast<std::size_t>(a)].key < wishes[static_cast<std::size_t>(b)].key;
     });
     if (std::countr_one(group.places) < kGroups) continue;
-    throw Error(ErrorCode::bad_argument, "group " + std::to_string(number) +
-                                             " is one too many: between them its ranks are in " +
-                                             std::to_string(kGroups) + " groups already; let one go before");
+    communicator.throw_alike(Error(ErrorCode::bad_argument,
+                                   "group " + std::to_string(number) +
+                                       " is one too many: between them its ranks are in " + std::to_string(kGroups) +
+                                       " groups already; let one go before",
+                                   {.rank = group.members.front(), .operation = "split"}));
   }
   return groups;
 }
@@ -104,7 +106,6 @@ Communicator::State::State(const State& whole, const std::vector<int>& m, int ow
       rank(whole.rank),
       arena(whole.arena, transport),
       memory(whole.memory),
-      timeout(whole.timeout),
       slots(kGroupSlots),
       members(m),
       place(p),
@@ -122,16 +123,14 @@ Communicator::State::~State() {
 
 Communicator Communicator::split(int group, int key) const {
   const Wish wish{group, key, state_->rank->places, state_->rank->last_of_gone};
-  Operation operation(*this, Signature("split"), timeout());
-  operation.ready([&] {
-    if (group < -1) refuse("group is " + std::to_string(group) + ", below -1");
-    return wish.words();
-  });
-  operation.meet();
-  operation.complete();
   std::vector<Wish> wishes;
-  for (int peer = 0; peer < size(); ++peer) wishes.push_back(Wish::of(operation.words(peer)));
-  const std::map<int, Planned> groups = plan_groups(wishes);
+  for (const Operation::Words& words : meet(*this, Signature("split"), [&] {
+         if (group < -1) refuse("group is " + std::to_string(group) + ", below -1");
+         return wish.words();
+       })) {
+    wishes.push_back(Wish::of(words));
+  }
+  const std::map<int, Planned> groups = plan_groups(*this, wishes);
   if (group < 0) return {};
 
   const Planned& mine = groups.at(group);
@@ -140,7 +139,8 @@ Communicator Communicator::split(int group, int key) const {
   for (const int member : mine.members) members.push_back(job_rank(member));
   // Lines that a group has left behind carry lower numbers, so nobody takes them for this one's.
   return Communicator(std::make_shared<State>(*state_, members, static_cast<int>(own), std::countr_one(mine.places),
-                                              mine.last_of_gone + 1));
+                                              mine.last_of_gone + 1),
+                      timeout_);
 }
 
 }  // namespace expar

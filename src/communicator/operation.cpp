@@ -69,10 +69,9 @@ std::string Signature::str() const {
   return count_ == 0 ? text : text + ")";
 }
 
-Operation::Operation(const Communicator& communicator, const Signature& signature, std::chrono::nanoseconds timeout)
+Operation::Operation(const Communicator& communicator, const Signature& signature)
     : communicator_(communicator),
       signature_(signature),
-      timeout_(timeout),
       lines_(communicator.memory().get()),
       words_(communicator.memory().get()),
       unwinding_(std::uncaught_exceptions()) {
@@ -86,7 +85,7 @@ Operation::Operation(const Communicator& communicator, const Signature& signatur
     communicator_.fail(
         Error(ErrorCode::bad_argument,
               std::to_string(state.slots) + " operations are in flight; finish one before the next is started",
-              {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(signature.operation())}));
+              {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(name())}));
   }
   sequence_ = state.next++;
   ready_line_ = state.ready_line(sequence_);
@@ -116,7 +115,12 @@ Operation::~Operation() {
   if (state.transport->failure() || std::uncaught_exceptions() > unwinding_) return;
   state.transport->abort(
       Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
-            {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(signature_.operation())}));
+            {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(name())}));
+}
+
+Operation::Words Operation::show(Block& block, std::uint64_t first, std::uint64_t second) const {
+  block.last_use_ = std::max(block.last_use_, sequence_);
+  return {block.ref().segment, block.ref().offset, block.size(), first, second};
 }
 
 void Operation::ready(FunctionRef<Words()> prepare) {
@@ -178,7 +182,7 @@ void Operation::check_agreement() {
     const std::string message = communicator_.transport().text(rank, ready_line_);
     complete();
     const auto [code, named] = Status::of(status);
-    throw Error(code, message, {.rank = named, .operation = std::string(signature_.operation())});
+    throw Error(code, message, {.rank = named, .operation = std::string(name())});
   }
   for (int rank = 1; rank < communicator_.size(); ++rank) {
     if (lines_[static_cast<std::size_t>(rank)].words[kHashWord] != lines_[0].words[kHashWord]) throw_mismatch(rank);
@@ -191,12 +195,12 @@ void Operation::throw_mismatch(int other) {
   transport.publish(done_line_, Line{.sequence = sequence_}, signature_.str());
   await_done(0, "to say what it is doing");
   await_done(other, "to say what it is doing");
-  const int first = communicator_.job_rank(0), second = communicator_.job_rank(other);
-  const std::string message = "ranks disagree: rank " + std::to_string(first) + " runs " +
-                              transport.text(0, done_line_) + ", rank " + std::to_string(second) + " runs " +
-                              transport.text(other, done_line_);
+  const auto runs = [&](int rank) {
+    return "rank " + std::to_string(communicator_.job_rank(rank)) + " runs " + transport.text(rank, done_line_);
+  };
+  const std::string message = "ranks disagree: " + runs(0) + ", " + runs(other);
   complete();
-  throw Error(ErrorCode::mismatch, message, {.rank = second, .peer = first});
+  communicator_.throw_alike(Error(ErrorCode::mismatch, message, {.rank = other, .peer = 0}));
 }
 
 void Operation::done() { communicator_.transport().publish(done_line_, Line{.sequence = sequence_}); }
@@ -226,7 +230,18 @@ void Operation::keep_advancing(InFlight* work) {
 }
 
 Waiting Operation::waiting(int peer, std::string_view what) const {
-  return {.peer = peer, .operation = signature_.operation(), .what = what, .limit = timeout_};
+  return {.peer = peer, .operation = name(), .what = what, .limit = communicator_.timeout()};
+}
+
+std::pmr::vector<Operation::Words> meet(const Communicator& communicator, const Signature& signature,
+                                        FunctionRef<Operation::Words()> prepare) {
+  Operation operation(communicator, signature);
+  operation.ready(prepare);
+  operation.meet();
+  operation.complete();
+  std::pmr::vector<Operation::Words> words(communicator.memory().get());
+  for (int rank = 0; rank < communicator.size(); ++rank) words.push_back(operation.words(rank));
+  return words;
 }
 
 }  // namespace expar

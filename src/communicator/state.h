@@ -45,13 +45,12 @@ struct RankState {
 };
 
 struct Communicator::State {
-  State(std::shared_ptr<Transport> t, std::chrono::nanoseconds limit)
+  explicit State(std::shared_ptr<Transport> t)
       : transport(t),
         rank(std::make_shared<RankState>(t)),
         arena(t),
         memory(std::make_shared<std::pmr::synchronized_pool_resource>(
-            std::pmr::pool_options{.max_blocks_per_chunk = 4, .largest_required_pool_block = kLargestKept})),
-        timeout(limit) {}
+            std::pmr::pool_options{.max_blocks_per_chunk = 4, .largest_required_pool_block = kLargestKept})) {}
   /// A group's, whose operations are numbered from `first`.
   State(const State& whole, const std::vector<int>& members, int own, int place, std::uint64_t first);
   ~State();
@@ -64,7 +63,6 @@ struct Communicator::State {
   std::shared_ptr<RankState> rank;
   Arena arena;
   std::shared_ptr<std::pmr::memory_resource> memory;
-  std::chrono::nanoseconds timeout;
   std::uint64_t slots = kSlots;
   std::vector<int> members;    // of a group: ranks of the job
   int place = -1;              // of a group

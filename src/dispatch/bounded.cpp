@@ -19,45 +19,43 @@ std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-Shelf::Shelf(const Context& context, const Plan& plan, std::size_t row_bytes)
-    : context_(context), plan_(plan), tokens_(context.memory().get()) {
+Shelf::Shelf(const Context& context, const Operation& operation, const Plan& plan, std::size_t row_bytes)
+    : context_(context), operation_(operation), plan_(plan), tokens_(context.memory().get()) {
   tags_at_ = whole_lines(at(plan.experts() + context.size()) * sizeof(std::int32_t));
   rows_at_ = tags_at_ + whole_lines(at(plan.bound() * plan.topk()) * sizeof(SlotTag));
   tokens_.reserve(at(plan.bound()));
   bytes_ = rows_at_ + at(plan.bound()) * row_bytes;
 }
 
-Operation::Words Shelf::show(const Operation& operation, const float* weights) {
+Operation::Words Shelf::show(const float* weights) {
   block_ = context_.communicator().arena().allocate(bytes_);
-  block_.used_by(operation.sequence());
   const auto& own = plan_.data().own;
   std::memcpy(block_.data(), own.data(), own.size() * sizeof own[0]);
   auto* tags = reinterpret_cast<SlotTag*>(block_.data() + tags_at_);
   for (std::size_t i = 0; i < plan_.ids().size(); ++i) {
     tags[i] = {plan_.ids()[i], weights == nullptr ? 1.0F : weights[i]};
   }
-  return expar::show(block_, static_cast<std::uint64_t>(plan_.tokens()));
+  return operation_.show(block_, at(plan_.tokens()));
 }
 
-void Shelf::read(const Operation& operation) {
-  const std::pmr::vector<Slice> whole(at(context_.size()), Slice{0, bytes_}, context_.memory().get());
-  reading_.emplace(context_.communicator(), operation, block_, whole, whole);
+void Shelf::read() {
+  const auto whole = [&](int) { return ByteRange{0, bytes_}; };
+  reading_.emplace(operation_, block_, whole, whole);
 }
 
-Plan Shelf::complete(const Operation& operation) {
-  reading_->finish(context_.communicator(), operation);
+Plan Shelf::complete() {
+  reading_->finish();
   auto data = make_kept<Plan::Data>(context_.memory(), context_.memory());
   data->bound = plan_.bound();
   data->topk = plan_.topk();
   data->reserve();
   *data = plan_.data();
-  expar::complete(
-      context_.communicator(), operation.sequence(), [&](int source) { return reading_->from(source); }, *data);
+  expar::complete(operation_, *reading_, *data);
   return Plan(std::move(data));
 }
 
-std::span<const std::int32_t> Shelf::take(const Operation& operation, int source, std::size_t most, SlotTag* tags) {
-  const std::uint64_t tokens = first_word(operation.words(source));
+std::span<const std::int32_t> Shelf::take(int source, std::size_t most, SlotTag* tags) {
+  const std::uint64_t tokens = first_word(operation_.words(source));
   if (tokens > static_cast<std::uint64_t>(plan_.bound())) {
     context_.communicator().blame(
         source, "dispatch",

@@ -18,24 +18,25 @@ namespace expar {
 class Shelf {
  public:
   /// `plan` is open, rows are `row_bytes` long.
-  Shelf(const Context& context, const Plan& plan, std::size_t row_bytes);
+  Shelf(const Context& context, const Operation& operation, const Plan& plan, std::size_t row_bytes);
 
   /// Takes the room and fills in all but the rows, which go to rows(). For Operation::ready.
-  Operation::Words show(const Operation& operation, const float* weights);
+  Operation::Words show(const float* weights);
   std::byte* rows() const { return block_.data() + rows_at_; }
 
   /// Once all have agreed.
-  void read(const Operation& operation);
+  void read();
   /// Waits for what ranks that are not mapped send, and completes the plan.
-  Plan complete(const Operation& operation);
+  Plan complete();
 
   /// The tokens of `source` that this rank needs, ascending; their tags go to `tags`, by slot. What a peer wrote is not
   /// followed: there are `most` at the most.
-  std::span<const std::int32_t> take(const Operation& operation, int source, std::size_t most, SlotTag* tags);
+  std::span<const std::int32_t> take(int source, std::size_t most, SlotTag* tags);
   const std::byte* rows_of(int source) const { return reading_->from(source).data() + rows_at_; }
 
  private:
   Context context_;
+  const Operation& operation_;
   Plan plan_;
   std::size_t tags_at_, rows_at_, bytes_;
   Block block_;

@@ -36,8 +36,7 @@ Operation::Words show_outbox(Outbox& outbox, const RowOrder& order, const Operat
   const Shape wanted = order.shape(width_of(outbox));
   if (outbox.rows().shape() != wanted)
     refuse("the outbox is " + outbox.rows().shape().str() + ", the plan's results are " + wanted.str());
-  outbox.block().used_by(operation.sequence());
-  return show(outbox.block());
+  return operation.show(outbox.block());
 }
 
 Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layout layout) {
@@ -48,7 +47,7 @@ Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layo
 
 /// The part of each result that each rank reads; all of it, or its columns.
 RowParts parts_of(const Context& context, std::int64_t width, DType dtype, bool slice) {
-  RowParts parts{at(width) * size_of(dtype), std::pmr::vector<Slice>(at(context.size()), context.memory().get())};
+  RowParts parts{at(width) * size_of(dtype), std::pmr::vector<ByteRange>(at(context.size()), context.memory().get())};
   for (int rank = 0; rank < context.size(); ++rank) {
     const Part part = slice ? part_of(width, rank, context.size()) : Part{0, width};
     parts.of[at(rank)] = {at(part.begin) * size_of(dtype), at(part.end - part.begin) * size_of(dtype)};
@@ -83,13 +82,13 @@ struct PendingCombine::State final : InFlight {
         out(out_),
         options(options_),
         order(p, c.rank(), y_.layout(), capacity_of(y_)),
-        operation(c.communicator(), signature, c.timeout()) {}
+        operation(c.communicator(), signature) {}
 
   void advance() override {
     if (!results && operation.agreed()) read();
   }
   void read() {
-    results.emplace(context, operation, plan, order, y, parts_of(context, width_of(y), out.dtype(), options.slice));
+    results.emplace(operation, plan, order, y, parts_of(context, width_of(y), out.dtype(), options.slice));
   }
   bool in_parts() const { return options.sum_over && options.sum_over.size() > 1; }
   /// Waits for the results and sums them into `to`, with what `add` adds.
@@ -146,7 +145,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
 void PendingCombine::State::sum(Tensor to, const CombineOptions& add, const NormOutput& norm_of_sum) {
   operation.meet();
   if (!results) read();
-  const void* const* slots = results->finish(context.communicator(), operation, plan);
+  const void* const* slots = results->finish();
   context.kernels().reduce({.tokens = plan.tokens(),
                             .topk = plan.topk(),
                             .width = to.size(1),
@@ -180,7 +179,7 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   const std::int64_t width = width_of(values);
   Signature signature("fetch_slots");
   signature.with("width", width).with("plan", static_cast<std::int64_t>(plan.id()));
-  Operation operation(context.communicator(), with_layout(signature, values), context.timeout());
+  Operation operation(context.communicator(), with_layout(signature, values));
   const RowOrder order(plan, context.rank(), values.layout(), capacity_of(values));
   operation.ready([&] {
     require("values", values.rows(), DType::f32, values.rows().shape());
@@ -189,8 +188,8 @@ void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tenso
   });
   operation.meet();
   const std::size_t row_bytes = at(width) * sizeof(float);
-  Results results(context, operation, plan, order, values, parts_of(context, width, DType::f32, false));
-  const void* const* slots = results.finish(context.communicator(), operation, plan);
+  Results results(operation, plan, order, values, parts_of(context, width, DType::f32, false));
+  const void* const* slots = results.finish();
   std::byte* to = out.bytes();
   for (std::int64_t i = 0; i < plan.tokens() * plan.topk(); ++i, to += row_bytes) {
     if (const void* row = slots[i]) {

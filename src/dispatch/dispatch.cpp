@@ -99,7 +99,7 @@ struct PendingDispatch::State final : InFlight {
         cargo(c, x_, o.payload),
         row_bytes(cargo.row_bytes()),
         tag_bytes(o.lists_of == nullptr && p ? at(p.topk()) * sizeof(SlotTag) : 0),
-        operation(communicator, signature_of(x_, p, o), c.timeout()) {}
+        operation(communicator, signature_of(x_, p, o)) {}
 
   std::size_t tags_offset() const { return (room * row_bytes + 63) / 64 * 64; }
 
@@ -112,9 +112,9 @@ struct PendingDispatch::State final : InFlight {
       if (cargo.rounded()) {
         inbox->rounded_block = communicator.arena().allocate((room + at(x.size(0))) * cargo.full_bytes());
       }
-      if (!plan.open()) return show(inbox->block, tags_offset());
-      shelf.emplace(context, plan, row_bytes);
-      const Operation::Words words = shelf->show(operation, weights);
+      if (!plan.open()) return operation.show(inbox->block, tags_offset());
+      shelf.emplace(context, operation, plan, row_bytes);
+      const Operation::Words words = shelf->show(weights);
       cargo.load(shelf->rows(), x);
       return words;
     });
@@ -128,7 +128,7 @@ struct PendingDispatch::State final : InFlight {
   /// Gives every rank its rows. The nearest rank above comes first, so that ranks do not all write to the same one.
   void send() {
     sent = true;
-    if (shelf) return shelf->read(operation);
+    if (shelf) return shelf->read();
     if (plan.replicated()) return;  // the others have the rows
     std::size_t staged = 0;
     for (int step = 1; step < communicator.size(); ++step) {
@@ -146,13 +146,13 @@ struct PendingDispatch::State final : InFlight {
       }
     }
     operation.done();
-    transfers.start(communicator, operation);
+    transfers.start(operation);
   }
 
   void write_to(int peer) {
     const auto tokens = plan.sends(peer);
     if (tokens.empty()) return;
-    const auto block = shown_block(communicator, operation, peer);
+    const auto block = shown_block(operation, peer);
     const std::size_t first = at(plan.send_row(peer));
     const std::size_t tags_begin = first_word(operation.words(peer));
     const std::size_t end = first + tokens.size();
@@ -192,7 +192,7 @@ struct PendingDispatch::State final : InFlight {
       const bool expected = plan.sources()[at(peer + 1)] > plan.sources()[at(peer)];
       if (expected && communicator.transport().mapped(peer)) operation.await_done(peer, "its rows");
     }
-    transfers.finish(communicator, operation, "its rows");
+    transfers.finish(operation, "its rows");
   }
 
   /// The rows of a bounded plan that this rank needs, from where the others showed them.
@@ -201,7 +201,7 @@ struct PendingDispatch::State final : InFlight {
       if (peer == communicator.rank()) continue;
       const std::size_t first = at(plan.sources()[at(peer)]), count = at(plan.sources()[at(peer + 1)]) - first;
       auto* tags = reinterpret_cast<SlotTag*>(inbox->block.data() + tags_offset() + first * tag_bytes);
-      const auto tokens = shelf->take(operation, peer, count, tags);
+      const auto tokens = shelf->take(peer, count, tags);
       copy_rows(inbox->block.data() + first * row_bytes, shelf->rows_of(peer), tokens, row_bytes, Store::cached);
     }
   }
@@ -233,7 +233,7 @@ struct PendingDispatch::State final : InFlight {
     try {
       check_capacity(plan, options.layout, options.capacity);
     } catch (const Error& error) {
-      throw Error(error.code(), error.message(), {.rank = 0, .operation = "dispatch"});
+      communicator.throw_alike(Error(error.code(), error.message(), {.rank = 0, .operation = "dispatch"}));
     }
   }
 
@@ -310,7 +310,7 @@ Inbox PendingDispatch::finish() {
   const Phase phase(state->communicator.trace(), operation_span("finish dispatch"));
   state->operation.meet();
   if (!state->sent) state->send();
-  if (state->shelf) state->plan = state->shelf->complete(state->operation);
+  if (state->shelf) state->plan = state->shelf->complete();
   state->inbox->plan = state->plan;
   const Inbox* like = state->options.lists_of;
   state->inbox->lists = like != nullptr

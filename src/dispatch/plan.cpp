@@ -2,7 +2,6 @@
 #include <expar/plan.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <optional>
@@ -96,19 +95,16 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
 }
 
 struct PendingPlan::State final : InFlight {
-  explicit State(const Context& context)
-      : communicator(context.communicator()), plan(make_kept<Plan::Data>(context.memory(), context.memory())) {}
+  explicit State(const Context& context) : plan(make_kept<Plan::Data>(context.memory(), context.memory())) {}
 
   void advance() override {
     if (!reading && operation->agreed()) read();
   }
   void read() {
-    block.used_by(operation->sequence());
-    const std::pmr::vector<Slice> whole(at(plan->ranks), Slice{0, block.size()}, communicator.memory().get());
-    reading.emplace(communicator, *operation, block, whole, whole);
+    const auto whole = [&](int) { return ByteRange{0, block.size()}; };
+    reading.emplace(*operation, block, whole, whole);
   }
 
-  Communicator communicator;
   std::shared_ptr<Plan::Data> plan;
   Block block;
   std::optional<Reading> reading;
@@ -130,14 +126,12 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
   Signature signature("plan");
   signature.with("topk", ids.shape().rank() == 2 ? ids.size(1) : 0).with("experts", options.experts);
   signature.with("alignment", options.alignment).with_list("first_experts", options.first_experts);
-  Operation& operation = state->operation.emplace(state->communicator, signature, context.timeout());
+  Operation& operation = state->operation.emplace(context.communicator(), signature);
   operation.ready([&] {
     validate(ids, options, context.size());
     Plan::Data& plan = *state->plan;
     count(context, ids, options, plan);
-    state->block = context.communicator().arena().allocate(plan.own.size() * sizeof plan.own[0]);
-    std::memcpy(state->block.data(), plan.own.data(), state->block.size());
-    return show(state->block);
+    return show_copy(operation, state->block, std::as_bytes(std::span(plan.own)));
   });
   operation.keep_advancing(state.get());
   return PendingPlan(std::move(state));
@@ -146,13 +140,12 @@ PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOption
 Plan PendingPlan::finish() {
   const std::shared_ptr<State> state = std::move(state_);
   if (!state->operation) return Plan(state->plan);
-  const Phase phase(state->communicator.trace(), operation_span("finish plan"));
   Operation& operation = *state->operation;
+  const Phase phase(operation.communicator().trace(), operation_span("finish plan"));
   operation.meet();
   if (!state->reading) state->read();
-  state->reading->finish(state->communicator, operation);
-  complete(
-      state->communicator, operation.sequence(), [&](int s) { return state->reading->from(s); }, *state->plan);
+  state->reading->finish();
+  complete(operation, *state->reading, *state->plan);
   operation.complete();
   return Plan(state->plan);
 }

@@ -13,7 +13,7 @@ namespace expar {
 namespace {
 
 /// Reads what rank `source` says of its rows; a rank can send no more rows to a rank than it has slots there.
-void take_counts(const Communicator& communicator, int source, std::span<const std::byte> bytes, Plan::Data& plan,
+void take_counts(const Operation& operation, int source, std::span<const std::byte> bytes, Plan::Data& plan,
                  std::pmr::vector<std::int32_t>& unique) {
   auto* counts = plan.counts.data() + at(source) * at(plan.experts);
   auto* unique_counts = unique.data() + at(source) * at(plan.ranks);
@@ -29,7 +29,7 @@ void take_counts(const Communicator& communicator, int source, std::span<const s
     }
     sane = sane && unique_counts[d] >= 0 && unique_counts[d] <= slots && (d != source || unique_counts[d] == 0);
   }
-  if (!sane) communicator.blame(source, "plan", "sent counts that cannot be");
+  if (!sane) operation.communicator().blame(source, operation.name(), "sent counts that cannot be");
 }
 
 /// The first outbox row of each expert of `owner`, and one past the last row.
@@ -153,13 +153,12 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   for (i = 0; i < sends; ++i) plan.send_tokens[at(end[at(destination[i])]++)] = token_of[i];
 }
 
-void complete(const Communicator& communicator, std::uint64_t id,
-              FunctionRef<std::span<const std::byte>(int source)> own_of, Plan::Data& plan) {
+void complete(const Operation& operation, const Reading& counted, Plan::Data& plan) {
   const std::size_t ranks = at(plan.ranks);
-  plan.id = id;
+  plan.id = operation.sequence();
   plan.counts.resize(ranks * at(plan.experts));
   std::pmr::vector<std::int32_t> unique(ranks * ranks, plan.memory.get());
-  for (int s = 0; s < plan.ranks; ++s) take_counts(communicator, s, own_of(s), plan, unique);
+  for (int s = 0; s < plan.ranks; ++s) take_counts(operation, s, counted.from(s), plan, unique);
   derive_offsets(plan, unique);
   place_slots(plan);
 }

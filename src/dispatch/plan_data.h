@@ -9,6 +9,8 @@
 
 #include <expar/plan.h>
 
+#include "src/util/shown.h"
+
 namespace expar {
 
 struct Plan::Data {
@@ -47,10 +49,9 @@ struct Plan::Data {
 /// that each other rank needs.
 void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan);
 
-/// From what every rank has counted, `own_of(source)` being the bytes of its `own`, to all offsets. Counts that cannot
-/// be end the job.
-void complete(const Communicator& communicator, std::uint64_t id,
-              FunctionRef<std::span<const std::byte>(int source)> own_of, Plan::Data& plan);
+/// From what every rank has counted, its block beginning with its `own`, to all offsets. Counts that cannot be end the
+/// job.
+void complete(const Operation& operation, const Reading& counted, Plan::Data& plan);
 
 /// The same where every rank has what this one has.
 void complete_replicated(Plan::Data& plan);

@@ -23,22 +23,24 @@ std::size_t count(const Plan& plan, int source, const ExpertRange& range) {
 
 }  // namespace
 
-Results::Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-                 const Outbox& own, RowParts&& parts)
-    : order_(order),
+Results::Results(const Operation& operation, const Plan& plan, const RowOrder& order, const Outbox& own,
+                 RowParts&& parts)
+    : operation_(operation),
+      plan_(plan),
+      order_(order),
       own_(own),
       parts_(std::move(parts)),
-      slots_(context.memory().get()),
-      arrived_(at(plan.experts()), nullptr, context.memory().get()) {
-  exchange(context.communicator(), operation, plan);
+      slots_(operation.communicator().memory().get()),
+      arrived_(at(plan.experts()), nullptr, operation.communicator().memory().get()) {
+  exchange();
 }
 
 /// Copies what `peer` reads of this rank's results, expert by expert; returns the end of it.
-std::byte* Results::stage(const Plan& plan, int peer, std::byte* stage) const {
-  const Slice part = parts_.of[at(peer)];
-  for (std::int64_t e = 0; e < plan.local().count; ++e) {
+std::byte* Results::stage(int peer, std::byte* stage) const {
+  const ByteRange part = parts_.of[at(peer)];
+  for (std::int64_t e = 0; e < plan_.local().count; ++e) {
     const std::byte* row = own_.block().data() + at(order_.source_start(peer, e)) * parts_.row_bytes + part.offset;
-    for (std::size_t i = count(plan, peer, plan.local().first + e); i > 0 && part.bytes > 0; --i) {
+    for (std::size_t i = count(plan_, peer, plan_.local().first + e); i > 0 && part.bytes > 0; --i) {
       std::memcpy(stage, row, part.bytes);
       row += parts_.row_bytes;
       stage += part.bytes;
@@ -48,7 +50,8 @@ std::byte* Results::stage(const Plan& plan, int peer, std::byte* stage) const {
 }
 
 /// Sends each source that is not mapped its rows, expert by expert: an order that both ends know from the plan.
-void Results::exchange(const Communicator& communicator, const Operation& operation, const Plan& plan) {
+void Results::exchange() {
+  const Communicator& communicator = operation_.communicator();
   const int self = communicator.rank();
   const std::size_t part_bytes = parts_.of[at(self)].bytes;
   std::vector<int> peers;
@@ -56,8 +59,8 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (communicator.transport().mapped(peer)) continue;
     peers.push_back(peer);
-    sent += count(plan, peer, plan.local()) * parts_.of[at(peer)].bytes;
-    received += count(plan, self, plan.held_by(peer)) * part_bytes;
+    sent += count(plan_, peer, plan_.local()) * parts_.of[at(peer)].bytes;
+    received += count(plan_, self, plan_.held_by(peer)) * part_bytes;
   }
   staging_.resize(sent);
   received_.resize(received);
@@ -66,47 +69,48 @@ void Results::exchange(const Communicator& communicator, const Operation& operat
   std::byte* arrival = received_.data();
   for (const int peer : peers) {
     const std::byte* first_sent = staged;
-    staged = stage(plan, peer, staged);
+    staged = stage(peer, staged);
     transfers_.send(peer, first_sent, static_cast<std::size_t>(staged - first_sent));
 
     std::byte* first_received = arrival;
-    const ExpertRange theirs = plan.held_by(peer);
+    const ExpertRange theirs = plan_.held_by(peer);
     for (std::int64_t e = theirs.first; e < theirs.first + theirs.count; ++e) {
       arrived_[at(e)] = arrival;
-      arrival += count(plan, self, e) * part_bytes;
+      arrival += count(plan_, self, e) * part_bytes;
     }
     transfers_.receive(peer, first_received, static_cast<std::size_t>(arrival - first_received));
   }
-  transfers_.start(communicator, operation);
+  transfers_.start(operation_);
 }
 
-const void* const* Results::finish(const Communicator& communicator, const Operation& operation, const Plan& plan) {
-  transfers_.finish(communicator, operation, "its results");
+const void* const* Results::finish() {
+  transfers_.finish(operation_, "its results");
+  const Communicator& communicator = operation_.communicator();
   const std::size_t row_bytes = parts_.row_bytes;
-  const Slice part = parts_.of[at(communicator.rank())];
+  const ByteRange part = parts_.of[at(communicator.rank())];
   auto& transport = communicator.transport();
   std::pmr::vector<std::span<const std::byte>> outboxes(at(communicator.size()), communicator.memory().get());
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (peer == communicator.rank()) {
       outboxes[at(peer)] = {own_.block().data(), own_.block().size()};
     } else if (transport.mapped(peer)) {
-      outboxes[at(peer)] = shown_block(communicator, operation, peer);
+      outboxes[at(peer)] = shown_block(operation_, peer);
     }
   }
-  slots_.reserve(at(plan.bound() * plan.topk()));
-  slots_.assign(plan.slots().size(), nullptr);
+  slots_.reserve(at(plan_.bound() * plan_.topk()));
+  slots_.assign(plan_.slots().size(), nullptr);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
-    const SlotRow slot = plan.slots()[i];
+    const SlotRow slot = plan_.slots()[i];
     if (slot.rank < 0 || part.bytes == 0) continue;
-    const std::int64_t expert = plan.ids()[i];
+    const std::int64_t expert = plan_.ids()[i];
     if (const std::byte* first = arrived_[at(expert)]) {
-      slots_[i] = first + at(slot.row - plan.slot_start(expert)) * part.bytes;
+      slots_[i] = first + at(slot.row - plan_.slot_start(expert)) * part.bytes;
       continue;
     }
     const auto outbox = outboxes[at(slot.rank)];
     const std::size_t offset = at(order_.row(slot.row, expert)) * row_bytes;
     if (offset > outbox.size() || row_bytes > outbox.size() - offset) {
-      communicator.blame(slot.rank, operation.waiting(-1, "").operation,
+      communicator.blame(slot.rank, operation_.name(),
                          "showed an outbox of " + std::to_string(outbox.size()) + " bytes, too small for its plan");
     }
     slots_[i] = outbox.data() + offset + part.offset;

@@ -15,23 +15,24 @@ namespace expar {
 /// Rows of so many bytes, and the part of each that each rank reads.
 struct RowParts {
   std::size_t row_bytes;
-  std::pmr::vector<Slice> of;  // [P]
+  std::pmr::vector<ByteRange> of;  // [P]
 };
 
 /// The results [T, K] that this rank reads in one operation, in which every rank shows its outbox.
 class Results {
  public:
   /// Once all have agreed. Posts the transfers with ranks that are not mapped.
-  Results(const Context& context, const Operation& operation, const Plan& plan, const RowOrder& order,
-          const Outbox& own, RowParts&& parts);
+  Results(const Operation& operation, const Plan& plan, const RowOrder& order, const Outbox& own, RowParts&& parts);
 
   /// Waits for what others send. Returns [T, K]: the first byte of each result; null where the slot is not routed.
-  const void* const* finish(const Communicator& communicator, const Operation& operation, const Plan& plan);
+  const void* const* finish();
 
  private:
-  std::byte* stage(const Plan& plan, int peer, std::byte* stage) const;
-  void exchange(const Communicator& communicator, const Operation& operation, const Plan& plan);
+  std::byte* stage(int peer, std::byte* stage) const;
+  void exchange();
 
+  const Operation& operation_;
+  const Plan& plan_;
   const RowOrder& order_;
   const Outbox& own_;
   RowParts parts_;

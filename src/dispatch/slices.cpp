@@ -47,11 +47,11 @@ void join_slices(const Context& context, const Plan& plan, ConstTensor slices, T
   Signature signature("join_slices");
   signature.with("hidden", x.shape().rank() == 2 ? x.size(1) : 0).with("dtype", static_cast<std::int64_t>(x.dtype()));
   signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
-  Operation operation(communicator, signature, context.timeout());
+  Operation operation(communicator, signature);
 
   const auto bytes_of = [&](int rank) { return at(width(part_of(x.size(1), rank, ranks))) * size_of(x.dtype()); };
   std::vector<std::int32_t> here;
-  std::vector<Slice> wants, gives;
+  std::vector<ByteRange> wants, gives;
   Block block;
   // Each rank shows, for one rank after the other, its slices of the tokens that this one reads: as many on all ranks.
   operation.ready([&] {
@@ -65,16 +65,16 @@ void join_slices(const Context& context, const Plan& plan, ConstTensor slices, T
       total += read_by(rank).size();
     }
     block = communicator.arena().allocate(total * bytes_of(self));
-    block.used_by(operation.sequence());
     for (int rank = 0; rank < ranks; ++rank) {
       wants.push_back({before_self * bytes_of(rank), here.size() * bytes_of(rank)});
       copy_rows(block.data() + gives[at(rank)].offset, slices.bytes(), read_by(rank), bytes_of(self), Store::cached);
     }
-    return show(block);
+    return operation.show(block);
   });
   operation.meet();
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
+  Reading reading(
+      operation, block, [&](int rank) { return wants[at(rank)]; }, [&](int rank) { return gives[at(rank)]; });
+  reading.finish();
 
   const std::size_t row_bytes = at(x.size(1)) * size_of(x.dtype());
   for (int rank = 0; rank < ranks; ++rank) {

@@ -49,38 +49,36 @@ void sum_parts(const Context& context, const Plan& plan, std::int64_t width, DTy
   const std::int64_t tokens = plan.tokens();
   Signature signature("sum_parts");
   signature.with("tokens", tokens).with("hidden", width).with("dtype", static_cast<std::int64_t>(dtype));
-  Operation operation(communicator, signature, context.timeout());
+  Operation operation(communicator, signature);
   Block block;
   Tensor part;
   operation.ready([&] {
     block = communicator.arena().allocate(at(tokens * width) * size_of(dtype));
     part = Tensor(block.data(), dtype, {tokens, width});
     write(part);
-    return show(block);
+    return operation.show(block);
   });
   operation.meet();
-  block.used_by(operation.sequence());
 
   const std::size_t row_bytes = at(width) * size_of(dtype);
-  std::pmr::vector<Slice> of(communicator.memory().get());  // which rows of every block each rank adds up
-  for (int rank = 0; rank < ranks; ++rank) {
+  const auto of = [&](int rank) {  // which rows of every block it adds up
     const Part rows = part_of(tokens, rank, ranks);
-    of.push_back({at(rows.begin) * row_bytes, at(rows.end - rows.begin) * row_bytes});
-  }
-  const std::pmr::vector<Slice> own(at(ranks), of[at(self)], communicator.memory().get());
-  Reading parts(communicator, operation, block, own, of);
-  parts.finish(communicator, operation);
+    return ByteRange{at(rows.begin) * row_bytes, at(rows.end - rows.begin) * row_bytes};
+  };
+  const auto own = [&](int) { return of(self); };
+  Reading parts(operation, block, own, of);
+  parts.finish();
   // The sums take the place of this rank's own part of them, which nobody else reads.
   const Part rows = part_of(tokens, self, ranks);
   add(context, plan, parts, rows, options, part.rows(rows.begin, rows.end - rows.begin));
   operation.done();
 
-  Reading sums(communicator, operation, block, of, own);
+  Reading sums(operation, block, of, own);
   for (int rank = 0; rank < ranks; ++rank) operation.await_done(rank, "its sums");
-  sums.finish(communicator, operation);
+  sums.finish();
   for (int rank = 0; rank < ranks; ++rank) {
     const auto summed = sums.from(rank);
-    if (!summed.empty()) std::memcpy(out.bytes() + of[at(rank)].offset, summed.data(), summed.size());
+    if (!summed.empty()) std::memcpy(out.bytes() + of(rank).offset, summed.data(), summed.size());
   }
   if (!options.norm.y.absent()) rms_norm(context, out, options.norm);
   operation.complete();

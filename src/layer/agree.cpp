@@ -73,17 +73,17 @@ void agree_on_router(const Context& context, const RouterOptions& router) {
   for (const Setting& setting : settings) mine.push_back(std::bit_cast<std::int64_t>(setting.value));
   const Array all(DType::int64, {context.size(), count});
   all_gather(context, ConstTensor(mine.data(), {1, count}), all);
-  for (std::int64_t rank = 1; rank < context.size(); ++rank) {
+  for (int rank = 1; rank < context.size(); ++rank) {
     for (std::int64_t i = 0; i < count; ++i) {
       const std::int64_t theirs = all.as<std::int64_t>()[rank * count + i];
       const std::int64_t first = all.as<std::int64_t>()[i];
       if (theirs == first) continue;
-      const auto has = [&](std::int64_t r, std::int64_t bits) {
-        return "rank " + std::to_string(r) + " has " + settings[static_cast<std::size_t>(i)].name + " " +
-               std::to_string(std::bit_cast<double>(bits));
+      const auto has = [&](int r, std::int64_t bits) {
+        return "rank " + std::to_string(context.communicator().job_rank(r)) + " has " +
+               settings[static_cast<std::size_t>(i)].name + " " + std::to_string(std::bit_cast<double>(bits));
       };
-      throw Error(ErrorCode::mismatch, "routers disagree: " + has(0, first) + "; " + has(rank, theirs),
-                  {static_cast<int>(rank), 0, "layer"});
+      context.communicator().throw_alike(Error(
+          ErrorCode::mismatch, "routers disagree: " + has(0, first) + "; " + has(rank, theirs), {rank, 0, "layer"}));
     }
   }
 }
@@ -121,29 +121,23 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   signature.with("dtype", static_cast<std::int64_t>(options.dtype)).with("bound", options.bound);
   signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(options.dtype)));
   signature.with("gradient_payload", static_cast<std::int64_t>(options.gradient_payload.value_or(options.dtype)));
-  Operation operation(context.communicator(), signature, context.timeout());
-  operation.ready([&] {
+  meet(context.communicator(), signature, [&] {
     validate(options);
     make();
     return Operation::Words{};
   });
-  operation.meet();
-  operation.done();
-  operation.complete();
   agree_on_router(context, options.router);
 }
 
 std::int64_t tokens_before(const Context& context, std::int64_t tokens, const std::optional<Error>& failure) {
-  Operation operation(context.communicator(), Signature("tokens_before"), context.timeout());
-  operation.ready([&]() -> Operation::Words {
+  const auto shown = meet(context.communicator(), Signature("tokens_before"), [&]() -> Operation::Words {
     if (failure) throw *failure;
     return {static_cast<std::uint64_t>(tokens)};
   });
-  operation.meet();
-  operation.done();
-  operation.complete();
   std::int64_t before = 0;
-  for (int rank = 0; rank < context.rank(); ++rank) before += static_cast<std::int64_t>(operation.words(rank)[0]);
+  for (int rank = 0; rank < context.rank(); ++rank) {
+    before += static_cast<std::int64_t>(shown[static_cast<std::size_t>(rank)][0]);
+  }
   return before;
 }
 

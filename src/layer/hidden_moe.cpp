@@ -149,14 +149,10 @@ void HiddenMoe::State::forward(const Context& c, const HiddenMoeInputs& inputs, 
 
 HiddenMoe::HiddenMoe(const Context& context, const HiddenMoeOptions& options)
     : state_(std::make_unique<State>(context, options)) {
-  Operation operation(context.communicator(), signature_of(options), context.timeout());
-  operation.ready([&] {
+  meet(context.communicator(), signature_of(options), [&] {
     validate(options);
     return Operation::Words{};
   });
-  operation.meet();
-  operation.done();
-  operation.complete();
 }
 HiddenMoe::~HiddenMoe() = default;
 HiddenMoe::HiddenMoe(HiddenMoe&&) noexcept = default;

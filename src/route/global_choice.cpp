@@ -56,38 +56,31 @@ BatchRows gather_rows(const Context& context, const RouterOptions& options, Rout
   signature.with("choice", static_cast<std::int64_t>(options.choice)).with("experts", options.experts);
   signature.with("topk", options.topk).with("score", static_cast<std::int64_t>(options.score));
   const std::size_t row_bytes = at(options.experts) * sizeof(float);
-  Operation operation(communicator, signature, context.timeout());
-  Block block;
-  operation.ready([&] {
-    const ConstTensor rows = prepare();
-    block = communicator.arena().allocate(at(routing.valid) * row_bytes);
-    for_valid(routing, rows.size(0), [&](std::int64_t row, std::int64_t token) {
-      std::memcpy(block.data() + at(row) * row_bytes, rows.rows(token, 1).data(), row_bytes);
-    });
-    return show(block);
-  });
-  operation.meet();
-  block.used_by(operation.sequence());
-
-  std::vector<Slice> wants;
-  std::int64_t tokens = 0;
   BatchRows batch;
-  for (int rank = 0; rank < context.size(); ++rank) {
-    if (rank == context.rank()) batch.first = tokens;
-    wants.push_back({0, shown_bytes(operation.words(rank))});
-    tokens += static_cast<std::int64_t>(wants.back().bytes / row_bytes);
-  }
-  const std::vector<Slice> gives(wants.size(), Slice{0, block.size()});
-  Reading reading(communicator, operation, block, wants, gives);
-  reading.finish(communicator, operation);
-  const Tensor all = routing.scratch.view(DType::f32, {tokens, options.experts});
-  std::byte* to = all.bytes();
-  for (int rank = 0; rank < context.size(); ++rank) {
-    const std::span<const std::byte> from = reading.from(rank);
-    to = std::copy(from.begin(), from.end(), to);
-  }
-  operation.complete();
-  batch.all = all;
+  share(
+      communicator, signature,
+      [&](const Operation& operation, Block& block) {
+        const ConstTensor rows = prepare();
+        block = communicator.arena().allocate(at(routing.valid) * row_bytes);
+        for_valid(routing, rows.size(0), [&](std::int64_t row, std::int64_t token) {
+          std::memcpy(block.data() + at(row) * row_bytes, rows.rows(token, 1).data(), row_bytes);
+        });
+        return operation.show(block);
+      },
+      [&](const Operation&, const Reading& reading) {
+        std::size_t tokens = 0;
+        for (int rank = 0; rank < context.size(); ++rank) {
+          if (rank == context.rank()) batch.first = static_cast<std::int64_t>(tokens);
+          tokens += reading.from(rank).size() / row_bytes;
+        }
+        const Tensor all = routing.scratch.view(DType::f32, {static_cast<std::int64_t>(tokens), options.experts});
+        std::byte* to = all.bytes();
+        for (int rank = 0; rank < context.size(); ++rank) {
+          const auto rows = reading.from(rank).first(reading.from(rank).size() / row_bytes * row_bytes);
+          to = std::copy(rows.begin(), rows.end(), to);
+        }
+        batch.all = all;
+      });
   return batch;
 }
 

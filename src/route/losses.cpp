@@ -142,14 +142,10 @@ void add_sequence_balance(const Context& context, const RouterOptions& options, 
 
 /// Every rank throws the error of the lowest rank that has one.
 [[noreturn]] void throw_together(const Context& context, const std::optional<Error>& failure) {
-  Operation operation(context.communicator(), Signature("router_losses"), context.timeout());
-  operation.ready([&]() -> Operation::Words {
+  meet(context.communicator(), Signature("router_losses"), [&]() -> Operation::Words {
     if (failure) throw *failure;
     return {};
   });
-  operation.meet();
-  operation.done();
-  operation.complete();
   throw Error(ErrorCode::internal, "a rank refused its arguments and did not say why");
 }
 

@@ -1,6 +1,10 @@
 // Errors of one rank reach all ranks as the same error, and those found before bytes move do no harm.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
 #include <expar/collectives.h>
 #include <expar/dispatch.h>
 
@@ -113,6 +117,35 @@ TEST_P(Errors, does_not_hide_an_exception_behind_the_operation_it_left_open) {
     barrier(context);
   });
   EXPECT_EQ(expect_same_error(ends).message(), "no such expert");
+}
+
+TEST_P(Errors, keeps_the_inbox_of_a_dispatch_that_an_exception_unwound_for_those_who_still_write_to_it) {
+  constexpr std::int64_t kWidth = 1000;
+  run(GetParam(), [](const Context& context) {
+    // Rank 0 gives nothing, so that the others need nothing more from it. Messages it would have to take.
+    const bool gives = context.rank() != 0 && context.communicator().transport().mapped(0);
+    const std::int64_t tokens = gives ? 4 : 0;
+    const std::vector<std::int32_t> ids(4, 0);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = context.size()});
+    const std::vector<float> rows(4 * kWidth, 1.0F);
+    const ConstTensor x(rows.data(), Shape{tokens, kWidth});
+    Block next;
+    if (context.rank() == 0) {
+      try {
+        const PendingDispatch pending = start_dispatch(context, x, {}, plan);
+        throw std::runtime_error("the user's own");
+      } catch (const std::runtime_error&) {
+      }
+      next = context.communicator().arena().allocate(static_cast<std::size_t>(plan.unique()) * kWidth * sizeof(float));
+      std::memset(next.data(), 0, next.size());
+    } else {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      dispatch(context, x, {}, plan);
+    }
+    barrier(context);
+    const auto written = [](std::byte b) { return b != std::byte{0}; };
+    require(std::none_of(next.data(), next.data() + next.size(), written), "a row came where the inbox had been");
+  });
 }
 
 TEST_P(Errors, ends_the_job_when_an_operation_is_dropped_half_way) {
