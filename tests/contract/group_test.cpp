@@ -4,8 +4,10 @@
 #include <chrono>
 #include <thread>
 
+#include <expar/capacity.h>
 #include <expar/collectives.h>
 #include <expar/dispatch.h>
+#include <expar/layer.h>
 
 #include "tests/contract/routes.h"
 #include "tests/contract/ways.h"
@@ -165,6 +167,53 @@ TEST_P(Groups, name_ranks_as_the_job_does_and_stay_usable_after_a_mistake) {
     const std::string first = "rank " + std::to_string(culprit - 1) + " runs broadcast";
     require(mismatch.message().find(first) != std::string::npos, mismatch.message());
     require_equal(sum(group, 1.0F), 3.0F, "sum after the mistakes");
+  });
+}
+
+TEST_P(Groups, name_the_rank_of_the_job_in_every_error) {
+  run(GetParam(), [](const Context& context) {
+    const Context group = context.on(context.communicator().split(context.rank() / 3));
+    const int first = context.rank() / 3 * 3, culprit = first + 1;
+    const bool wrong = context.rank() == culprit;
+    const auto expect = [&](int rank, const std::string& operation, const std::function<void()>& call) {
+      const Error error = error_of(call);
+      require_equal(error.rank(), rank, std::string("the rank of: ") + error.what());
+      require(error.operation() == operation, "the operation of: " + std::string(error.what()));
+      return error;
+    };
+    std::vector<float> in(2), out(8);
+    expect(culprit, "all_gather",
+           [&] { all_gather(group, ConstTensor(in.data(), Shape{2}), Tensor(out.data(), Shape{wrong ? 7 : 6})); });
+
+    const std::vector<std::int32_t> ids(2, 0);
+    const ConstTensor id_tensor(ids.data(), Shape{2, 1});
+    const Plan plan = make_plan(group, id_tensor, {.experts = 3, .bound = 2});
+    expect(first, "dispatch", [&] {
+      dispatch(group, ConstTensor(out.data(), Shape{2, 4}), {}, plan, {.layout = Layout::padded, .capacity = 1});
+    });
+
+    Routing routing;
+    std::vector<float> logits(6);
+    for (int t = 0; t < 2; ++t) logits[static_cast<std::size_t>(3 * t + (wrong ? 0 : t))] = 4;
+    route(group, {.experts = 3, .topk = 1}, ConstTensor(logits.data(), Shape{2, 3}), routing);
+    Capacity capacity;
+    const Error full = expect(culprit, "bound_rows", [&] {
+      bound_rows(group, {.policy = CapacityPolicy::error, .scope = CapacityScope::per_rank, .rows = 1}, 3, routing,
+                 capacity);
+    });
+    require(full.message().find("by rank " + std::to_string(culprit)) != std::string::npos, full.message());
+
+    MoeLayerOptions layer{.hidden = 4, .inner = 4, .router = {.experts = 3, .topk = 1}};
+    layer.router.z = wrong ? 0.5F : 0.25F;
+    const Error disagree = expect(culprit, "layer", [&] { MoeLayer(group, layer); });
+    require_equal(disagree.peer(), first, "the other rank that disagrees");
+    require(disagree.message().find("rank " + std::to_string(culprit) + " has z 0.5") != std::string::npos,
+            disagree.message());
+
+    std::vector<Communicator> groups;  // one place is taken
+    for (int i = 0; i < 14; ++i) groups.push_back(group.communicator().split(0));
+    expect(first, "split", [&] { (void)group.communicator().split(0); });
+    require_equal(sum(group, 1.0F), 3.0F, "sum after all these errors");
   });
 }
 
