@@ -1,11 +1,10 @@
-// What a rank shows in the dispatch of a bounded plan, and how it takes what it needs from the others.
+// Rows of a bounded plan.
 #include "src/dispatch/bounded.h"
 
 #include <cstring>
 #include <string>
 
 #include "src/dispatch/plan_data.h"
-#include "src/util/check.h"
 #include "src/util/kept.h"
 
 namespace expar {
@@ -13,74 +12,87 @@ namespace {
 
 std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-[[noreturn]] void disagree(const Communicator& communicator, int source) {
-  communicator.blame(source, "dispatch", "sent other experts than its plan says");
-}
-
 }  // namespace
 
-Shelf::Shelf(const Context& context, const Operation& operation, const Plan& plan, std::size_t row_bytes)
-    : context_(context), operation_(operation), plan_(plan), tokens_(context.memory().get()) {
+BoundedRows::BoundedRows(const Shipment& shipment) : Carrier(shipment), tokens_(context.memory().get()) {
   tags_at_ = whole_lines(at(plan.experts() + context.size()) * sizeof(std::int32_t));
   rows_at_ = tags_at_ + whole_lines(at(plan.bound() * plan.topk()) * sizeof(SlotTag));
+  bytes_ = rows_at_ + at(plan.bound()) * payload.row_bytes();
   tokens_.reserve(at(plan.bound()));
-  bytes_ = rows_at_ + at(plan.bound()) * row_bytes;
 }
 
-Operation::Words Shelf::show(const float* weights) {
-  block_ = context_.communicator().arena().allocate(bytes_);
-  const auto& own = plan_.data().own;
-  std::memcpy(block_.data(), own.data(), own.size() * sizeof own[0]);
-  auto* tags = reinterpret_cast<SlotTag*>(block_.data() + tags_at_);
-  for (std::size_t i = 0; i < plan_.ids().size(); ++i) {
-    tags[i] = {plan_.ids()[i], weights == nullptr ? 1.0F : weights[i]};
+Operation::Words BoundedRows::show() {
+  room = Room(context.communicator(), (context.size() - 1) * plan.bound(), payload.row_bytes(), tag_bytes);
+  shelf_ = context.communicator().arena().allocate(bytes_);
+  const auto& own = plan.data().own;
+  std::memcpy(shelf_.data(), own.data(), own.size() * sizeof own[0]);
+  auto* tags = reinterpret_cast<SlotTag*>(shelf_.data() + tags_at_);
+  for (std::size_t i = 0; i < plan.ids().size(); ++i) {
+    tags[i] = {plan.ids()[i], weights == nullptr ? 1.0F : weights[i]};
   }
-  return operation_.show(block_, at(plan_.tokens()));
+  payload.write(shelf_.data() + rows_at_, x);
+  return operation.show(shelf_, at(plan.tokens()));
 }
 
-void Shelf::read() {
+void BoundedRows::send() {
   const auto whole = [&](int) { return ByteRange{0, bytes_}; };
-  reading_.emplace(operation_, block_, whole, whole);
+  shelves_.emplace(operation, shelf_, whole, whole);
 }
 
-Plan Shelf::complete() {
-  reading_->finish();
-  auto data = make_kept<Plan::Data>(context_.memory(), context_.memory());
-  data->bound = plan_.bound();
-  data->topk = plan_.topk();
+Plan BoundedRows::complete() {
+  shelves_->finish();
+  auto data = make_kept<Plan::Data>(context.memory(), context.memory());
+  data->bound = plan.bound();
+  data->topk = plan.topk();
   data->reserve();
-  *data = plan_.data();
-  expar::complete(operation_, *reading_, *data);
+  *data = plan.data();
+  expar::complete(operation, *shelves_, *data);
   return Plan(std::move(data));
 }
 
-std::span<const std::int32_t> Shelf::take(int source, std::size_t most, SlotTag* tags) {
-  const std::uint64_t tokens = first_word(operation_.words(source));
-  if (tokens > static_cast<std::uint64_t>(plan_.bound())) {
-    context_.communicator().blame(
-        source, "dispatch",
-        "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan_.bound()));
+void BoundedRows::receive() {
+  for (int peer = 0; peer < context.size(); ++peer) {
+    if (peer == context.rank()) continue;
+    const std::int64_t first = plan.sources()[at(peer)];
+    const auto tokens = take(peer, at(plan.sources()[at(peer + 1)] - first), room.tags(first));
+    copy_rows(room.row(first), shelves_->from(peer).data() + rows_at_, tokens, payload.row_bytes(), Store::cached);
   }
-  const auto* from = reinterpret_cast<const SlotTag*>(reading_->from(source).data() + tags_at_);
-  const ExpertRange local = plan_.local();
-  const std::size_t topk = at(plan_.topk());
+}
+
+void BoundedRows::round_own(std::byte* to) const { payload.read(to, shelf_.data() + rows_at_, x.size(0)); }
+
+/// The tokens of `source` that this rank needs, ascending; their tags go to `tags`, by slot. What a peer wrote is not
+/// followed: there are `most` at the most.
+std::span<const std::int32_t> BoundedRows::take(int source, std::size_t most, SlotTag* tags) {
+  const auto disagree = [&] {
+    context.communicator().blame(source, operation.name(), "sent other experts than its plan says");
+  };
+  const std::uint64_t tokens = first_word(operation.words(source));
+  if (tokens > static_cast<std::uint64_t>(plan.bound())) {
+    context.communicator().blame(
+        source, operation.name(),
+        "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan.bound()));
+  }
+  const auto* from = reinterpret_cast<const SlotTag*>(shelves_->from(source).data() + tags_at_);
+  const ExpertRange local = plan.local();
+  const std::size_t topk = at(plan.topk());
   tokens_.clear();
   for (std::uint64_t token = 0; token < tokens; ++token, from += topk) {
     // Written ahead, and kept where a slot of the token is for an expert here.
     bool needed = false;
-    const bool room = tokens_.size() < most;
+    const bool fits = tokens_.size() < most;
     for (std::size_t k = 0; k < topk; ++k) {
       const std::int64_t e = from[k].expert - local.first;
       const bool here = e >= 0 && e < local.count;
       needed = needed || here;
-      if (room) tags[k] = {here ? static_cast<std::int32_t>(e) : -1, from[k].weight};
+      if (fits) tags[k] = {here ? static_cast<std::int32_t>(e) : -1, from[k].weight};
     }
     if (!needed) continue;
-    if (!room) disagree(context_.communicator(), source);
+    if (!fits) disagree();
     tokens_.push_back(static_cast<std::int32_t>(token));
     tags += topk;
   }
-  if (tokens_.size() != most) disagree(context_.communicator(), source);
+  if (tokens_.size() != most) disagree();
   return tokens_;
 }
 

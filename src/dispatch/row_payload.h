@@ -1,4 +1,4 @@
-// How rows travel: as they are, or narrower.
+// How the rows of a dispatch travel: as they are, or as a payload.
 #pragma once
 
 #include <cstddef>
@@ -15,32 +15,33 @@
 
 namespace expar {
 
-class Cargo {
+class RowPayload {
  public:
-  Cargo(const Context& context, ConstTensor x, std::optional<DType> payload)
+  RowPayload(const Context& context, ConstTensor x, std::optional<DType> payload)
       : context_(context), dtype_(x.dtype()), width_(x.shape().rank() == 2 ? x.size(1) : 0) {
     if (payload && *payload != dtype_) payload_ = payload;
   }
 
-  bool rounded() const { return payload_.has_value(); }
+  /// False: rows travel as they are.
+  explicit operator bool() const { return payload_.has_value(); }
   /// Bytes of a row on its way, and before and after it.
   std::size_t row_bytes() const {
-    return rounded() ? static_cast<std::size_t>(payload_bytes(*payload_, width_)) : full_bytes();
+    return payload_ ? static_cast<std::size_t>(payload_bytes(*payload_, width_)) : full_bytes();
   }
   std::size_t full_bytes() const { return static_cast<std::size_t>(width_) * size_of(dtype_); }
 
   /// Rows `tokens` of x go to `to`, one after the other, as they travel.
-  void load(std::byte* to, ConstTensor x, std::span<const std::int32_t> tokens, Store store) const {
-    if (!rounded()) return copy_rows(to, x.bytes(), tokens, row_bytes(), store);
-    load(to, x, tokens.data(), static_cast<std::int64_t>(tokens.size()));
+  void write(std::byte* to, ConstTensor x, std::span<const std::int32_t> tokens, Store store) const {
+    if (!payload_) return copy_rows(to, x.bytes(), tokens, row_bytes(), store);
+    write(to, x, tokens.data(), static_cast<std::int64_t>(tokens.size()));
   }
   /// All rows of x.
-  void load(std::byte* to, ConstTensor x) const {
-    if (rounded()) return load(to, x, nullptr, x.size(0));
+  void write(std::byte* to, ConstTensor x) const {
+    if (payload_) return write(to, x, nullptr, x.size(0));
     if (x.byte_size() > 0) std::memcpy(to, x.data(), x.byte_size());
   }
-  /// `count` rows that have travelled, rounded(), go to `to`.
-  void unload(std::byte* to, const std::byte* from, std::int64_t count) const {
+  /// `count` rows that have travelled as a payload go to `to`, as they were but for the rounding.
+  void read(std::byte* to, const std::byte* from, std::int64_t count) const {
     context_.kernels().dequantise(
         {.payload = *payload_, .dtype = dtype_, .count = count, .width = width_, .rows = from, .out = to},
         context_.pool());
@@ -48,12 +49,12 @@ class Cargo {
   /// All rows of x as those that travel arrive.
   void round(std::byte* to, ConstTensor x) const {
     std::pmr::vector<std::byte> way(static_cast<std::size_t>(x.size(0)) * row_bytes(), context_.memory().get());
-    load(way.data(), x);
-    unload(to, way.data(), x.size(0));
+    write(way.data(), x);
+    read(to, way.data(), x.size(0));
   }
 
  private:
-  void load(std::byte* to, ConstTensor x, const std::int32_t* tokens, std::int64_t count) const {
+  void write(std::byte* to, ConstTensor x, const std::int32_t* tokens, std::int64_t count) const {
     context_.kernels().quantise({.payload = *payload_,
                                  .dtype = dtype_,
                                  .count = count,

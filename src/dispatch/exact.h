@@ -1,0 +1,28 @@
+// Rows of an exact plan: each rank writes them straight into the inboxes of the others, whose places it knows.
+#pragma once
+
+#include <vector>
+
+#include "src/dispatch/carrier.h"
+#include "src/util/shown.h"
+
+namespace expar {
+
+class ExactRows final : public Carrier {
+ public:
+  using Carrier::Carrier;
+  Operation::Words show() override;
+  void send() override;
+  void receive() override;
+
+ private:
+  void write_to(int peer);
+  std::size_t post(int peer, std::byte* stage);
+
+  // For ranks that are not mapped.
+  std::vector<std::byte> staging_;
+  std::vector<std::vector<SlotTag>> staged_tags_;
+  Transfers transfers_;
+};
+
+}  // namespace expar
