@@ -88,17 +88,17 @@ void quantise_row(DType payload, const E* from, std::int64_t width, std::byte* r
     for (std::int64_t h = 0; h < width; ++h) to[h] = narrow<std::uint16_t>(widen(from[h]));
     return;
   }
-  const bool whole = payload == DType::int8;
+  const float limit = find_payload(payload)->limit;
   const std::int64_t group = scale_group(payload, width), groups = scales_of(payload, width);
   float* const scales = reinterpret_cast<float*>(row);
   std::byte* const values = row + groups * static_cast<std::int64_t>(sizeof(float));
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t first = g * group, count = smaller(group, width - first);
-    const Scale s = scale_of(from + first, count, whole ? kInt8Limit : kFp8Limit);
+    const Scale s = scale_of(from + first, count, limit);
     scales[g] = s.scale;
     if (s.inverse == 0) {
       __builtin_memset(values + first, 0, static_cast<std::size_t>(count));
-    } else if (whole) {
+    } else if (payload == DType::int8) {
       std::int8_t* const to = reinterpret_cast<std::int8_t*>(values + first);
 #pragma GCC ivdep
       for (std::int64_t h = 0; h < count; ++h) to[h] = to_int8(widen(from[first + h]) * s.inverse);

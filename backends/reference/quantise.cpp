@@ -70,8 +70,7 @@ void quantise(const Quantise& p, Pool& pool) {
     }
     for (std::int64_t g = 0; g < groups; ++g) {
       const std::int64_t begin = g * group, end = std::min(begin + group, p.width);
-      const float limit = p.payload == DType::int8 ? kInt8Limit : kFp8Limit;
-      const Scale s = scale_of(p.rows, p.dtype, first + begin, end - begin, limit);
+      const Scale s = scale_of(p.rows, p.dtype, first + begin, end - begin, find_payload(p.payload)->limit);
       scales[g] = s.scale;
       for (std::int64_t h = begin; h < end; ++h)
         narrow(values, p.payload, h, s.inverse == 0 ? 0.0F : load(p.rows, p.dtype, first + h) * s.inverse);

@@ -60,9 +60,9 @@ struct DispatchOptions {
   Layout layout = Layout::indexed;
   /// Rows per local expert in Layout::padded, the same on all ranks. An expert that has more, wherever, is an error.
   std::int64_t capacity = 0;
-  /// How rows travel, the same on all ranks: bf16, f16, int8 or fp8_e4m3 (see Quantise); absent: as they are. They are
-  /// rounded as they are written, and arrive in x's dtype again; a rank's own rows are rounded alike, so that results
-  /// do not depend on P.
+  /// How rows travel, the same on all ranks: one of kPayloads (kernels.h); absent: as they are. They are rounded as
+  /// they are written, and arrive in x's dtype again; a rank's own rows are rounded alike, so that results do not
+  /// depend on P.
   std::optional<DType> payload = {};
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.

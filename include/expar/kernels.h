@@ -197,28 +197,34 @@ struct AdamWStep {
   bf16* low = nullptr;  // or null
 };
 
-/// A payload is how rows travel, where not as they are. f16 and bf16: each value rounded to nearest even; beyond the
-/// largest is infinity, NaN stays. int8: one scale per row, max|x| / 127; fp8_e4m3: one per 128 values, max|x| / 448;
-/// q = x * (127 or 448) / max|x|, rounded to nearest even, and back q * scale. Where one value is NaN or infinite, its
-/// scale and all that share it are NaN. Where the scale would be below 2^-126, all that share it are zero.
-/// Source: the "dynamic" quantisation of npu_moe_distribute_dispatch (mode 2, int8) and of DeepEP (fp8).
-inline constexpr float kInt8Limit = 127.0F;
-inline constexpr float kFp8Limit = 448.0F;
-/// Values that share a scale, and scales of a row; none in f16 and bf16.
-constexpr std::int64_t scale_group(DType payload, std::int64_t width) { return payload == DType::int8 ? width : 128; }
-constexpr std::int64_t scales_of(DType payload, std::int64_t width) {
-  if (payload == DType::int8) return width > 0 ? 1 : 0;
-  return payload == DType::fp8_e4m3 ? (width + 127) / 128 : 0;
-}
+/// A payload is how rows travel, where not as they are: each value rounded to nearest even, beyond the largest
+/// infinity, NaN kept. Or scaled by groups: scale = max|x| / limit, q = x * limit / max|x|, rounded to nearest even,
+/// and back q * scale. Where one value is NaN or infinite, its scale and all that share it are NaN. Where the scale
+/// would be below 2^-126, all that share it are zero. Source: the "dynamic" quantisation of npu_moe_distribute_dispatch
+/// (mode 2, int8) and of DeepEP (fp8).
+struct Payload {
+  DType dtype;
+  float limit = 0;         // the largest scaled value; 0: there are no scales
+  std::int64_t group = 0;  // values of a row that share a scale; 0: all of them
+};
+/// All there are. A new one is a row here, an element of tensor.h and its conversion in each backend.
+inline constexpr Payload kPayloads[] = {
+    {DType::bf16},
+    {DType::f16},
+    {DType::int8, 127},
+    {DType::fp8_e4m3, 448, 128},
+};
+/// Null where rows do not travel so. The others trust that they do.
+const Payload* find_payload(DType dtype);
+/// Values that share a scale, and scales of a row.
+std::int64_t scale_group(DType payload, std::int64_t width);
+std::int64_t scales_of(DType payload, std::int64_t width);
 /// Bytes of one row: its scales in f32, its values, and up to three more, for the next row's scales to be aligned.
-constexpr std::int64_t payload_bytes(DType payload, std::int64_t width) {
-  const std::int64_t value = payload == DType::int8 || payload == DType::fp8_e4m3 ? 1 : 2;
-  return (scales_of(payload, width) * 4 + width * value + 3) / 4 * 4;
-}
+std::int64_t payload_bytes(DType payload, std::int64_t width);
 
 /// out[i] = rows[index[i]] as it travels.
 struct Quantise {
-  DType payload = DType::int8;  // int8, fp8_e4m3, f16, bf16
+  DType payload = DType::int8;  // one of kPayloads
   DType dtype = DType::f32;     // of rows
   std::int64_t count = 0, width = 0;
   const void* rows = nullptr;           // [..., width]

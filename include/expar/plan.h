@@ -86,8 +86,9 @@ class Plan {
   /// First outbox row here of `source`'s slots of local expert `e`.
   std::int64_t source_start(int source, std::int64_t e) const;
 
-  /// Payload bytes that this rank writes to other ranks in a dispatch of rows of `width` elements. Replicated: in
-  /// join_slices, of slices of `width` elements; a dispatch writes none.
+  /// Bytes of the rows that this rank writes to other ranks in a dispatch of rows of `width` elements that travel as
+  /// `dtype`: of their values alone, without scales or tags. Replicated: in join_slices, of slices of `width` elements;
+  /// a dispatch writes none.
   std::int64_t bytes(std::int64_t width, DType dtype) const;
   /// The same on every rank: ties a plan to the operations that use it. 0 while it is open.
   std::uint64_t id() const;

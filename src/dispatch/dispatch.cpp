@@ -22,11 +22,11 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
   if (options.lists_of != nullptr && options.lists_of->plan().id() != plan.id())
     refuse("lists_of is the inbox of another plan");
   const DType payload = options.payload.value_or(x.dtype());
-  const bool narrow = payload == DType::bf16 || payload == DType::f16 || payload == DType::int8 ||
-                      payload == DType::fp8_e4m3 || payload == x.dtype();
-  if (!narrow) {
+  if (payload != x.dtype() && find_payload(payload) == nullptr) {
+    std::string known;
+    for (const Payload& one : kPayloads) known += (known.empty() ? "" : ", ") + std::string(name(one.dtype));
     refuse("rows of " + std::string(name(x.dtype())) + " do not travel as " + std::string(name(payload)) +
-           ", but as bf16, f16, int8 or fp8_e4m3");
+           ", but as one of " + known);
   }
   if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
   if (plan.replicated() && options.layout == Layout::rank_major)
