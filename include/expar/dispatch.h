@@ -30,9 +30,7 @@ std::string_view name(Layout layout);
 /// in use.
 class Inbox {
  public:
-  struct Data;
   Inbox();
-  explicit Inbox(std::shared_ptr<Data> data);
   ~Inbox();
   Inbox(Inbox&&) noexcept;
   Inbox& operator=(Inbox&&) noexcept;
@@ -53,6 +51,8 @@ class Inbox {
 
  private:
   friend class PendingDispatch;
+  struct Data;
+  explicit Inbox(std::shared_ptr<Data> data);
   std::shared_ptr<Data> data_;
 };
 
@@ -77,10 +77,12 @@ class PendingDispatch {
   Inbox finish();
   ~PendingDispatch();
   PendingDispatch(PendingDispatch&&) noexcept;
-  struct State;
-  explicit PendingDispatch(std::shared_ptr<State> state);
 
  private:
+  friend PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
+                                        const DispatchOptions& options);
+  struct State;
+  explicit PendingDispatch(std::shared_ptr<State> state);
   std::shared_ptr<State> state_;
 };
 
@@ -154,10 +156,12 @@ class PendingCombine {
   void finish();
   ~PendingCombine();
   PendingCombine(PendingCombine&&) noexcept;
-  struct State;
-  explicit PendingCombine(std::shared_ptr<State> state);
 
  private:
+  friend PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y,
+                                      std::optional<ConstTensor> weights, Tensor out, const CombineOptions& options);
+  struct State;
+  explicit PendingCombine(std::shared_ptr<State> state);
   std::shared_ptr<State> state_;
 };
 

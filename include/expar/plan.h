@@ -81,10 +81,6 @@ class Plan {
   /// [T, K]
   std::span<const std::int32_t> ids() const;
   std::span<const SlotRow> slots() const;
-  /// First outbox row that `rank` holds for this rank's slots of `expert`.
-  std::int64_t slot_start(std::int64_t expert) const;
-  /// First outbox row here of `source`'s slots of local expert `e`.
-  std::int64_t source_start(int source, std::int64_t e) const;
 
   /// Bytes of the rows that this rank writes to other ranks in a dispatch of rows of `width` elements that travel as
   /// `dtype`: of their values alone, without scales or tags. Replicated: in join_slices, of slices of `width` elements;
@@ -104,10 +100,11 @@ class PendingPlan {
   Plan finish();
   ~PendingPlan();
   PendingPlan(PendingPlan&&) noexcept;
-  struct State;
-  explicit PendingPlan(std::shared_ptr<State> state);
 
  private:
+  friend PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
+  struct State;
+  explicit PendingPlan(std::shared_ptr<State> state);
   std::shared_ptr<State> state_;
 };
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "src/dispatch/inbox_data.h"
+#include "src/dispatch/plan_data.h"
 
 namespace expar {
 
@@ -35,7 +36,7 @@ void Inbox::Data::pack(const Context& context, Layout in, std::int64_t capacity)
     for (int s = 0; s < context.size(); ++s) {
       for (std::int64_t e = 0; e < experts; ++e) {
         const std::int64_t first = order->source_start(s, e);
-        pack(context, plan.source_start(s, e), order->offsets()[at(s * experts + e + 1)] - first, first);
+        pack(context, plan.data().source_start_of(s, e), order->offsets()[at(s * experts + e + 1)] - first, first);
       }
     }
     return;

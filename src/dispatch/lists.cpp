@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "src/dispatch/plan_data.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -47,7 +48,7 @@ bool Lists::add(const Plan& plan, int source, const SlotTag* tags) {
   // The next position of each local expert. Slots that go elsewhere, half of them and at random, count for an expert
   // after the last, so that there is no branch to mispredict; one for each k, so that they do not wait for each other.
   std::pmr::vector<std::size_t> next(at(local + topk), nowhere, memory_.get());
-  for (std::int64_t e = 0; e < local; ++e) next[at(e)] = at(plan.source_start(source, e));
+  for (std::int64_t e = 0; e < local; ++e) next[at(e)] = at(plan.data().source_start_of(source, e));
   for (std::int64_t row = first; row < end; ++row) {
     for (std::int64_t k = 0; k < topk; ++k, ++tags) {
       std::size_t& position = next[std::min(at(tags->expert), at(local + k))];  // -1 is large here
@@ -57,7 +58,7 @@ bool Lists::add(const Plan& plan, int source, const SlotTag* tags) {
   }
   const auto counts = plan.counts().subspan(at(source) * at(plan.experts()) + at(plan.local().first), at(local));
   for (std::int64_t e = 0; e < local; ++e) {
-    if (next[at(e)] != at(plan.source_start(source, e) + counts[at(e)])) return false;
+    if (next[at(e)] != at(plan.data().source_start_of(source, e) + counts[at(e)])) return false;
   }
   return true;
 }

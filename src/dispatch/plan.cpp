@@ -174,10 +174,6 @@ std::span<const std::int32_t> Plan::sends(int rank) const {
 std::int64_t Plan::send_row(int rank) const { return data_->send_row[at(rank)]; }
 std::span<const std::int32_t> Plan::ids() const { return data_->ids; }
 std::span<const SlotRow> Plan::slots() const { return complete_only(data_).slots; }
-std::int64_t Plan::slot_start(std::int64_t expert) const { return data_->slot_start[at(expert + 1)]; }
-std::int64_t Plan::source_start(int source, std::int64_t e) const {
-  return data_->source_start[at(source) * data_->rows.size() + at(e)];
-}
 std::int64_t Plan::bytes(std::int64_t width, DType dtype) const {
   return static_cast<std::int64_t>(data_->send_tokens.size() * size_of(dtype)) * width;
 }

@@ -9,6 +9,7 @@
 
 #include <expar/plan.h>
 
+#include "src/util/check.h"
 #include "src/util/shown.h"
 
 namespace expar {
@@ -19,8 +20,15 @@ struct Plan::Data {
   /// Makes room for the bound's tokens where there is one: what calls give each other is then of one size.
   void reserve();
   ExpertRange held_by(int r) const {
-    const std::int64_t first = first_experts[static_cast<std::size_t>(r)];
-    return {first, first_experts[static_cast<std::size_t>(r) + 1] - first};
+    const std::int64_t first = first_experts[at(r)];
+    return {first, first_experts[at(r + 1)] - first};
+  }
+
+  /// First outbox row that the rank of `expert` holds for this rank's slots of it.
+  std::int64_t slot_start_of(std::int64_t expert) const { return slot_start[at(expert + 1)]; }
+  /// First outbox row here of `source`'s slots of local expert `e`.
+  std::int64_t source_start_of(int source, std::int64_t e) const {
+    return source_start[at(source) * rows.size() + at(e)];
   }
 
   std::shared_ptr<std::pmr::memory_resource> memory;

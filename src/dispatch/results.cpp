@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "src/dispatch/plan_data.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -104,7 +105,7 @@ const void* const* Results::finish() {
     if (slot.rank < 0 || part.bytes == 0) continue;
     const std::int64_t expert = plan_.ids()[i];
     if (const std::byte* first = arrived_[at(expert)]) {
-      slots_[i] = first + at(slot.row - plan_.slot_start(expert)) * part.bytes;
+      slots_[i] = first + at(slot.row - plan_.data().slot_start_of(expert)) * part.bytes;
       continue;
     }
     const auto outbox = outboxes[at(slot.rank)];

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "src/dispatch/plan_data.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -52,7 +53,7 @@ void RowOrder::order_by_rank(int rank) {
     const ExpertRange range = plan_.held_by(owner);
     std::int64_t row = rows_below(plan_, rank, range);
     for (std::int64_t e = range.first; e < range.first + range.count; ++e) {
-      shifts_[at(e)] = row - plan_.slot_start(e);
+      shifts_[at(e)] = row - plan_.data().slot_start_of(e);
       row += count(plan_, rank, e);
     }
   }
@@ -65,7 +66,7 @@ void RowOrder::pad(int rank) {
     const ExpertRange range = plan_.held_by(owner);
     for (std::int64_t e = 0; e < range.count; ++e) {
       const std::int64_t row = e * capacity_ + rows_below(plan_, rank, {range.first + e, 1});
-      shifts_[at(range.first + e)] = row - plan_.slot_start(range.first + e);
+      shifts_[at(range.first + e)] = row - plan_.data().slot_start_of(range.first + e);
     }
   }
 }
@@ -76,7 +77,7 @@ Shape RowOrder::shape(std::int64_t width) const {
 
 std::int64_t RowOrder::source_start(int source, std::int64_t e) const {
   if (layout_ == Layout::rank_major) return offsets_[at(source * plan_.local().count + e)];
-  return offsets()[at(e)] + plan_.source_start(source, e) - plan_.offsets()[at(e)];
+  return offsets()[at(e)] + plan_.data().source_start_of(source, e) - plan_.offsets()[at(e)];
 }
 
 void check_capacity(const Plan& plan, Layout layout, std::int64_t capacity) {

@@ -6,6 +6,7 @@
 
 #include <expar/plan.h>
 
+#include "src/dispatch/plan_data.h"
 #include "tests/contract/routes.h"
 #include "tests/contract/ways.h"
 
@@ -118,7 +119,7 @@ TEST_P(Plans, place_every_slot_in_the_global_order_of_its_experts_rows) {
         for (std::int64_t e = 0; e < w.experts; ++e) {
           next.push_back(first_row(plan, ids, e, alignment));
           for (int rank = 0; rank < context.rank(); ++rank) next.back() += rows_of(ids, rank, e);
-          require_equal(plan.slot_start(e), next.back(), "this rank's first row of an expert");
+          require_equal(plan.data().slot_start_of(e), next.back(), "this rank's first row of an expert");
         }
         const auto& own = ids[at(context.rank())];
         for (std::size_t i = 0; i < own.size(); ++i) {
@@ -133,7 +134,7 @@ TEST_P(Plans, place_every_slot_in_the_global_order_of_its_experts_rows) {
         for (std::int64_t e = 0; e < plan.local().count; ++e) {
           std::int64_t row = plan.offsets()[at(e)];
           for (int source = 0; source < w.ranks; ++source) {
-            require_equal(plan.source_start(source, e), row, "first row of a source");
+            require_equal(plan.data().source_start_of(source, e), row, "first row of a source");
             row += rows_of(ids, source, plan.local().first + e);
           }
         }
