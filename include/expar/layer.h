@@ -150,10 +150,11 @@ class PendingForward {
   void finish();
   ~PendingForward();
   PendingForward(PendingForward&&) noexcept;
-  struct State;
-  explicit PendingForward(std::shared_ptr<State> state);
 
  private:
+  friend class MoeLayer;
+  struct State;
+  explicit PendingForward(std::shared_ptr<State> state);
   std::shared_ptr<State> state_;
 };
 
