@@ -164,7 +164,8 @@ class Communicator {
   std::chrono::nanoseconds timeout_{0};
 };
 
-/// One collective in progress on this rank. All ranks construct the same operations in the same order.
+/// One collective in progress on this rank. All ranks construct the same operations in the same order; up to 64 may be
+/// in progress on a communicator, 8 on a group of it, beyond which the job ends.
 ///
 /// Two meeting points: `ready` (I have started, here is what you need from me) and `done` (you have all you get from
 /// me). A rank that cannot start says why in its ready, and every rank throws that error at meet(), before bytes move:

@@ -19,7 +19,7 @@ struct Stream {
 };
 
 struct ContextOptions {
-  /// Worker threads of this rank. 0: max(1, available_cores().usable() / ranks on this host).
+  /// Worker threads of this rank. 0: max(1, available_cores().usable() / ranks of the communicator).
   int threads = 0;
   /// "cpu" or "reference"; see registry.h.
   std::string backend = "cpu";

@@ -167,9 +167,8 @@ class PendingCombine {
 
 /// Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then what is
 /// shared, then the residual, in f32, rounded once. Slots with id -1 are left out.
-///   y       : [R, H]  from make_outbox, filled, of the same layout on all ranks; it may be destroyed as soon as
-///   combine
-///             returns
+///   y       : [R, H]  from make_outbox, filled, of the same layout on all ranks; it stays in place until combine or
+///             finish() returns, and may be destroyed then
 ///   weights : [T, K] f32, or `unweighted`
 ///   out     : [T, H]  dtype of y; may be the residual itself
 /// Of a replicated plan every rank gets all of out, or its columns of it (CombineOptions::slice).

@@ -49,7 +49,7 @@ struct MoeLayerOptions {
   bool bias = false;
   WeightsOn weights_on = WeightsOn::output;
   /// Experts that every token visits, of this inner size together, without biases; 0: none. Every rank holds them and
-  /// runs them on its own tokens while those of others arrive.
+  /// runs them on its own tokens between the start of the dispatch and its end.
   std::int64_t shared_inner = 0;
   /// Else they lie on ranks of their own: the first so many, fewer than P, hold one copy each and none of the other
   /// experts, and each token's row travels to one copy as to any expert. For inference alone. Results are the same
@@ -226,7 +226,7 @@ class MoeLayer {
                std::span<const std::int64_t> shards, MoeRecord& record, const MoeInputs& inputs = {});
 
   /// The same in phases, so that several micro-batches are in flight: chooses the experts, starts the dispatch and runs
-  /// the shared experts. While rows travel and other ranks are late this rank works on another batch:
+  /// the shared experts. While other ranks are late this rank works on another batch:
   ///
   ///   a = start_forward(.. batch 1 ..); b = start_forward(.. batch 2 ..);
   ///   a.compute(); b.compute();
@@ -236,6 +236,7 @@ class MoeLayer {
   /// experts that get half the rows read their weights twice as often.
   ///   shards : as above, or absent: for inference; there is then no backward pass
   ///   record : of this batch alone until finish(), and until backward() if there is one
+  /// A pass that is destroyed unfinished, as by an exception, leaves the others waiting for this rank.
   /// Collective; compute() and, of slices (`tensor`), finish() too: those of all passes in the same order on all ranks.
   /// Throws as forward; what a bounded plan finds wrong, compute() throws.
   PendingForward start_forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,

@@ -51,7 +51,7 @@ void BackwardPass::run(Tensor dx) {
   combine(context_, record_.plan, dx_rows_, unweighted, dx, added);
 }
 
-/// Meanwhile the part of dx of this rank's own tokens is computed.
+/// Between start and end the part of dx of this rank's own tokens is computed.
 Inbox BackwardPass::dispatch_gradients(Tensor dx) {
   DispatchOptions options;
   options.lists_of = &record_.inbox;
