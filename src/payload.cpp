@@ -4,6 +4,19 @@
 #include <expar/kernels.h>
 
 namespace expar {
+namespace {
+
+constexpr bool each_dtype_once() {
+  for (const Payload& a : kPayloads) {
+    for (const Payload& b : kPayloads) {
+      if (&a != &b && a.dtype == b.dtype) return false;
+    }
+  }
+  return true;
+}
+static_assert(each_dtype_once(), "a payload is named by its dtype");
+
+}  // namespace
 
 const Payload* find_payload(DType dtype) {
   const auto* const found =

@@ -44,8 +44,9 @@ struct SlotRow {
 
 /// A value: cheap to move and to copy, safe to keep. Every rank derives the same offsets from the same counts.
 /// The rows of an expert stand in (source rank, token, slot) order: the global token order, whatever P is.
-/// A bounded plan is open at first: it knows this rank's tokens, ids and sends(), and its other accessors throw Error
-/// bad_argument. The inbox of its dispatch has the complete one.
+/// A bounded plan is open at first: what follows from exchanged counts throws Error bad_argument. The inbox of its
+/// dispatch has the complete one. What its ids were refused for, or a replicated plan's, the accessors of experts and
+/// tokens to send throw.
 class Plan {
  public:
   struct Data;

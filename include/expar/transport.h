@@ -88,8 +88,9 @@ class Transport {
   /// timeout past `waiting.limit`. Both are set as the job's cause before they are thrown.
   void wait(FunctionRef<bool()> done, const Waiting& waiting);
 
-  /// Ends the job: from now on wait() throws the job's cause on every rank, and no rank that sees the cause moves a byte
-  /// of a message. The first cause stays; the one that is in force is returned, so that every rank throws the same.
+  /// Ends the job: from now on wait() throws the job's cause on every rank, and no rank that sees the cause moves a
+  /// byte of a message. The first cause stays; the one that is in force is returned, so that every rank throws the
+  /// same.
   virtual Error abort(const Error& cause) = 0;
   /// The job's cause, if one is set. Costs one load while there is none.
   virtual std::optional<Error> failure() const = 0;

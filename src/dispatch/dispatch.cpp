@@ -140,6 +140,7 @@ PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTenso
   const Phase phase(context.trace(), operation_span("start dispatch"));
   auto state = make_kept<PendingDispatch::State>(context.memory(), context, x, weights, plan, options);
   state->start(weights);
+  state->advance();  // whoever comes last finds all others ready
   return PendingDispatch(std::move(state));
 }
 

@@ -77,6 +77,11 @@ void count_alone(const Context& context, ConstTensor ids, const PlanOptions& opt
   }
 }
 
+const Plan::Data& counted_only(const std::shared_ptr<const Plan::Data>& data) {
+  if (data->failure) throw *data->failure;
+  return *data;
+}
+
 const Plan::Data& complete_only(const std::shared_ptr<const Plan::Data>& data) {
   if (data->failure) throw *data->failure;
   if (data->id == 0) refuse("the plan is bounded and still open; the inbox of its dispatch has the complete one");
@@ -160,18 +165,19 @@ std::int64_t Plan::experts() const { return data_->experts; }
 std::int64_t Plan::bound() const { return data_->bound; }
 bool Plan::replicated() const { return data_->replicated; }
 bool Plan::open() const { return data_->id == 0; }
-ExpertRange Plan::held_by(int rank) const { return data_->held_by(rank); }
-ExpertRange Plan::local() const { return data_->held_by(data_->rank); }
+ExpertRange Plan::held_by(int rank) const { return counted_only(data_).held_by(rank); }
+ExpertRange Plan::local() const { return held_by(data_->rank); }
 std::span<const std::int32_t> Plan::counts() const { return complete_only(data_).counts; }
 std::span<const std::int64_t> Plan::expert_totals() const { return complete_only(data_).totals; }
 std::span<const std::int64_t> Plan::offsets() const { return complete_only(data_).offsets; }
 std::span<const std::int64_t> Plan::rows() const { return complete_only(data_).rows; }
 std::span<const std::int64_t> Plan::sources() const { return complete_only(data_).sources; }
 std::span<const std::int32_t> Plan::sends(int rank) const {
-  const auto begin = at(data_->send_begin[at(rank)]);
-  return std::span(data_->send_tokens).subspan(begin, at(data_->send_begin[at(rank + 1)]) - begin);
+  const Data& data = counted_only(data_);
+  const auto begin = at(data.send_begin[at(rank)]);
+  return std::span(data.send_tokens).subspan(begin, at(data.send_begin[at(rank + 1)]) - begin);
 }
-std::int64_t Plan::send_row(int rank) const { return data_->send_row[at(rank)]; }
+std::int64_t Plan::send_row(int rank) const { return complete_only(data_).send_row[at(rank)]; }
 std::span<const std::int32_t> Plan::ids() const { return data_->ids; }
 std::span<const SlotRow> Plan::slots() const { return complete_only(data_).slots; }
 std::int64_t Plan::bytes(std::int64_t width, DType dtype) const {
