@@ -1,46 +1,19 @@
-// The planner beside counting that anyone can follow: every choice, every message of a ring, every array of a layer.
+// The planner beside counting that anyone can follow: every choice, every message of a ring.
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <map>
 #include <numeric>
-#include <regex>
 #include <set>
-#include <sstream>
+#include <string>
+#include <vector>
 
 #include <expar/expar.h>
 #include <gtest/gtest.h>
 
 #include "planner/ascend.h"
-#include "planner/picture.h"
 #include "planner/planner.h"
+#include "tests/unit/planner_testing.h"
 
 namespace expar::planner {
 namespace {
-
-Question question_of(std::vector<MeshDim> dims, int ranks_per_node, std::int64_t experts, std::int64_t topk,
-                     std::int64_t tokens = 5) {
-  return {.sizes = {.hidden = 10, .inner = 7, .experts = experts, .topk = topk},
-          .tokens = tokens,
-          .grid = Grid(std::move(dims), ranks_per_node),
-          .ids = {}};
-}
-
-/// K different experts for each token, the first ones more often.
-void draw_ids(Question& question) {
-  const Random random(7, "planner");
-  const auto experts = static_cast<std::uint64_t>(question.sizes.experts);
-  std::uint64_t drawn = 0;
-  for (std::int64_t token = 0; token < question.grid.ranks() * question.tokens; ++token) {
-    std::vector<std::int32_t> chosen;
-    while (static_cast<std::int64_t>(chosen.size()) < question.sizes.topk) {
-      const auto one = random.bits(drawn++) % experts;
-      const auto id = static_cast<std::int32_t>(std::min(one, random.bits(drawn++) % experts));
-      if (std::find(chosen.begin(), chosen.end(), id) == chosen.end()) chosen.push_back(id);
-    }
-    question.ids.insert(question.ids.end(), chosen.begin(), chosen.end());
-  }
-}
 
 const Traffic& of(const Answer& answer, const std::string& key) {
   for (const Way& way : answer.ways) {
@@ -323,112 +296,6 @@ TEST(Planner, refuses_what_cannot_be_with_a_sentence) {
   EXPECT_EQ(refusal([] { Grid({{"ep", 64}, {"tp", 17}}, 0); }), "bad_argument: the mesh has more than 1024 ranks");
 }
 
-/// What a layer over threads really holds, on the rank that holds most, after a forward and a backward pass.
-struct Held {
-  std::int64_t weights_and_gradients = 0, optimizer = 0, activations = 0, arena = 0, packed = 0;
-};
-
-template <class... Arrays>
-std::int64_t bytes_of(const Arrays&... arrays) {
-  return static_cast<std::int64_t>(((arrays.absent() ? 0 : arrays.byte_size()) + ...));
-}
-
-Held held_by_a_layer(const Question& question, const MoeLayerOptions& given) {
-  const Grid& grid = question.grid;
-  const int tp = grid.size("tp");
-  std::vector<Held> all(static_cast<std::size_t>(grid.ranks()));
-  run_threads(grid.ranks(), [&](const Communicator& communicator) {
-    const Context whole(communicator);
-    const Mesh mesh(communicator, {{"ep", grid.size("ep")}, {"tp", tp}});
-    const Context context = whole.on(mesh.group("ep"));
-    MoeLayerOptions options = given;
-    options.tensor = mesh.group("tp");
-    // Ranks along tp have the tokens of all of them.
-    const std::int64_t tokens = question.tokens * tp;
-    MoeLayer layer(context, options);
-    layer.initialise(1, "moe");
-    const Array x(options.dtype, {tokens, options.hidden}), out(options.dtype, {tokens, options.hidden});
-    const Array dx(options.dtype, {tokens, options.hidden});
-    const std::vector<std::int64_t> shards = {0, tokens};
-    MoeRecord record;
-    const std::int64_t slots = tokens * options.router.topk;
-    const ConstTensor ids(question.ids.data() + context.rank() * slots, Shape{tokens, options.router.topk});
-    layer.forward(context, x, out, {}, shards, record, {.ids = ids});
-    Held& held = all[static_cast<std::size_t>(communicator.rank())];
-    held.activations = bytes_of(x.view(), record.routing.ids, record.routing.weights, record.routing.scores,
-                                record.routing.top, record.routing.logsumexp, record.experts.pre, record.experts.h,
-                                record.shared.experts.pre, record.shared.experts.h);
-    if (options.shared_inner > 0) held.activations += bytes_of(record.shared.y);
-    if (options.shared_gate) held.activations += bytes_of(record.shared.gate);
-    held.arena = bytes_of(record.inbox.rows(), record.y.rows());
-    layer.backward(context, record, out, dx);
-    std::vector<Parameter> parameters = layer.expert_parameters("moe");
-    for (const Parameter& parameter : layer.dense_parameters("moe")) parameters.push_back(parameter);
-    AdamW adamw;
-    for (const AdamWMoments& moments : adamw.moments(parameters)) held.optimizer += bytes_of(moments.m, moments.v);
-    held.weights_and_gradients = static_cast<std::int64_t>(layer.parameter_bytes());
-
-    options.inference = true;
-    held.packed = static_cast<std::int64_t>(MoeLayer(context, options).parameter_bytes());
-  });
-  return *std::max_element(all.begin(), all.end(), [](const Held& a, const Held& b) {
-    return a.weights_and_gradients + a.optimizer + a.activations + a.arena <
-           b.weights_and_gradients + b.optimizer + b.activations + b.arena;
-  });
-}
-
-void expect_memory_of_a_layer(const LayerSizes& sizes, std::vector<MeshDim> dims) {
-  Question question{.sizes = sizes, .tokens = 9, .grid = Grid(std::move(dims), 0), .ids = {}};
-  draw_ids(question);
-  const MoeLayerOptions options{.hidden = sizes.hidden,
-                                .inner = sizes.inner,
-                                .router = {.experts = sizes.experts, .topk = sizes.topk},
-                                .activation = sizes.gated ? Activation::swiglu : Activation::gelu,
-                                .bias = sizes.bias,
-                                .shared_inner = sizes.shared_inner,
-                                .shared_gate = sizes.shared_gate,
-                                .dtype = sizes.dtype};
-  const Memory memory = plan(question).memory;
-  const Held held = held_by_a_layer(question, options);
-  EXPECT_EQ(memory.weights + memory.gradients, held.weights_and_gradients);
-  EXPECT_EQ(memory.optimizer, held.optimizer);
-  EXPECT_EQ(memory.activations, held.activations);
-  EXPECT_EQ(memory.arena, held.arena);
-  EXPECT_EQ(memory.packed_weights, held.packed) << "of sizes that fill whole panels";
-}
-
-TEST(Planner, knows_the_memory_that_a_layer_takes) {
-  const LayerSizes plain{.hidden = 64, .inner = 128, .experts = 7, .topk = 3, .dtype = DType::f32};
-  const LayerSizes full{.hidden = 64,
-                        .inner = 64,
-                        .experts = 8,
-                        .topk = 2,
-                        .dtype = DType::bf16,
-                        .gated = true,
-                        .bias = true,
-                        .shared_inner = 192,
-                        .shared_gate = true};
-  LayerSizes ungated = plain;
-  ungated.gated = false;
-  for (const int ep : {1, 2, 3}) {
-    for (const int tp : {1, 2}) {
-      for (const LayerSizes& sizes : {plain, full, ungated}) {
-        SCOPED_TRACE(testing::Message() << ep << " x " << tp << ", " << name(sizes.dtype));
-        expect_memory_of_a_layer(sizes, {{"ep", ep}, {"tp", tp}});
-      }
-    }
-  }
-}
-
-TEST(Planner, divides_the_experts_of_a_rank_among_its_tensor_parallel_group) {
-  const auto memory_on = [](std::vector<MeshDim> dims) { return plan(question_of(std::move(dims), 0, 8, 2)).memory; };
-  const Memory whole = memory_on({{"ep", 2}});
-  const Memory halved = memory_on({{"ep", 2}, {"tp", 7}});
-  // F = 7, so that a rank has one seventh of three [4, 7, 10] matrices and all of the router.
-  EXPECT_EQ(whole.optimizer, 8 * (3 * 4 * 7 * 10 + 8 * 10));
-  EXPECT_EQ(halved.optimizer, 8 * (3 * 4 * 1 * 10 + 8 * 10));
-}
-
 TEST(Planner, asks_for_the_buffer_of_ascends_page) {
   // By hand: 4 experts x 4 tokens x 8 ranks x 8704 + (4 + 1) x 4 x 8192, twice.
   EXPECT_EQ(ascend_buffer_bytes({.ranks = 8, .tokens = 4, .hidden = 4096, .experts = 32, .topk = 4}), 2555904);
@@ -440,104 +307,6 @@ TEST(Planner, asks_for_the_buffer_of_ascends_page) {
   EXPECT_EQ(
       ascend_refusals({.ranks = 2, .tokens = 513, .hidden = 1024, .experts = 5, .topk = 2}),
       (std::vector<std::string>{"BS 513 is not from 1 to 512", "moe_expert_num 5 is no multiple of ep_world_size 2"}));
-}
-
-struct Box {
-  double left, right, top, bottom;
-  std::string words;
-};
-
-/// Where the words of a picture stand, letters taken as wide as they are on average in a wide font.
-std::vector<Box> words_of(const std::string& svg) {
-  std::map<std::string, double> sizes = {{"title", 30}, {"sub", 18},  {"axis", 17}, {"tick", 16},
-                                         {"value", 16}, {"name", 18}, {"mark", 19}};
-  std::vector<Box> boxes;
-  const std::regex pattern(
-      R"re(<text x="([^"]+)" y="([^"]+)" class="(\w+)[^"]*" text-anchor="(\w+)">([^<]*)</text>)re");
-  for (std::sregex_iterator match(svg.begin(), svg.end(), pattern), end; match != end; ++match) {
-    const double size = sizes.at((*match)[3]);
-    const std::string words = (*match)[5];
-    const double width = 0.55 * size * static_cast<double>(words.size());
-    const std::string anchor = (*match)[4];
-    const double x = std::stod((*match)[1]) - (anchor == "end" ? width : anchor == "middle" ? width / 2 : 0);
-    const double y = std::stod((*match)[2]);
-    boxes.push_back({x, x + width, y - 0.75 * size, y + 0.22 * size, words});
-  }
-  return boxes;
-}
-
-/// Points along the lines of a picture.
-std::vector<std::array<double, 2>> ink_of(const std::string& svg) {
-  std::vector<std::array<double, 2>> points;
-  const std::regex path(R"re(<path class="line[^"]*" d="M([^"HV]+)"/>)re");
-  for (std::sregex_iterator match(svg.begin(), svg.end(), path), end; match != end; ++match) {
-    std::string corners = (*match)[1];
-    std::replace(corners.begin(), corners.end(), 'L', ' ');
-    std::istringstream numbers(corners);
-    double x = 0, y = 0, to_x = 0, to_y = 0;
-    numbers >> x >> y;
-    while (numbers >> to_x >> to_y) {
-      for (int i = 0; i <= 100; ++i) points.push_back({x + (to_x - x) * i / 100, y + (to_y - y) * i / 100});
-      x = to_x;
-      y = to_y;
-    }
-  }
-  return points;
-}
-
-void expect_readable(const Question& question) {
-  const Answer answer = plan(question);
-  const std::string svg = picture(question, answer, "ranks & tokens");
-  EXPECT_EQ(svg.find("nan"), std::string::npos);
-  EXPECT_EQ(svg.find("inf"), std::string::npos);
-  EXPECT_NE(svg.find(">ranks &amp; tokens<"), std::string::npos);
-  const std::string crossing =
-      answer.crossover ? ">crossover at top-k " + std::to_string(*answer.crossover) + "<" : ">no crossover";
-  EXPECT_NE(svg.find(crossing), std::string::npos);
-  const std::vector<Box> boxes = words_of(svg);
-  ASSERT_GT(boxes.size(), 10u);
-  const auto ink = ink_of(svg);
-  ASSERT_GT(ink.size(), 300u);
-  for (std::size_t i = 0; i < boxes.size(); ++i) {
-    const Box& a = boxes[i];
-    const bool crossed = std::any_of(ink.begin(), ink.end(), [&](const auto& point) {
-      return point[0] > a.left && point[0] < a.right && point[1] > a.top && point[1] < a.bottom;
-    });
-    EXPECT_FALSE(crossed) << "a line crosses '" << a.words << "'";
-    EXPECT_TRUE(a.left >= 0 && a.right <= 1280 && a.top >= 0 && a.bottom <= 720) << a.words << " leaves the picture";
-    for (std::size_t j = 0; j < i; ++j) {
-      const Box& b = boxes[j];
-      const bool apart = a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
-      EXPECT_TRUE(apart) << "'" << a.words << "' lies on '" << b.words << "'";
-    }
-  }
-}
-
-TEST(Planner, draws_words_that_do_not_lie_on_each_other) {
-  for (const int ranks : {2, 3, 8, 64}) {
-    for (const std::int64_t experts : {2, 8, 64, 256}) {
-      for (const std::int64_t topk : {1, 2, 8, 60, 256}) {
-        if (topk > experts) continue;
-        for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{99999}}) {
-          SCOPED_TRACE(testing::Message() << ranks << " ranks, " << topk << " of " << experts);
-          expect_readable(question_of({{"ep", ranks}}, 0, experts, topk, tokens));
-        }
-      }
-    }
-  }
-  Question routed = question_of({{"ep", 4}}, 0, 11, 5);
-  draw_ids(routed);
-  expect_readable(routed);
-}
-
-TEST(Planner, shows_bytes_in_three_digits) {
-  EXPECT_EQ(shown_bytes(0), "0 B");
-  EXPECT_EQ(shown_bytes(999), "999 B");
-  EXPECT_EQ(shown_bytes(999.6), "1.00 KB");
-  EXPECT_EQ(shown_bytes(9996), "10.0 KB");
-  EXPECT_EQ(shown_bytes(123456), "123 KB");
-  EXPECT_EQ(shown_bytes(7.34e6), "7.34 MB");
-  EXPECT_EQ(shown_bytes(5.4e15), "5400 TB");
 }
 
 }  // namespace
