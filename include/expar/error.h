@@ -8,8 +8,8 @@
 namespace expar {
 
 enum class ErrorCode {
-  bad_argument,  // a value that can never be right; the communicator stays usable
-  mismatch,      // ranks disagree on what they are doing; the communicator stays usable
+  bad_argument,  // a value that can never be right; found before bytes move, it leaves the communicator usable
+  mismatch,      // ranks disagree on what they are doing; likewise
   timeout,       // a rank did not arrive within the limit; the communicator is dead
   peer_lost,     // a rank died; the communicator is dead
   unsupported,   // not in this build or not on this machine
