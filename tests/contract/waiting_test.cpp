@@ -99,7 +99,7 @@ TEST_P(LateRank, ends_the_communicator_for_good) {
     const auto begin = Clock::now();
     const Error second = error_of([&] { barrier(context); });
     EXPECT_EQ(std::string(first.what()), second.what());
-    EXPECT_LT(Clock::now() - begin, milliseconds(50));
+    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(5)) << "it waited again, for up to 30 s";
   });
 }
 
