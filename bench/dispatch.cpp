@@ -96,8 +96,8 @@ struct Combined {
     const Context& context = ranks.experts;
     const Options& options = workload.options();
     const bool hidden = options.hidden_partition;
-    plan = make_plan(context, hidden ? workload.all_ids() : workload.ids(),
-                     {.experts = options.experts, .replicated = hidden});
+    plan = hidden ? make_replicated_plan(context, workload.all_ids(), {.experts = options.experts})
+                  : make_plan(context, workload.ids(), {.experts = options.experts});
     tokens = workload.tokens();
     if (hidden) {
       tokens.resize(at(plan.tokens()));

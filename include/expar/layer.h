@@ -58,7 +58,7 @@ struct MoeLayerOptions {
   int shared_ranks = 0;
   bool shared_gate = false;  // their output is multiplied by sigmoid(x . shared.gate) (Qwen2-MoE)
   DType dtype = DType::f32;  // of x and of the experts' weights: f32 or bf16; the router computes in f32
-  /// Inference uses bounded plans for so many tokens of each rank at the most, see PlanOptions::bound; 0: exact ones.
+  /// Inference uses bounded plans for so many tokens of each rank at the most, see make_bounded_plan; 0: exact ones.
   std::int64_t bound = 0;
   /// How tokens, and in the backward pass their gradients, travel to the experts, see DispatchOptions::payload; absent:
   /// as they are. The gradient of the rounding is taken as one.

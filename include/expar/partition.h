@@ -1,9 +1,9 @@
 // Hidden partition: all ranks have the same tokens, and each wants its slice of the hidden size of their results.
 //
 // Slice r of H columns are columns part_of(H, r, P), see collectives.h. The way is that of every other batch, with a
-// plan that is replicated:
+// replicated plan:
 //
-//   plan = make_plan(context, ids, {.experts = E, .replicated = true})   no exchange: everyone knows all ids
+//   plan = make_replicated_plan(context, ids, {.experts = E})            no exchange: everyone knows all ids
 //   join_slices(context, plan, slices, x)                                where ranks have slices of x, not all of it
 //   inbox = dispatch(context, x, weights, plan)                          sends nothing: the owners have the rows
 //   experts write into make_outbox(context, inbox, H, dtype)

@@ -26,12 +26,6 @@ struct PlanOptions {
   std::span<const std::int64_t> first_experts = {};
   /// Each expert's rows begin at a multiple of this (for callers' own kernels); the rows between are zero.
   std::int64_t alignment = 1;
-  /// 0: an exact plan. Else a bounded one, for decoding, where waiting costs more than bytes: the most tokens that any
-  /// rank may have, the same on all ranks. See make_plan.
-  std::int64_t bound = 0;
-  /// All ranks have the same tokens, and so the same ids: each row is needed once, whoever reads its result. For
-  /// inference. See make_plan and partition.h.
-  bool replicated = false;
   /// Set when this rank could not even choose its ids: every rank throws this error instead of getting a plan.
   std::optional<Error> failure = {};
 };
@@ -57,9 +51,7 @@ class Plan {
   std::int64_t tokens() const;   // T
   std::int64_t topk() const;     // K
   std::int64_t experts() const;  // E
-  std::int64_t bound() const;    // 0: exact
-  bool replicated() const;
-  bool open() const;
+  bool open() const { return id() == 0; }
   ExpertRange held_by(int rank) const;
   ExpertRange local() const;  // those of this rank
 
@@ -112,16 +104,24 @@ class PendingPlan {
 /// Counts this rank's rows, exchanges the counts, and works out every offset.
 ///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per
 ///   rank.
-/// Bounded: nothing is exchanged here. The counts travel with the rows, in room for `bound` tokens of each rank, and
-/// nobody waits before it sends; one such plan may serve several dispatches. What is wrong with the ids, or more tokens
-/// than the bound, is an error that dispatch throws on every rank.
-/// Replicated: nothing is exchanged here either. An expert's rows stand in (token, slot) order, each once, whatever P
-/// is, and inboxes hold no rows of other ranks. The id is a hash of what the plan was made from: ranks whose ids differ
-/// get `mismatch` in the first operation that uses it, and what is wrong with the ids is thrown there, on every rank.
-/// Collective, unless bounded or replicated: K, E and the alignment are the same on all ranks.
+/// Collective: K, E, first_experts and the alignment are the same on all ranks.
 /// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
-/// Cost: one exchange of P x (E + P) integers; bounded or replicated, counting alone.
+/// Cost: one exchange of P x (E + P) integers.
 Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
+
+/// For decoding, where waiting costs more than bytes. The counts travel with the rows, in room for `bound` tokens of
+/// each rank, and nobody waits before it sends; one such plan may serve several dispatches.
+///   bound : the most tokens that any rank may have, the same on all ranks
+/// Not collective, and throws nothing: what is wrong with the ids, or more tokens than the bound, is an error that
+/// dispatch throws on every rank, and so is a plan that differs from the other ranks'. Cost: counting alone.
+Plan make_bounded_plan(const Context& context, ConstTensor ids, std::int64_t bound, const PlanOptions& options);
+
+/// For ranks that all have the same tokens, and so the same ids: each row is needed once, whoever reads its result. For
+/// inference, see partition.h. An expert's rows stand in (token, slot) order, each once, whatever P is, and inboxes
+/// hold no rows of other ranks. The id is a hash of what the plan was made from: ranks whose ids differ get `mismatch`
+/// in the first operation that uses it. Not collective, and throws nothing: what is wrong with the ids is thrown in
+/// that operation, on every rank. Cost: counting alone.
+Plan make_replicated_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 
 }  // namespace expar

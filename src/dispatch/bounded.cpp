@@ -16,13 +16,13 @@ std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 BoundedRows::BoundedRows(const Shipment& shipment) : Carrier(shipment), tokens_(context.memory().get()) {
   tags_at_ = whole_lines(at(plan.experts() + context.size()) * sizeof(std::int32_t));
-  rows_at_ = tags_at_ + whole_lines(at(plan.bound() * plan.topk()) * sizeof(SlotTag));
-  bytes_ = rows_at_ + at(plan.bound()) * payload.row_bytes();
-  tokens_.reserve(at(plan.bound()));
+  rows_at_ = tags_at_ + whole_lines(at(plan.data().bound * plan.topk()) * sizeof(SlotTag));
+  bytes_ = rows_at_ + at(plan.data().bound) * payload.row_bytes();
+  tokens_.reserve(at(plan.data().bound));
 }
 
 Operation::Words BoundedRows::show() {
-  room = Room(context.communicator(), (context.size() - 1) * plan.bound(), payload.row_bytes(), tag_bytes);
+  room = Room(context.communicator(), (context.size() - 1) * plan.data().bound, payload.row_bytes(), tag_bytes);
   shelf_ = context.communicator().arena().allocate(bytes_);
   const auto& own = plan.data().own;
   std::memcpy(shelf_.data(), own.data(), own.size() * sizeof own[0]);
@@ -41,8 +41,8 @@ void BoundedRows::send() {
 
 Plan BoundedRows::complete() {
   shelves_->finish();
-  auto data = make_kept<Plan::Data>(context.memory(), context.memory());
-  data->bound = plan.bound();
+  auto data = make_kept<Plan::Data>(context.memory(), context);
+  data->bound = plan.data().bound;
   data->topk = plan.topk();
   data->reserve();
   *data = plan.data();
@@ -68,10 +68,10 @@ std::span<const std::int32_t> BoundedRows::take(int source, std::size_t most, Sl
     context.communicator().blame(source, operation.name(), "sent other experts than its plan says");
   };
   const std::uint64_t tokens = first_word(operation.words(source));
-  if (tokens > static_cast<std::uint64_t>(plan.bound())) {
+  if (tokens > static_cast<std::uint64_t>(plan.data().bound)) {
     context.communicator().blame(
         source, operation.name(),
-        "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan.bound()));
+        "showed " + std::to_string(tokens) + " tokens, more than the bound of " + std::to_string(plan.data().bound));
   }
   const auto* from = reinterpret_cast<const SlotTag*>(shelves_->from(source).data() + tags_at_);
   const ExpertRange local = plan.local();

@@ -6,6 +6,7 @@
 #include <expar/collectives.h>
 #include <expar/dispatch.h>
 
+#include "src/dispatch/plan_data.h"
 #include "src/dispatch/results.h"
 #include "src/dispatch/row_order.h"
 #include "src/dispatch/sum_parts.h"
@@ -123,7 +124,7 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
   auto state = make_kept<PendingCombine::State>(context.memory(), context, plan, y, out, options, signature);
   state->operation.ready([&] {
     require_rows("y", y.rows());
-    if (options.slice && !plan.replicated()) refuse("slices are of a replicated plan");
+    if (options.slice && !plan.data().replicated) refuse("slices are of a replicated plan");
     if (options.slice && !options.norm.y.absent()) refuse("a slice has no norm: it takes whole rows");
     if (options.slice && state->in_parts()) refuse("a slice of results cannot be summed over slices of experts");
     const Part columns = options.slice ? part_of(width, context.rank(), context.size()) : Part{0, width};

@@ -29,7 +29,7 @@ void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const Dispat
            ", but as one of " + known);
   }
   if (options.capacity < 0) refuse("capacity is " + std::to_string(options.capacity) + ", below 0");
-  if (plan.replicated() && options.layout == Layout::rank_major)
+  if (plan.data().replicated && options.layout == Layout::rank_major)
     refuse("rows of a replicated plan come from no rank: choose another layout than rank_major");
   if (!plan.open()) check_capacity(plan, options.layout, options.capacity);
 }
@@ -42,7 +42,7 @@ Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& o
   signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(x.dtype())));
   signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
   if (plan && plan.open()) {
-    signature.with("bound", plan.bound()).with("topk", plan.topk()).with("experts", plan.experts());
+    signature.with("bound", plan.data().bound).with("topk", plan.topk()).with("experts", plan.experts());
     signature.with("alignment", plan.data().alignment).with_list("first_experts", plan.data().first_experts);
   }
   return signature;
@@ -71,7 +71,7 @@ struct PendingDispatch::State final : InFlight {
       inbox = make_kept<Inbox::Data>(context.memory());
       const std::size_t tag_bytes = options.lists_of == nullptr ? at(plan.topk()) * sizeof(SlotTag) : 0;
       const Shipment shipment{context, operation, plan, x, weights, payload, tag_bytes, inbox->room};
-      if (plan.replicated()) {
+      if (plan.data().replicated) {
         carrier = make_kept<Carrier>(context.memory(), shipment);
       } else if (plan.open()) {
         carrier = make_kept<BoundedRows>(context.memory(), shipment);
@@ -160,7 +160,7 @@ Inbox PendingDispatch::finish() {
   state->carrier->receive();
   state->operation.complete();
   state->read_rows();
-  if (like == nullptr && !plan.replicated()) state->list_rows();
+  if (like == nullptr && !plan.data().replicated) state->list_rows();
   try {  // of a bounded plan the counts are known only now: to every rank, which finds the same
     check_capacity(plan, options.layout, options.capacity);
   } catch (const Error& error) {

@@ -19,7 +19,7 @@ std::int64_t width(const Part& part) { return part.end - part.begin; }
 
 void validate(const Context& context, const Plan& plan, ConstTensor slices, Tensor x) {
   if (plan.data().failure) throw *plan.data().failure;
-  if (!plan.replicated()) refuse("slices are of a replicated plan");
+  if (!plan.data().replicated) refuse("slices are of a replicated plan");
   require_rows("x", x);
   if (x.shape().rank() != 2 || x.size(0) != plan.tokens())
     refuse("x is " + shown(x) + ", should be [" + std::to_string(plan.tokens()) + ", H]");

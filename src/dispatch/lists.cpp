@@ -27,7 +27,7 @@ void write_tags(const Plan& plan, int destination, std::span<const std::int32_t>
 
 Lists::Lists(const Context& context, const Plan& plan, const float* weights)
     : memory_(context.memory()), refs_(memory_.get()) {
-  refs_.reserve(at(context.size() * plan.bound() * plan.topk()) + 1);  // of one size where there is a bound
+  refs_.reserve(at(context.size() * plan.data().bound * plan.topk()) + 1);  // of one size where there is a bound
   refs_.assign(at(plan.received()) + 1, RowRef{0, 0, 0.0F});
   const int rank = context.rank();
   const std::size_t nowhere = refs_.size() - 1;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <new>
 #include <optional>
 #include <string>
 
@@ -29,10 +28,6 @@ void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
   if (options.failure) throw *options.failure;
   if (options.experts < 1) refuse("num_experts is " + std::to_string(options.experts) + ", below 1");
   validate_first_experts(options.first_experts, ranks, options.experts);
-  if (options.bound < 0) refuse("bound is " + std::to_string(options.bound) + ", below 0");
-  if (options.bound > 0 && options.replicated) refuse("a replicated plan exchanges nothing and takes no bound");
-  if (options.bound > std::numeric_limits<std::int32_t>::max())
-    refuse("bound is " + std::to_string(options.bound) + ", above 2^31 - 1");
   if (options.alignment < 1) refuse("alignment is " + std::to_string(options.alignment) + ", below 1");
   if (ids.dtype() != DType::int32 || ids.shape().rank() != 2) {
     refuse("ids is " + shown(ids) + ", should be int32 [T, K]");
@@ -52,29 +47,17 @@ void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
   }
 }
 
-void count(const Context& context, ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
-  plan.rank = context.rank();
-  plan.ranks = context.size();
-  count(ids, options, plan);
-}
-
 /// For plans that are made without an exchange. An error is kept for the first operation, because here no rank meets
 /// another.
-void count_alone(const Context& context, ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
-  plan.bound = options.bound;
+Plan make_alone(const Context& context, FunctionRef<void(Plan::Data&)> make) {
+  const Phase phase(context.trace(), operation_span("plan"));
+  const auto plan = make_kept<Plan::Data>(context.memory(), context);
   try {
-    validate(ids, options, context.size());
-    if (options.bound > 0 && ids.size(0) > options.bound) {
-      refuse(std::to_string(ids.size(0)) + " tokens are more than the plan's bound of " +
-             std::to_string(options.bound));
-    }
-    count(context, ids, options, plan);
-    if (options.replicated) complete_replicated(plan);
-  } catch (const Error& error) {
-    plan.failure = error;
-  } catch (const std::bad_alloc&) {
-    plan.failure = Error(ErrorCode::no_memory, "no memory for a plan of ids " + ids.shape().str());
+    make(*plan);
+  } catch (...) {
+    plan->failure = current_error();
   }
+  return Plan(plan);
 }
 
 const Plan::Data& counted_only(const std::shared_ptr<const Plan::Data>& data) {
@@ -100,21 +83,21 @@ int owner_of(std::int64_t expert, int ranks, std::int64_t experts) {
 }
 
 struct PendingPlan::State final : InFlight {
-  explicit State(const Context& context) : plan(make_kept<Plan::Data>(context.memory(), context.memory())) {}
+  State(const Context& context, const Signature& signature)
+      : plan(make_kept<Plan::Data>(context.memory(), context)), operation(context.communicator(), signature) {}
 
   void advance() override {
-    if (!reading && operation->agreed()) read();
+    if (!reading && operation.agreed()) read();
   }
   void read() {
     const auto whole = [&](int) { return ByteRange{0, block.size()}; };
-    reading.emplace(*operation, block, whole, whole);
+    reading.emplace(operation, block, whole, whole);
   }
 
   std::shared_ptr<Plan::Data> plan;
   Block block;
   std::optional<Reading> reading;
-  // None where the plan is bounded. Last: it leaves the communicator's list before anything it uses goes.
-  std::optional<Operation> operation;
+  Operation operation;  // last: it leaves the communicator's list before anything it uses goes
 };
 
 PendingPlan::PendingPlan(std::shared_ptr<State> state) : state_(std::move(state)) {}
@@ -123,29 +106,22 @@ PendingPlan::~PendingPlan() = default;
 
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
   const Phase phase(context.trace(), operation_span("start plan"));
-  auto state = make_kept<PendingPlan::State>(context.memory(), context);
-  if (options.bound > 0 || options.replicated) {
-    count_alone(context, ids, options, *state->plan);
-    return PendingPlan(std::move(state));
-  }
   Signature signature("plan");
   signature.with("topk", ids.shape().rank() == 2 ? ids.size(1) : 0).with("experts", options.experts);
   signature.with("alignment", options.alignment).with_list("first_experts", options.first_experts);
-  Operation& operation = state->operation.emplace(context.communicator(), signature);
-  operation.ready([&] {
+  auto state = make_kept<PendingPlan::State>(context.memory(), context, signature);
+  state->operation.ready([&] {
     validate(ids, options, context.size());
-    Plan::Data& plan = *state->plan;
-    count(context, ids, options, plan);
-    return show_copy(operation, state->block, std::as_bytes(std::span(plan.own)));
+    count(ids, options, *state->plan);
+    return show_copy(state->operation, state->block, std::as_bytes(std::span(state->plan->own)));
   });
-  operation.keep_advancing(state.get());
+  state->operation.keep_advancing(state.get());
   return PendingPlan(std::move(state));
 }
 
 Plan PendingPlan::finish() {
   const std::shared_ptr<State> state = std::move(state_);
-  if (!state->operation) return Plan(state->plan);
-  Operation& operation = *state->operation;
+  Operation& operation = state->operation;
   const Phase phase(operation.communicator().trace(), operation_span("finish plan"));
   operation.meet();
   if (!state->reading) state->read();
@@ -159,12 +135,31 @@ Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& optio
   return start_plan(context, ids, options).finish();
 }
 
+Plan make_bounded_plan(const Context& context, ConstTensor ids, std::int64_t bound, const PlanOptions& options) {
+  return make_alone(context, [&](Plan::Data& plan) {
+    validate(ids, options, plan.ranks);
+    if (bound < 1) refuse("bound is " + std::to_string(bound) + ", below 1");
+    if (bound > std::numeric_limits<std::int32_t>::max())
+      refuse("bound is " + std::to_string(bound) + ", above 2^31 - 1");
+    if (ids.size(0) > bound)
+      refuse(std::to_string(ids.size(0)) + " tokens are more than the plan's bound of " + std::to_string(bound));
+    plan.bound = bound;
+    count(ids, options, plan);
+  });
+}
+
+Plan make_replicated_plan(const Context& context, ConstTensor ids, const PlanOptions& options) {
+  return make_alone(context, [&](Plan::Data& plan) {
+    validate(ids, options, plan.ranks);
+    plan.replicated = true;
+    count(ids, options, plan);
+    complete_replicated(plan);
+  });
+}
+
 std::int64_t Plan::tokens() const { return data_->tokens; }
 std::int64_t Plan::topk() const { return data_->topk; }
 std::int64_t Plan::experts() const { return data_->experts; }
-std::int64_t Plan::bound() const { return data_->bound; }
-bool Plan::replicated() const { return data_->replicated; }
-bool Plan::open() const { return data_->id == 0; }
 ExpertRange Plan::held_by(int rank) const { return counted_only(data_).held_by(rank); }
 ExpertRange Plan::local() const { return held_by(data_->rank); }
 std::span<const std::int32_t> Plan::counts() const { return complete_only(data_).counts; }

@@ -105,8 +105,6 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
   plan.topk = ids.size(1);
   plan.experts = options.experts;
   plan.alignment = options.alignment;
-  plan.bound = options.bound;
-  plan.replicated = options.replicated;
   plan.reserve();
   plan.first_experts.resize(at(plan.ranks) + 1);
   for (int r = 0; r <= plan.ranks; ++r) {

@@ -15,7 +15,7 @@
 namespace expar {
 
 struct Plan::Data {
-  explicit Data(std::shared_ptr<std::pmr::memory_resource> m) : memory(std::move(m)) {}
+  explicit Data(const Context& context) : memory(context.memory()), rank(context.rank()), ranks(context.size()) {}
 
   /// Makes room for the bound's tokens where there is one: what calls give each other is then of one size.
   void reserve();
@@ -32,8 +32,9 @@ struct Plan::Data {
   }
 
   std::shared_ptr<std::pmr::memory_resource> memory;
-  int rank = 0, ranks = 1;
-  std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1, bound = 0;
+  int rank, ranks;
+  std::int64_t tokens = 0, topk = 0, experts = 0, alignment = 1;
+  std::int64_t bound = 0;                                      // 0: there is none
   std::pmr::vector<std::int64_t> first_experts{memory.get()};  // [P + 1]
   std::uint64_t id = 0;                                        // 0: open
   bool replicated = false;

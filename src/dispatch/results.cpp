@@ -98,7 +98,7 @@ const void* const* Results::finish() {
       outboxes[at(peer)] = shown_block(operation_, peer);
     }
   }
-  slots_.reserve(at(plan_.bound() * plan_.topk()));
+  slots_.reserve(at(plan_.data().bound * plan_.topk()));
   slots_.assign(plan_.slots().size(), nullptr);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     const SlotRow slot = plan_.slots()[i];

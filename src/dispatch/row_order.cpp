@@ -35,7 +35,7 @@ std::string_view name(Layout layout) {
 
 RowOrder::RowOrder(const Plan& plan, int rank, Layout layout, std::int64_t capacity)
     : plan_(plan), layout_(layout), capacity_(capacity) {
-  if (plan.replicated()) rank = 0;  // nobody's rows stand before another's
+  if (plan.data().replicated) rank = 0;  // nobody's rows stand before another's
   if (layout == Layout::rank_major) order_by_rank(rank);
   if (layout == Layout::padded) pad(rank);
 }

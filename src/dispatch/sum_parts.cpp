@@ -6,6 +6,7 @@
 
 #include <expar/collectives.h>
 
+#include "src/dispatch/plan_data.h"
 #include "src/util/check.h"
 #include "src/util/shown.h"
 
@@ -22,7 +23,7 @@ void add(const Context& context, const Plan& plan, const Reading& parts, const P
   const std::int64_t count = to.size(0);
   const int ranks = context.size();
   std::pmr::vector<const void*> slots(context.memory().get());
-  slots.reserve(at(std::max(plan.bound() + ranks, count * ranks)));  // the same for all batches of a bound
+  slots.reserve(at(std::max(plan.data().bound + ranks, count * ranks)));  // the same for all batches of a bound
   const std::size_t row_bytes = at(to.size(1)) * size_of(to.dtype());
   for (std::int64_t t = 0; t < count; ++t) {
     for (int rank = 0; rank < ranks; ++rank) slots.push_back(parts.from(rank).data() + at(t) * row_bytes);

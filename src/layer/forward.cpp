@@ -132,14 +132,15 @@ void PendingForward::State::make_plan_of_choice() {
   bound_rows(context_, options.capacity, options.routed_experts(), record_.routing, record_.capacity, failure_);
   record_.routing.ids = chosen;
   ConstTensor ids = record_.capacity.ids;
-  PlanOptions plan_options{.experts = options.routed_experts(), .bound = trains_ ? 0 : options.bound};
+  PlanOptions plan_options{.experts = options.routed_experts()};
   if (layer_.apart) {
     plan_options.experts = layer_.apart->experts();
     plan_options.first_experts = layer_.apart->first_experts();
     if (!failure_) failure_ = attempt([&] { ids = layer_.apart->ids(ids, record_.routing.mask); });
   }
   plan_options.failure = failure_;
-  plan_ = make_plan(context_, ids, plan_options);
+  plan_ = trains_ || options.bound == 0 ? make_plan(context_, ids, plan_options)
+                                        : make_bounded_plan(context_, ids, options.bound, plan_options);
 }
 
 /// They look at what the router wanted, dropped or not.

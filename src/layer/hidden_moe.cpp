@@ -130,7 +130,8 @@ void HiddenMoe::State::forward(const Context& c, const HiddenMoeInputs& inputs, 
   const ConstTensor weights = routed ? ConstTensor(routing.weights) : inputs.weights;
 
   // Sliced, each rank sends its slices as tokens of its own; gathered, all of them have the same ones.
-  const Plan plan = make_plan(c, ids, {.experts = options.router.experts, .replicated = !sliced, .failure = failure});
+  const PlanOptions plan_options{.experts = options.router.experts, .failure = failure};
+  const Plan plan = sliced ? make_plan(c, ids, plan_options) : make_replicated_plan(c, ids, plan_options);
   const ConstTensor x = rows(c, plan, inputs.x);
   const Inbox inbox = dispatch(c, x, weights, plan, {.layout = layout, .failure = failure});
   Outbox y;

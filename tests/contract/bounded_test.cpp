@@ -21,8 +21,7 @@ class BoundedPlan : public EveryWay {};
 void require_text(const std::string& got, const std::string& wanted) { require(got == wanted, "got: " + got); }
 
 void step(const Context& context, const Workload& w, Share& share, std::int64_t bound) {
-  const Plan plan =
-      make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts, .bound = bound});
+  const Plan plan = plan_of(context, w, share, bound);
   const Inbox inbox = dispatch(context, share.x, share.weights, plan);
   check_rows(w, inbox);
   Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);
@@ -50,9 +49,8 @@ TEST_P(BoundedPlan, serves_everything_that_an_exact_plan_serves) {
     const Workload w = workloads(context.size())[2];
     Share a(w, context.rank(), DType::f32), b(w, context.rank(), DType::f32);
     for (int round = 0; round < 34; ++round) {  // more operations than there are slots
-      const Plan plan =
-          make_plan(context, a.id_tensor(w),
-                    {.experts = w.experts, .first_experts = w.first_experts, .alignment = 4, .bound = 11});
+      const Plan plan = make_bounded_plan(context, a.id_tensor(w), 11,
+                                          {.experts = w.experts, .first_experts = w.first_experts, .alignment = 4});
       auto first = start_dispatch(context, a.x, a.weights, plan, {.layout = Layout::expert_major});
       auto second = start_dispatch(context, b.x, {}, plan);
       const bool swap = (context.rank() + round) % 2 == 0;
@@ -77,7 +75,7 @@ TEST_P(BoundedPlan, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_
     std::vector<std::int32_t> ids(static_cast<std::size_t>(tokens), 1);
     const Array x(DType::f32, Shape{tokens, 4});
     const auto send = [&] {
-      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 8});
+      const Plan plan = make_bounded_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), 8, {.experts = 4});
       dispatch(context, x, {}, plan);
     };
     const Error error = error_of(send);
@@ -87,7 +85,7 @@ TEST_P(BoundedPlan, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_
 
     std::fill(ids.begin(), ids.end(), context.rank() == bad ? 4 : 0);
     const Error wrong = error_of([&] {
-      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 9});
+      const Plan plan = make_bounded_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), 9, {.experts = 4});
       dispatch(context, x, {}, plan);
     });
     require_text(wrong.what(), "rank " + std::to_string(bad) + ": dispatch: ids[0,0] = 4 is not below num_experts 4");
@@ -95,7 +93,7 @@ TEST_P(BoundedPlan, tells_all_ranks_who_has_more_tokens_than_the_bound_and_goes_
     const DispatchOptions small{.layout = Layout::padded, .capacity = 1};
     std::fill(ids.begin(), ids.end(), 2);
     const Error full = error_of([&] {
-      const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = 4, .bound = 9});
+      const Plan plan = make_bounded_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), 9, {.experts = 4});
       dispatch(context, x, {}, plan, small);
     });
     require(full.code() == ErrorCode::bad_argument && full.rank() == 0, full.what());
@@ -109,27 +107,31 @@ TEST_P(BoundedPlan, tells_all_ranks_who_disagrees) {
     const bool odd = context.rank() == context.size() - 1;
     const std::vector<std::int32_t> ids(6, 1);
     const Array x(DType::f32, Shape{3, 4});
-    const auto check = [&](const PlanOptions& options, Shape shape, const std::string& part) {
-      const Error error = error_of([&] {
-        const Plan plan = make_plan(context, ConstTensor(ids.data(), shape), options);
-        dispatch(context, x, {}, plan);
-      });
+    const auto bounded = [&](Shape shape, std::int64_t bound, std::int64_t experts) {
+      return make_bounded_plan(context, ConstTensor(ids.data(), shape), bound, {.experts = experts});
+    };
+    const auto check = [&](const std::function<Plan()>& make, const std::string& part) {
+      const Error error = error_of([&] { dispatch(context, x, {}, make()); });
       require(error.code() == ErrorCode::mismatch, error.what());
       require(error.message().find(part) != std::string::npos, error.message());
       barrier(context);
     };
-    check({.experts = 4, .bound = odd ? 8 : 9}, {3, 2}, "bound 8");
-    check({.experts = odd ? 5 : 4, .bound = 9}, {3, 2}, "experts 5");
-    check({.experts = 4, .bound = 9}, odd ? Shape{3, 1} : Shape{3, 2}, "topk 1");
-    check({.experts = 4, .bound = odd ? 0 : 9}, {3, 2}, "runs plan (");
+    check([&] { return bounded({3, 2}, odd ? 8 : 9, 4); }, "bound 8");
+    check([&] { return bounded({3, 2}, 9, odd ? 5 : 4); }, "experts 5");
+    check([&] { return bounded(odd ? Shape{3, 1} : Shape{3, 2}, 9, 4); }, "topk 1");
+    check(
+        [&] {
+          return odd ? make_plan(context, ConstTensor(ids.data(), {3, 2}), {.experts = 4}) : bounded({3, 2}, 9, 4);
+        },
+        "runs plan (");
   });
 }
 
 TEST_P(BoundedPlan, says_what_an_open_plan_cannot_do) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids(3, 1);
-    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
-    require(plan.open() && plan.bound() == 3 && plan.tokens() == 3, "an open plan");
+    const Plan plan = make_bounded_plan(context, ConstTensor(ids.data(), Shape{3, 1}), 3, {.experts = 4});
+    require(plan.open() && plan.tokens() == 3, "an open plan");
     const Array x(DType::f32, Shape{3, 4});
     const Inbox inbox = dispatch(context, x, {}, plan);
     require(!inbox.plan().open(), "the inbox's plan is complete");
@@ -162,8 +164,7 @@ std::set<std::string> waits(const Context& context, std::int64_t bound) {
   const auto trace = std::make_shared<Trace>();
   context.communicator().record(trace);
   linger();
-  const Plan plan =
-      make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts, .bound = bound});
+  const Plan plan = plan_of(context, w, share, bound);
   linger();
   const Inbox inbox = dispatch(context, share.x, share.weights, plan);
   Outbox y = make_outbox(context, inbox.plan(), w.hidden, DType::f32);

@@ -187,7 +187,7 @@ TEST_P(Groups, name_the_rank_of_the_job_in_every_error) {
 
     const std::vector<std::int32_t> ids(2, 0);
     const ConstTensor id_tensor(ids.data(), Shape{2, 1});
-    const Plan plan = make_plan(group, id_tensor, {.experts = 3, .bound = 2});
+    const Plan plan = make_bounded_plan(group, id_tensor, 2, {.experts = 3});
     expect(first, "dispatch", [&] {
       dispatch(group, ConstTensor(out.data(), Shape{2, 4}), {}, plan, {.layout = Layout::padded, .capacity = 1});
     });

@@ -15,8 +15,8 @@ namespace {
 class ReplicatedPlan : public EveryWay {};
 
 /// The batch that all ranks have: rank 0's share of `w`.
-PlanOptions replicated(const Workload& w) {
-  return {.experts = w.experts, .first_experts = w.first_experts, .replicated = true};
+Plan replicated(const Context& context, const Workload& w, const Share& share) {
+  return make_replicated_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
 }
 
 Array columns(const ConstTensor& x, const Part& part) {
@@ -54,7 +54,7 @@ TEST_P(ReplicatedPlan, gives_each_rank_its_slice_of_what_the_experts_made) {
         const Part part = part_of(w.hidden, context.rank(), context.size());
         const Array slices = columns(share.x, part);
         const Array out(dtype, slices.view().shape());
-        const Plan plan = make_plan(context, share.id_tensor(w), replicated(w));
+        const Plan plan = replicated(context, w, share);
         const Array joined(dtype, share.x.view().shape());
         join_slices(context, plan, slices, joined);
         for (const Layout layout : {Layout::indexed, Layout::expert_major, Layout::padded}) {
@@ -81,7 +81,7 @@ TEST_P(ReplicatedPlan, adds_slices_of_what_is_shared_and_of_the_residual) {
     const Workload w = workloads(context.size())[2];
     const Share share(w, 0, DType::f32);
     const Part part = part_of(w.hidden, context.rank(), context.size());
-    const Plan plan = make_plan(context, share.id_tensor(w), replicated(w));
+    const Plan plan = replicated(context, w, share);
     const Inbox inbox = dispatch(context, share.x, {}, plan);
     Outbox y = make_outbox(context, inbox, w.hidden, DType::f32);
     multiply(inbox, y);
@@ -97,9 +97,9 @@ TEST_P(ReplicatedPlan, plans_alone_and_counts_each_row_once) {
   run(GetParam(), [](const Context& context) {
     const Workload w = workloads(context.size())[2];
     const Share share(w, 0, DType::f32);
-    if (context.rank() == 0) make_plan(context, share.id_tensor(w), replicated(w));  // the others need not know
-    const Plan plan = make_plan(context, share.id_tensor(w), replicated(w));
-    require(plan.replicated() && !plan.open(), "replicated");
+    if (context.rank() == 0) replicated(context, w, share);  // the others need not know
+    const Plan plan = replicated(context, w, share);
+    require(!plan.open(), "complete");
     require_equal(plan.unique(), std::int64_t{0}, "rows of other ranks");
     std::int64_t received = plan.received();
     Array all(DType::int64, {context.size(), 1});
@@ -116,7 +116,7 @@ TEST_P(ReplicatedPlan, plans_alone_and_counts_each_row_once) {
 TEST_P(ReplicatedPlan, joins_the_rows_that_are_read_here_and_no_others) {
   run(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids{0, -1, 1, 2, 2, 0};  // [3, 2] of 3 experts
-    const Plan plan = make_plan(context, ConstTensor(ids.data(), {3, 2}), {.experts = 3, .replicated = true});
+    const Plan plan = make_replicated_plan(context, ConstTensor(ids.data(), {3, 2}), {.experts = 3});
     const Part part = part_of(7, context.rank(), context.size());
     const Array slices(DType::f32, {3, part.end - part.begin}), x(DType::f32, {3, 7});
     for (std::int64_t t = 0, i = 0; t < 3; ++t) {
@@ -142,9 +142,7 @@ TEST_P(ReplicatedPlan, tells_every_rank_that_the_ids_of_one_are_wrong_or_differ)
     const Array x(DType::f32, {2, 6}), slices(DType::f32, {2, part_of(6, context.rank(), context.size()).end -
                                                                   part_of(6, context.rank(), context.size()).begin});
     const bool odd = context.rank() == context.size() - 1;
-    const auto plan = [&] {
-      return make_plan(context, ConstTensor(ids.data(), {2, 2}), {.experts = 4, .replicated = true});
-    };
+    const auto plan = [&] { return make_replicated_plan(context, ConstTensor(ids.data(), {2, 2}), {.experts = 4}); };
     if (odd) ids[3] = 4;
     const Plan wrong = plan();
     for (const auto& use : {std::function<void()>([&] { dispatch(context, x, {}, wrong); }),
@@ -187,13 +185,11 @@ TEST_P(ReplicatedPlan, refuses_what_a_replicated_plan_cannot_do) {
       const std::string got = message(call);
       require(got == wanted, got);
     };
-    const Plan plan = make_plan(context, id_tensor, {.experts = 2, .replicated = true});
+    const Plan plan = make_replicated_plan(context, id_tensor, {.experts = 2});
     expect([&] { dispatch(context, x, {}, plan, {.layout = Layout::rank_major}); },
            "rows of a replicated plan come from no rank: choose another layout than rank_major");
     expect([&] { join_slices(context, plan, wrong, x); },
            "slices is f32 [2, 7], should be f32 [2, " + std::to_string(part_of(6, 0, context.size()).end) + "]");
-    const Plan bounded = make_plan(context, id_tensor, {.experts = 2, .bound = 4, .replicated = true});
-    expect([&] { dispatch(context, x, {}, bounded); }, "a replicated plan exchanges nothing and takes no bound");
     Outbox y = make_outbox(context, plan, 6, DType::f32);
     expect([&] { combine(context, plan, y, unweighted, wrong, {.norm = {.y = x}, .slice = true}); },
            "a slice has no norm: it takes whole rows");

@@ -41,8 +41,7 @@ Array arrived(const Context& context, const Workload& w, int rank, std::int64_t 
 void check(const Context& context, const Workload& w, DType dtype, DType payload, std::int64_t bound) {
   const Share share(w, context.rank(), dtype);
   for (std::int64_t t = 0; t < share.x.view().size(0); ++t) fill(w, context.rank(), t, share.x.view().rows(t, 1));
-  const Plan plan =
-      make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts, .bound = bound});
+  const Plan plan = plan_of(context, w, share, bound);
   const DispatchOptions options{.layout = Layout::expert_major, .payload = payload};
   const Inbox inbox = dispatch(context, share.x, share.weights, plan, options);
   const std::size_t bytes = static_cast<std::size_t>(w.hidden) * size_of(dtype);

@@ -29,6 +29,13 @@ struct Share {
   Array x, weights, out;
 };
 
+/// The plan of `share`: bounded, or exact where there is no bound.
+inline Plan plan_of(const Context& context, const Workload& w, const Share& share, std::int64_t bound) {
+  const PlanOptions options{.experts = w.experts, .first_experts = w.first_experts};
+  return bound > 0 ? make_bounded_plan(context, share.id_tensor(w), bound, options)
+                   : make_plan(context, share.id_tensor(w), options);
+}
+
 /// One entry of the global order of an expert's rows.
 struct Expected {
   int source;

@@ -165,7 +165,7 @@ TEST_P(EveryMesh, refuses_parts_of_other_tokens_and_of_slices) {
     const Error error = error_of([&] { combine(context, plan, y, unweighted, out, {.sum_over = tensor}); });
     require(error.code() == ErrorCode::mismatch, error.what());
 
-    const Plan replicated = make_plan(context, ConstTensor(ids.data(), {3, 1}), {.experts = 2, .replicated = true});
+    const Plan replicated = make_replicated_plan(context, ConstTensor(ids.data(), {3, 1}), {.experts = 2});
     Outbox all = make_outbox(context, replicated, 6, DType::f32);
     const Error slice =
         error_of([&] { combine(context, replicated, all, unweighted, out, {.slice = true, .sum_over = tensor}); });

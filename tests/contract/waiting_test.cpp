@@ -106,7 +106,7 @@ TEST_P(LateRank, ends_the_communicator_for_good) {
 TEST_P(LateRank, is_named_by_a_bounded_dispatch) {
   const auto ends = run_all(GetParam(), [](const Context& context) {
     const std::vector<std::int32_t> ids(3, 1);
-    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{3, 1}), {.experts = 4, .bound = 3});
+    const Plan plan = make_bounded_plan(context, ConstTensor(ids.data(), Shape{3, 1}), 3, {.experts = 4});
     const Array x(DType::f32, Shape{3, 4});
     barrier(context);
     if (context.rank() == 1) be_late(context);

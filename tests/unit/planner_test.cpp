@@ -198,7 +198,7 @@ TEST(Planner, counts_the_slices_that_ranks_with_the_same_tokens_read) {
     run_threads(ranks, [&](const Communicator& communicator) {
       const Context context(communicator);
       const ConstTensor ids(question.ids.data(), Shape{ranks * question.tokens, 3});
-      const Plan made = make_plan(context, ids, {.experts = 7, .replicated = true});
+      const Plan made = make_replicated_plan(context, ids, {.experts = 7});
       const Part part = part_of(question.sizes.hidden, context.rank(), ranks);
       for (const SlotRow& slot : made.slots()) {
         if (slot.rank != context.rank()) read[static_cast<std::size_t>(context.rank())] += 2 * (part.end - part.begin);
