@@ -55,13 +55,16 @@ void convert_to(DType dtype, const std::byte* from, std::byte* to, std::size_t c
       return convert<To, bf16>(from, to, count);
     case DType::f16:
       return convert<To, f16>(from, to, count);
+    case DType::fp8_e5m2:
+      return convert<To, fp8_e5m2>(from, to, count);
     default:
       return convert<To, fp8_e4m3>(from, to, count);
   }
 }
 
 bool is_floating(DType dtype) {
-  return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || dtype == DType::fp8_e4m3;
+  return dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || dtype == DType::fp8_e4m3 ||
+         dtype == DType::fp8_e5m2;
 }
 
 void convert(DType from_dtype, const std::byte* from, DType to_dtype, std::byte* to, std::size_t count) {
@@ -72,6 +75,8 @@ void convert(DType from_dtype, const std::byte* from, DType to_dtype, std::byte*
       return convert_to<bf16>(from_dtype, from, to, count);
     case DType::f16:
       return convert_to<f16>(from_dtype, from, to, count);
+    case DType::fp8_e5m2:
+      return convert_to<fp8_e5m2>(from_dtype, from, to, count);
     default:
       return convert_to<fp8_e4m3>(from_dtype, from, to, count);
   }
@@ -109,8 +114,9 @@ Error StoredTensor::failure(ErrorCode code, const std::string& text) const {
 DType StoredTensor::dtype() const {
   const StoredDType& stored = stored_dtypes()[dtype_];
   if (!stored.dtype) {
-    throw failure(ErrorCode::unsupported,
-                  "is " + std::string(stored.name) + "; expar uses F32, BF16, F16, F8_E4M3, I8, I32 and I64");
+    throw failure(
+        ErrorCode::unsupported,
+        "is " + std::string(stored.name) + "; expar uses F32, BF16, F16, F8_E4M3, F8_E5M2, F8_E8M0, I8, I32 and I64");
   }
   return *stored.dtype;
 }

@@ -12,7 +12,7 @@
 
 namespace expar {
 
-enum class DType : std::uint8_t { f32, bf16, f16, int8, fp8_e4m3, int32, int64 };
+enum class DType : std::uint8_t { f32, bf16, f16, int8, fp8_e4m3, fp8_e5m2, fp8_e8m0, int32, int64 };
 
 std::size_t size_of(DType dtype);
 std::string_view name(DType dtype);
@@ -54,6 +54,24 @@ struct fp8_e4m3 {
   explicit operator float() const;
 };
 
+/// FP8 with 5 exponent and 2 mantissa bits (OCP E5M2).
+struct fp8_e5m2 {
+  std::uint8_t bits = 0;
+
+  fp8_e5m2() = default;
+  /// Rounds to nearest even; overflow gives infinity; NaN stays NaN.
+  explicit fp8_e5m2(float value);
+  explicit operator float() const;
+};
+
+/// A scale: 2^(bits - 127), NaN where all bits are set (OCP MX E8M0). The least, 2^-127, is subnormal as an f32.
+struct fp8_e8m0 {
+  std::uint8_t bits = 0;
+
+  fp8_e8m0() = default;
+  explicit operator float() const;
+};
+
 template <class T>
 inline constexpr bool kIsElement = false;
 template <class T>
@@ -68,6 +86,8 @@ EXPAR_ELEMENT(bf16, bf16)
 EXPAR_ELEMENT(f16, f16)
 EXPAR_ELEMENT(std::int8_t, int8)
 EXPAR_ELEMENT(fp8_e4m3, fp8_e4m3)
+EXPAR_ELEMENT(fp8_e5m2, fp8_e5m2)
+EXPAR_ELEMENT(fp8_e8m0, fp8_e8m0)
 EXPAR_ELEMENT(std::int32_t, int32)
 EXPAR_ELEMENT(std::int64_t, int64)
 #undef EXPAR_ELEMENT

@@ -19,8 +19,9 @@ struct DTypeRow {
   std::size_t size;
 };
 constexpr DTypeRow kDTypes[] = {
-    {DType::f32, "f32", 4},           {DType::bf16, "bf16", 2},   {DType::f16, "f16", 2},     {DType::int8, "int8", 1},
-    {DType::fp8_e4m3, "fp8_e4m3", 1}, {DType::int32, "int32", 4}, {DType::int64, "int64", 8},
+    {DType::f32, "f32", 4},           {DType::bf16, "bf16", 2},         {DType::f16, "f16", 2},
+    {DType::int8, "int8", 1},         {DType::fp8_e4m3, "fp8_e4m3", 1}, {DType::fp8_e5m2, "fp8_e5m2", 1},
+    {DType::fp8_e8m0, "fp8_e8m0", 1}, {DType::int32, "int32", 4},       {DType::int64, "int64", 8},
 };
 
 const DTypeRow& row_of(DType dtype) {
@@ -144,6 +145,30 @@ fp8_e4m3::operator float() const {
   const std::uint32_t code = bits & 0x7fu;
   const float magnitude = code == 0x7fu ? std::bit_cast<float>(0x7fc00000u) : widen_magnitude(code, 3, 7);
   return with_sign(magnitude, (bits & 0x80u) != 0);
+}
+
+fp8_e5m2::fp8_e5m2(float value) {
+  const auto u = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t a = u & 0x7fffffffu;
+  std::uint32_t code = 0x7cu;
+  if (a > kF32Infinity) {
+    code = 0x7eu | ((a >> 21) & 0x3u);
+  } else if (a < kF32Infinity) {
+    code = std::min(round_magnitude(a, 2, 15), 0x7cu);
+  }
+  bits = static_cast<std::uint8_t>(((u >> 24) & 0x80u) | code);
+}
+
+fp8_e5m2::operator float() const {
+  const std::uint32_t code = bits & 0x7fu;
+  const float magnitude =
+      code >= 0x7cu ? std::bit_cast<float>(kF32Infinity | ((code & 0x3u) << 21)) : widen_magnitude(code, 2, 15);
+  return with_sign(magnitude, (bits & 0x80u) != 0);
+}
+
+fp8_e8m0::operator float() const {
+  if (bits == 0xffu) return std::bit_cast<float>(0x7fc00000u);
+  return std::bit_cast<float>(bits == 0 ? 0x00400000u : std::uint32_t{bits} << 23);
 }
 
 Shape::Shape(std::initializer_list<std::int64_t> extents) {

@@ -27,8 +27,8 @@ Array patterns(DType dtype, Shape shape) {
 
 std::string bytes_of(ConstTensor t) { return {reinterpret_cast<const char*>(t.bytes()), t.byte_size()}; }
 
-constexpr DType kAll[] = {DType::f32,      DType::bf16,  DType::f16,  DType::int8,
-                          DType::fp8_e4m3, DType::int32, DType::int64};
+constexpr DType kAll[] = {DType::f32,      DType::bf16,     DType::f16,   DType::int8, DType::fp8_e4m3,
+                          DType::fp8_e5m2, DType::fp8_e8m0, DType::int32, DType::int64};
 
 TEST(Safetensors, come_back_as_the_same_bytes_in_every_dtype_and_shape) {
   const Directory directory;
@@ -136,8 +136,12 @@ TEST(Safetensors, of_dtypes_that_expar_has_not_can_be_seen_but_not_used) {
   EXPECT_EQ(file.at("d").str(), "F64 [2]");
   EXPECT_EQ(file.at("f").bytes().size(), 2U);
   const auto refused = [&](const char* tensor) { return refusal_of(directory, [&] { (void)file.at(tensor).view(); }); };
-  EXPECT_EQ(refused("d"), "unsupported: file: tensor 'd' is F64; expar uses F32, BF16, F16, F8_E4M3, I8, I32 and I64");
-  EXPECT_EQ(refused("f"), "unsupported: file: tensor 'f' is F4; expar uses F32, BF16, F16, F8_E4M3, I8, I32 and I64");
+  EXPECT_EQ(
+      refused("d"),
+      "unsupported: file: tensor 'd' is F64; expar uses F32, BF16, F16, F8_E4M3, F8_E5M2, F8_E8M0, I8, I32 and I64");
+  EXPECT_EQ(
+      refused("f"),
+      "unsupported: file: tensor 'f' is F4; expar uses F32, BF16, F16, F8_E4M3, F8_E5M2, F8_E8M0, I8, I32 and I64");
   EXPECT_EQ(refused("r"), "unsupported: file: tensor 'r' has 5 axes; expar uses up to 4");
   EXPECT_EQ(refused("z"),
             "unsupported: file: tensor 'z' is I8 [0, 4611686018427387904], whose extents are beyond what expar can "

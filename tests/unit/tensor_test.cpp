@@ -46,8 +46,8 @@ Bits nearest(double value, int codes) {
 }
 
 TEST(DType, has_a_name_that_parses_back) {
-  for (const DType dtype :
-       {DType::f32, DType::bf16, DType::f16, DType::int8, DType::fp8_e4m3, DType::int32, DType::int64}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::int8, DType::fp8_e4m3, DType::fp8_e5m2,
+                            DType::fp8_e8m0, DType::int32, DType::int64}) {
     EXPECT_EQ(parse_dtype(name(dtype)), dtype);
   }
   EXPECT_EQ(size_of(DType::bf16), 2u);
@@ -60,7 +60,9 @@ TEST(DType, refuses_an_unknown_name_and_lists_the_known) {
     FAIL() << "accepted";
   } catch (const Error& e) {
     EXPECT_EQ(e.code(), ErrorCode::bad_argument);
-    EXPECT_STREQ(e.what(), "no dtype is called 'float'; the names are f32, bf16, f16, int8, fp8_e4m3, int32, int64");
+    EXPECT_STREQ(
+        e.what(),
+        "no dtype is called 'float'; the names are f32, bf16, f16, int8, fp8_e4m3, fp8_e5m2, fp8_e8m0, int32, int64");
   }
 }
 
@@ -130,6 +132,34 @@ TEST(Fp8, saturates_and_keeps_nan) {
   EXPECT_EQ(fp8_e4m3(std::numeric_limits<float>::quiet_NaN()).bits, 0x7f);
   EXPECT_TRUE(std::isnan(static_cast<float>(fp8_e4m3(std::numeric_limits<float>::quiet_NaN()))));
   EXPECT_EQ(static_cast<float>(fp8_e4m3(448.0F)), 448.0F);
+}
+
+TEST(Fp8E5m2, takes_the_nearest_code_and_overflows_to_infinity) {
+  for (std::uint32_t u = 0x36000000u; u < 0x47600000u; u += 65535) {
+    const float value = std::bit_cast<float>(u);
+    EXPECT_EQ(fp8_e5m2(value).bits, (nearest<fp8_e5m2, std::uint8_t>(value, 0x7c))) << value;
+  }
+  for (int code = 0; code < 256; ++code) {
+    fp8_e5m2 n;
+    n.bits = static_cast<std::uint8_t>(code);
+    EXPECT_EQ(fp8_e5m2(static_cast<float>(n)).bits, (code & 0x7f) > 0x7c ? code | 2 : code);
+  }
+  EXPECT_EQ(static_cast<float>(fp8_e5m2(-57344.0F)), -57344.0F);
+  EXPECT_EQ(fp8_e5m2(61439.0F).bits, 0x7b);
+  EXPECT_EQ(fp8_e5m2(61440.0F).bits, 0x7c);
+  EXPECT_EQ(fp8_e5m2(-std::numeric_limits<float>::infinity()).bits, 0xfc);
+  EXPECT_TRUE(std::isnan(static_cast<float>(fp8_e5m2(std::numeric_limits<float>::quiet_NaN()))));
+}
+
+TEST(Fp8E8m0, is_a_power_of_two) {
+  for (int code = 0; code < 255; ++code) {
+    fp8_e8m0 scale;
+    scale.bits = static_cast<std::uint8_t>(code);
+    EXPECT_EQ(static_cast<float>(scale), std::exp2(code - 127.0)) << code;
+  }
+  fp8_e8m0 none;
+  none.bits = 0xff;
+  EXPECT_TRUE(std::isnan(static_cast<float>(none)));
 }
 
 TEST(Shape, counts_its_elements_and_prints_itself) {
