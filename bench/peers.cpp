@@ -20,9 +20,9 @@ std::uint64_t use_memory(const void* data, std::size_t bytes) {
 }
 
 PeerMemory::PeerMemory(const Context& context, const Block& block) {
-  Transport& transport = context.communicator().transport();
+  const Communicator& communicator = context.communicator();
   bool all = true;
-  for (int peer = 0; peer < context.size(); ++peer) all = all && transport.mapped(peer);
+  for (int peer = 0; peer < context.size(); ++peer) all = all && communicator.mapped(peer);
   const std::vector<std::int64_t> shown = gather_all(
       context, {static_cast<std::int64_t>(block.ref().segment), static_cast<std::int64_t>(block.ref().offset),
                 static_cast<std::int64_t>(block.size()), all ? 0 : 1});
@@ -31,7 +31,8 @@ PeerMemory::PeerMemory(const Context& context, const Block& block) {
   if (!complete_) return;
   for (int peer = 0; peer < context.size(); ++peer) {
     const std::int64_t* where = shown.data() + at(peer) * 4;
-    const auto segment = transport.map(peer, static_cast<std::uint32_t>(where[0]));
+    const auto segment =
+        communicator.transport().map(communicator.job_rank(peer), static_cast<std::uint32_t>(where[0]));
     memory_.push_back(segment.subspan(at(where[1]), at(where[2])).data());
   }
 }
@@ -40,7 +41,7 @@ CopyProbe::CopyProbe(const Context& context, ConstTensor x, const Plan& plan)
     : context_(context),
       x_(x),
       plan_(plan),
-      block_(context.communicator().arena().allocate(at(plan.unique()) * row_bytes_of(x))),
+      block_(context.communicator().allocate(at(plan.unique()) * row_bytes_of(x))),
       peers_(context, block_) {}
 
 void CopyProbe::use() { used_ += use_memory(block_.data(), block_.size()); }

@@ -1,6 +1,6 @@
-// Ranks that work together: their order of operations, their arena, their limit of patience.
+// Ranks that work together: their order of operations, their memory, their limit of patience.
 //
-// Communicator is what users hold. Operation and Arena are for those who write a collective of their own:
+// Communicator is what users hold. Blocks and Operation are for those who write a collective of their own:
 // dispatch, combine and every collective of the library are written on them and on nothing else.
 #pragma once
 
@@ -17,6 +17,9 @@
 #include <expar/transport.h>
 
 namespace expar {
+
+class Arena;
+struct Group;
 
 /// Where a block lies, as a peer sees it.
 struct BlockRef {
@@ -40,30 +43,11 @@ class Block {
  private:
   friend class Arena;
   friend class Operation;
-  struct Owner;
-  std::shared_ptr<Owner> owner_;
-  std::shared_ptr<Transport> shown_to_;
+  std::shared_ptr<Arena> arena_;
+  std::shared_ptr<const Group> shown_to_;
   BlockRef ref_;
   std::span<std::byte> bytes_;
   std::uint64_t last_use_ = 0;
-};
-
-/// The pool of segments behind a rank's blocks. Growth adds a segment; none ever moves or shrinks.
-class Arena {
- public:
-  explicit Arena(std::shared_ptr<Transport> transport);
-  /// The same memory, for blocks that the ranks of `group` are shown.
-  Arena(const Arena& arena, std::shared_ptr<Transport> group);
-  ~Arena();
-  /// 64-byte aligned; contents are whatever the last user left. Allocates from the system only while the arena grows.
-  /// Throws Error: no_memory.
-  Block allocate(std::size_t bytes);
-  /// Bytes taken from the system so far.
-  std::size_t capacity() const;
-
- private:
-  std::shared_ptr<Block::Owner> owner_;
-  std::shared_ptr<Transport> shown_to_;
 };
 
 /// What all ranks must agree on when they start an operation: its name and a few numbers. At most 24 numbers.
@@ -139,12 +123,20 @@ class Communicator {
   Trace* trace() const;
 
   // ---- for authors of collectives
+
+  /// The job's, which knows ranks by their job_rank().
   Transport& transport() const;
-  Arena& arena() const;
+  /// True if this rank can address the blocks of `peer`.
+  bool mapped(int peer) const;
+  /// A block that the ranks of this communicator are shown: 64-byte aligned, with whatever its last user left. Takes
+  /// memory from the system only where none of what was given back fits. Throws Error: no_memory.
+  Block allocate(std::size_t bytes) const;
+  /// Bytes that blocks have taken from the system so far, for the job and all its groups.
+  std::size_t arena_bytes() const;
   /// Host memory for what calls need for a while: given back, it serves the next call. Safe from any thread; what
   /// outlives the communicator keeps it.
   const std::shared_ptr<std::pmr::memory_resource>& memory() const;
-  /// transport().wait, while the other operations in flight on this communicator advance.
+  /// transport().wait with a peer of the job, while the other operations in flight on this communicator advance.
   void wait(FunctionRef<bool()> done, const Waiting& waiting) const;
   /// Sets the job's cause and throws the one in force.
   [[noreturn]] void fail(const Error& cause) const;
@@ -182,7 +174,8 @@ class Operation {
 
   const Communicator& communicator() const { return communicator_; }
   std::string_view name() const { return signature_.operation(); }
-  std::uint64_t sequence() const { return sequence_; }
+  /// No other operation of the job whose ranks include one of these has this number: a tag for messages.
+  std::uint64_t number() const;
 
   /// The words of a ready that shows `block`, which peers may touch from then on until they have completed this
   /// operation. The last two are for the operation's own use.

@@ -70,7 +70,7 @@ class Transport {
   int rank() const { return rank_; }
   int size() const { return size_; }
   /// "threads", "shm", ...
-  virtual std::string_view name() const = 0;
+  std::string_view name() const { return name_; }
 
   // ---- signals
 
@@ -122,12 +122,14 @@ class Transport {
   Trace* trace() const { return trace_.get(); }
 
  protected:
-  Transport(int rank, int size) : rank_(rank), size_(size) {}
+  /// `name` is a literal, or outlives the transport.
+  Transport(std::string_view name, int rank, int size) : name_(name), rank_(rank), size_(size) {}
 
   /// What wait() promises.
   virtual void wait_until(FunctionRef<bool()> done, const Waiting& waiting) = 0;
 
  private:
+  std::string_view name_;
   int rank_;
   int size_;
   std::shared_ptr<Trace> trace_;

@@ -143,7 +143,7 @@ void reduce_scatter(const Context& context, ConstTensor rows, Tensor out) {
   // The block holds, for each rank's part, this rank's rows of that part together: what a reader wants is one piece.
   operation.ready([&] {
     require_sum(rows, out, own_n);
-    block = context.communicator().arena().allocate(rows.byte_size());
+    block = context.communicator().allocate(rows.byte_size());
     auto* to = reinterpret_cast<float*>(block.data());
     for (int p = 0; p < context.size(); ++p) {
       const Part part = part_of(n, p, context.size());
@@ -207,7 +207,7 @@ void all_to_all_v(const Context& context, ConstTensor in, std::span<const std::i
     if (sent != first_extent(in)) refuse("in has " + sizes(first_extent(in), sent) + " rows, the sum of send_rows");
     if (received != first_extent(out))
       refuse("out has " + sizes(first_extent(out), received) + " rows, the sum of receive_rows");
-    block = communicator.arena().allocate(table + in.byte_size());
+    block = communicator.allocate(table + in.byte_size());
     std::memcpy(block.data(), send_rows.data(), table);
     copy_into(block.data() + table, bytes_of(in));
     return operation.show(block);

@@ -1,13 +1,9 @@
-// Arena: blocks cut from segments that peers can address, and the rule for using one again.
-#include <expar/communicator.h>
+// Arena: blocks cut from segments that peers can address.
+#include "src/communicator/arena.h"
 
 #include <algorithm>
 #include <iterator>
-#include <map>
-#include <mutex>
 #include <utility>
-
-#include "src/communicator/state.h"
 
 namespace expar {
 namespace {
@@ -17,132 +13,105 @@ constexpr std::size_t kSmallestSegment = std::size_t{1} << 20;
 constexpr std::size_t kUsualRanges = 64;  // a layer's pass has about ten blocks
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+std::size_t room_of(std::size_t bytes) { return round_up(std::max<std::size_t>(bytes, 1), kAlignment); }
 
 }  // namespace
 
-/// The free ranges of a rank's segments. Blocks share it, so that they may outlive the communicator.
-struct Block::Owner {
-  struct Place {
-    std::uint32_t segment;
-    std::uint64_t offset;
-    auto operator<=>(const Place&) const = default;
-  };
-  struct Range {
-    Place place;
-    std::size_t bytes;
-    /// Whether `next` begins where this ends.
-    bool meets(const Range& next) const {
-      return place.segment == next.place.segment && place.offset + bytes == next.place.offset;
-    }
-  };
-  struct Retired {
-    Range range;
-    std::uint64_t last_use;
-    std::shared_ptr<Transport> shown_to;
-  };
-
-  explicit Owner(std::shared_ptr<Transport> t) : transport(std::move(t)) {
-    free.reserve(kUsualRanges);
-    retired.reserve(kUsualRanges);
-  }
-
-  void give_back(Range range) {
-    auto next = std::lower_bound(free.begin(), free.end(), range.place,
-                                 [](const Range& one, const Place& place) { return one.place < place; });
-    if (next != free.end() && range.meets(*next)) {
-      range.bytes += next->bytes;
-      next = free.erase(next);
-    }
-    if (next != free.begin() && std::prev(next)->meets(range)) {
-      std::prev(next)->bytes += range.bytes;
-      return;
-    }
-    free.insert(next, range);
-  }
-
-  /// Frees the retired blocks that no rank can touch any more.
-  void reclaim() {
-    if (retired.empty() || transport->failure()) return;  // after a failure a late rank may still write: never reuse
-    const Transport* asked = nullptr;
-    std::uint64_t completed = 0;
-    std::erase_if(retired, [&](const Retired& block) {
-      if (block.shown_to.get() != asked) {
-        asked = block.shown_to.get();
-        completed = completed_by_all(*asked);
-      }
-      if (block.last_use >= completed) return false;
-      give_back(block.range);
-      return true;
-    });
-  }
-
-  /// The smallest free range that fits.
-  std::vector<Range>::iterator best_fit(std::size_t bytes) {
-    auto best = free.end();
-    for (auto range = free.begin(); range != free.end(); ++range) {
-      if (range->bytes >= bytes && (best == free.end() || range->bytes < best->bytes)) best = range;
-    }
-    return best;
-  }
-
-  void add_segment(std::size_t bytes) {
-    const Segment segment =
-        transport->grow(round_up(std::max({bytes, kSmallestSegment, capacity / 2}), kSmallestSegment));
-    capacity += segment.bytes.size();
-    segments.insert_or_assign(segment.id, segment.bytes);
-    give_back({{segment.id, 0}, segment.bytes.size()});
-  }
-
-  std::mutex mutex;  // a handle may be released on another thread than the rank's
-  std::shared_ptr<Transport> transport;
-  std::map<std::uint32_t, std::span<std::byte>> segments;
-  std::vector<Range> free;  // ascending; few, as neighbours join
-  std::vector<Retired> retired;
-  std::size_t capacity = 0;
-};
-
-Arena::Arena(std::shared_ptr<Transport> transport)
-    : owner_(std::make_shared<Block::Owner>(transport)), shown_to_(std::move(transport)) {}
-Arena::Arena(const Arena& arena, std::shared_ptr<Transport> group)
-    : owner_(arena.owner_), shown_to_(std::move(group)) {}
-Arena::~Arena() = default;
-
-std::size_t Arena::capacity() const {
-  const std::lock_guard lock(owner_->mutex);
-  return owner_->capacity;
+Arena::Arena(std::shared_ptr<Transport> transport) : transport_(std::move(transport)) {
+  free_.reserve(kUsualRanges);
+  retired_.reserve(kUsualRanges);
 }
 
-Block Arena::allocate(std::size_t bytes) {
-  const std::size_t room = round_up(std::max<std::size_t>(bytes, 1), kAlignment);
-  const std::lock_guard lock(owner_->mutex);
-  owner_->reclaim();
-  auto range = owner_->best_fit(room);
-  if (range == owner_->free.end()) {
-    owner_->add_segment(room);
-    range = owner_->best_fit(room);
+void Arena::give_back(Range range) {
+  auto next = std::lower_bound(free_.begin(), free_.end(), range.place,
+                               [](const Range& one, const Place& place) { return one.place < place; });
+  if (next != free_.end() && range.meets(*next)) {
+    range.bytes += next->bytes;
+    next = free_.erase(next);
   }
-  const Block::Owner::Place place = range->place;
+  if (next != free_.begin() && std::prev(next)->meets(range)) {
+    std::prev(next)->bytes += range.bytes;
+    return;
+  }
+  free_.insert(next, range);
+}
+
+/// Frees the retired blocks that no rank can touch any more.
+void Arena::reclaim() {
+  if (retired_.empty() || transport_->failure()) return;  // after a failure a late rank may still write: never reuse
+  const Group* asked = nullptr;
+  std::uint64_t completed = 0;
+  std::erase_if(retired_, [&](const Retired& block) {
+    if (block.shown_to.get() != asked) {
+      asked = block.shown_to.get();
+      completed = completed_by_all(*asked);
+    }
+    if (block.last_use >= completed) return false;
+    give_back(block.range);
+    return true;
+  });
+}
+
+/// The smallest free range that fits.
+std::vector<Arena::Range>::iterator Arena::best_fit(std::size_t bytes) {
+  auto best = free_.end();
+  for (auto range = free_.begin(); range != free_.end(); ++range) {
+    if (range->bytes >= bytes && (best == free_.end() || range->bytes < best->bytes)) best = range;
+  }
+  return best;
+}
+
+void Arena::add_segment(std::size_t bytes) {
+  const Segment segment =
+      transport_->grow(round_up(std::max({bytes, kSmallestSegment, capacity_ / 2}), kSmallestSegment));
+  capacity_ += segment.bytes.size();
+  segments_.insert_or_assign(segment.id, segment.bytes);
+  give_back({{segment.id, 0}, segment.bytes.size()});
+}
+
+std::size_t Arena::capacity() const {
+  const std::lock_guard lock(mutex_);
+  return capacity_;
+}
+
+Block Arena::allocate(std::size_t bytes, std::shared_ptr<const Group> group) {
+  const std::size_t room = room_of(bytes);
+  const std::lock_guard lock(mutex_);
+  reclaim();
+  auto range = best_fit(room);
+  if (range == free_.end()) {
+    add_segment(room);
+    range = best_fit(room);
+  }
+  const Place place = range->place;
   range->place.offset += room;
   range->bytes -= room;
-  if (range->bytes == 0) owner_->free.erase(range);
+  if (range->bytes == 0) free_.erase(range);
 
   Block block;
-  block.owner_ = owner_;
-  block.shown_to_ = shown_to_;
+  block.arena_ = shared_from_this();
+  block.shown_to_ = std::move(group);
   block.ref_ = {place.segment, place.offset};
-  block.bytes_ = owner_->segments.at(place.segment).subspan(place.offset, bytes);
+  block.bytes_ = segments_.at(place.segment).subspan(place.offset, bytes);
   return block;
 }
 
+void Arena::release(Block& block) {
+  const std::lock_guard lock(mutex_);
+  retired_.push_back({{{block.ref_.segment, block.ref_.offset}, room_of(block.bytes_.size())},
+                      block.last_use_,
+                      std::move(block.shown_to_)});
+}
+
 Block::Block(Block&& other) noexcept
-    : owner_(std::exchange(other.owner_, nullptr)),
+    : arena_(std::exchange(other.arena_, nullptr)),
       shown_to_(std::move(other.shown_to_)),
       ref_(other.ref_),
       bytes_(std::exchange(other.bytes_, {})),
       last_use_(other.last_use_) {}
 
 Block& Block::operator=(Block&& other) noexcept {
-  std::swap(owner_, other.owner_);
+  std::swap(arena_, other.arena_);
   std::swap(shown_to_, other.shown_to_);
   std::swap(ref_, other.ref_);
   std::swap(bytes_, other.bytes_);
@@ -151,10 +120,7 @@ Block& Block::operator=(Block&& other) noexcept {
 }
 
 Block::~Block() {
-  if (owner_ == nullptr) return;
-  const std::lock_guard lock(owner_->mutex);
-  const std::size_t room = round_up(std::max<std::size_t>(bytes_.size(), 1), kAlignment);
-  owner_->retired.push_back({{{ref_.segment, ref_.offset}, room}, last_use_, std::move(shown_to_)});
+  if (arena_ != nullptr) arena_->release(*this);
 }
 
 }  // namespace expar

@@ -1,8 +1,10 @@
 // Communicator: the handle of a set of ranks, and its patience.
 #include <expar/communicator.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <numeric>
 #include <utility>
 
 #include "src/communicator/state.h"
@@ -12,8 +14,36 @@ namespace expar {
 namespace {
 
 constexpr std::chrono::seconds kDefaultTimeout{120};
+constexpr std::size_t kLargestKept = 4 << 20;  // as libstdc++'s pools at most; more comes from the system
+
+Group whole_job(std::shared_ptr<Transport> transport) {
+  std::vector<int> members(static_cast<std::size_t>(transport->size()));
+  std::iota(members.begin(), members.end(), 0);
+  const int rank = transport->rank();
+  return {.transport = std::move(transport), .members = std::move(members), .rank = rank};
+}
 
 }  // namespace
+
+RankState::RankState(std::shared_ptr<Transport> transport)
+    : arena(std::make_shared<Arena>(std::move(transport))),
+      memory(std::make_shared<std::pmr::synchronized_pool_resource>(
+          std::pmr::pool_options{.max_blocks_per_chunk = 4, .largest_required_pool_block = kLargestKept})) {}
+
+Communicator::State::State(std::shared_ptr<RankState> r, Group g, std::uint64_t first)
+    : rank(std::move(r)),
+      group(std::make_shared<const Group>(std::move(g))),
+      next(first),
+      lowest(first),
+      reusable(first) {
+  rank->places |= std::uint32_t{1} << group->place;
+}
+
+Communicator::State::~State() {
+  if (group->place == 0) return;  // nobody else uses the job's lines
+  rank->places &= ~(std::uint32_t{1} << group->place);
+  rank->last_of_gone = std::max(rank->last_of_gone, next);
+}
 
 std::chrono::nanoseconds default_timeout() {
   const char* text = std::getenv("EXPAR_TIMEOUT");
@@ -29,7 +59,8 @@ std::chrono::nanoseconds default_timeout() {
 Communicator::Communicator(std::unique_ptr<Transport> transport, std::chrono::nanoseconds timeout) {
   if (timeout.count() < 0) refuse("the timeout of a communicator is negative");
   timeout_ = timeout.count() > 0 ? timeout : default_timeout();
-  state_ = std::make_shared<State>(std::move(transport));
+  const std::shared_ptr<Transport> shared = std::move(transport);
+  state_ = std::make_shared<State>(std::make_shared<RankState>(shared), whole_job(shared), 1);
 }
 
 Communicator Communicator::with_timeout(std::chrono::nanoseconds timeout) const {
@@ -37,22 +68,24 @@ Communicator Communicator::with_timeout(std::chrono::nanoseconds timeout) const 
   return Communicator(state_, timeout);
 }
 
-int Communicator::rank() const { return state_->transport->rank(); }
-int Communicator::size() const { return state_->transport->size(); }
-int Communicator::job_rank(int rank) const { return state_->job_rank(rank); }
-std::string_view Communicator::transport_name() const { return state_->transport->name(); }
-Transport& Communicator::transport() const { return *state_->transport; }
-Arena& Communicator::arena() const { return state_->arena; }
-const std::shared_ptr<std::pmr::memory_resource>& Communicator::memory() const { return state_->memory; }
+int Communicator::rank() const { return state_->group->rank; }
+int Communicator::size() const { return state_->group->size(); }
+int Communicator::job_rank(int rank) const { return state_->group->job_rank(rank); }
+std::string_view Communicator::transport_name() const { return transport().name(); }
+Transport& Communicator::transport() const { return *state_->group->transport; }
+bool Communicator::mapped(int peer) const { return transport().mapped(job_rank(peer)); }
+Block Communicator::allocate(std::size_t bytes) const { return state_->rank->arena->allocate(bytes, state_->group); }
+std::size_t Communicator::arena_bytes() const { return state_->rank->arena->capacity(); }
+const std::shared_ptr<std::pmr::memory_resource>& Communicator::memory() const { return state_->rank->memory; }
 
 void Communicator::abort(std::string_view message) const {
-  state_->transport->abort(Error(ErrorCode::internal, std::string(message), {.rank = job_rank(rank())}));
+  transport().abort(Error(ErrorCode::internal, std::string(message), {.rank = job_rank(rank())}));
 }
 
-void Communicator::record(std::shared_ptr<Trace> trace) const { state_->rank->job->record(std::move(trace)); }
-Trace* Communicator::trace() const { return state_->rank->job->trace(); }
+void Communicator::record(std::shared_ptr<Trace> trace) const { transport().record(std::move(trace)); }
+Trace* Communicator::trace() const { return transport().trace(); }
 
-void Communicator::fail(const Error& cause) const { throw state_->transport->abort(cause); }
+void Communicator::fail(const Error& cause) const { throw transport().abort(cause); }
 
 void Communicator::blame(int peer, std::string_view operation, std::string_view did, ErrorCode code) const {
   fail(Error(code, "rank " + std::to_string(job_rank(peer)) + " " + std::string(did),
@@ -65,7 +98,7 @@ void Communicator::throw_alike(const Error& error) const {
 }
 
 void Communicator::wait(FunctionRef<bool()> done, const Waiting& waiting) const {
-  state_->transport->wait(
+  transport().wait(
       [&] {
         for (InFlight* work : state_->rank->in_flight) work->advance();
         return done();

@@ -1,4 +1,4 @@
-// Groups: agreeing on who is in which, and passing on what a group asks of its job.
+// Groups: agreeing on who is in which.
 #include "src/communicator/group.h"
 
 #include <algorithm>
@@ -12,8 +12,6 @@
 
 namespace expar {
 namespace {
-
-constexpr int kTagBits = 56;  // more operations than a job can have
 
 /// What a rank says when a communicator is split.
 struct Wish {
@@ -51,11 +49,11 @@ std::map<int, Planned> plan_groups(const Communicator& communicator, const std::
     std::stable_sort(group.members.begin(), group.members.end(), [&](int a, int b) {
       return wishes[static_cast<std::size_t>(a)].key < wishes[static_cast<std::size_t>(b)].key;
     });
-    if (std::countr_one(group.places) < kGroups) continue;
+    if (std::countr_one(group.places) < kPlaces) continue;
     communicator.throw_alike(Error(ErrorCode::bad_argument,
                                    "group " + std::to_string(number) +
-                                       " is one too many: between them its ranks are in " + std::to_string(kGroups) +
-                                       " groups already; let one go before",
+                                       " is one too many: between them its ranks are in " +
+                                       std::to_string(kPlaces - 1) + " groups already; let one go before",
                                    {.rank = group.members.front(), .operation = "split"}));
   }
   return groups;
@@ -63,62 +61,13 @@ std::map<int, Planned> plan_groups(const Communicator& communicator, const std::
 
 }  // namespace
 
-GroupTransport::GroupTransport(std::shared_ptr<Transport> job, std::vector<int> members, int rank, int first_line,
-                               std::uint64_t tag_space)
-    : Transport(rank, static_cast<int>(members.size())),
-      job_(std::move(job)),
-      members_(std::move(members)),
-      first_line_(first_line),
-      tag_space_(tag_space) {}
-
-void GroupTransport::publish(int index, const Line& line, std::string_view text) {
-  job_->publish(first_line_ + index, line, text);
-}
-
-Line GroupTransport::peek(int peer, int index) const { return job_->peek(member(peer), first_line_ + index); }
-
-std::string GroupTransport::text(int peer, int index) const { return job_->text(member(peer), first_line_ + index); }
-
-Transport::Ticket GroupTransport::start(std::span<const Message> messages) {
-  std::vector<Message> of_job(messages.begin(), messages.end());
-  for (Message& message : of_job) {
-    message.peer = member(message.peer);
-    message.tag = tag_space_ << kTagBits | (message.tag & ((std::uint64_t{1} << kTagBits) - 1));
+std::uint64_t completed_by_all(const Group& group) {
+  std::uint64_t lowest = UINT64_MAX;
+  for (int peer = 0; peer < group.size(); ++peer) {
+    // The line shows the first operation its rank has not completed; before the first, it shows nothing.
+    lowest = std::min(lowest, std::max<std::uint64_t>(1, group.peek(peer, kCompletedLine).sequence));
   }
-  return job_->start(of_job);
-}
-
-void GroupTransport::wait_until(FunctionRef<bool()> done, const Waiting& waiting) {
-  Waiting of_job = waiting;
-  if (waiting.peer >= 0) of_job.peer = member(waiting.peer);
-  const auto is_awaited = [&](int rank) {
-    const auto found = std::find(members_.begin(), members_.end(), rank);
-    return found != members_.end() && (*waiting.awaited)(static_cast<int>(found - members_.begin()));
-  };
-  const FunctionRef<bool(int)> awaited(is_awaited);
-  if (waiting.awaited != nullptr) of_job.awaited = &awaited;
-  job_->wait(done, of_job);
-}
-
-Communicator::State::State(const State& whole, const std::vector<int>& m, int own, int p, std::uint64_t first)
-    : transport(std::make_shared<GroupTransport>(whole.rank->job, m, own, lines_of(kSlots) + p * lines_of(kGroupSlots),
-                                                 static_cast<std::uint64_t>(p) + 1)),
-      rank(whole.rank),
-      arena(whole.arena, transport),
-      memory(whole.memory),
-      slots(kGroupSlots),
-      members(m),
-      place(p),
-      next(first),
-      lowest(first),
-      reusable(first) {
-  rank->places |= std::uint32_t{1} << place;
-}
-
-Communicator::State::~State() {
-  if (place < 0) return;
-  rank->places &= ~(std::uint32_t{1} << place);
-  rank->last_of_gone = std::max(rank->last_of_gone, next);
+  return lowest;
 }
 
 Communicator Communicator::split(int group, int key) const {
@@ -134,13 +83,13 @@ Communicator Communicator::split(int group, int key) const {
   if (group < 0) return {};
 
   const Planned& mine = groups.at(group);
-  const auto own = std::find(mine.members.begin(), mine.members.end(), rank()) - mine.members.begin();
-  std::vector<int> members;
-  for (const int member : mine.members) members.push_back(job_rank(member));
+  Group joined{.transport = state_->group->transport, .members = {}, .place = std::countr_one(mine.places)};
+  for (const int member : mine.members) {
+    if (member == rank()) joined.rank = joined.size();
+    joined.members.push_back(job_rank(member));
+  }
   // Lines that a group has left behind carry lower numbers, so nobody takes them for this one's.
-  return Communicator(std::make_shared<State>(*state_, members, static_cast<int>(own), std::countr_one(mine.places),
-                                              mine.last_of_gone + 1),
-                      timeout_);
+  return Communicator(std::make_shared<State>(state_->rank, std::move(joined), mine.last_of_gone + 1), timeout_);
 }
 
 }  // namespace expar

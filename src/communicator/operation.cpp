@@ -76,35 +76,29 @@ Operation::Operation(const Communicator& communicator, const Signature& signatur
       words_(communicator.memory().get()),
       unwinding_(std::uncaught_exceptions()) {
   auto& state = *communicator_.state_;
-  if (const auto failure = state.transport->failure()) {
-    completed_ = true;
-    throw *failure;
-  }
-  if (state.next - state.lowest >= state.slots) {
-    completed_ = true;
+  const Group& group = *state.group;
+  if (const auto failure = communicator.transport().failure()) throw *failure;
+  if (state.next - state.lowest >= group.slots()) {
     communicator_.fail(
         Error(ErrorCode::bad_argument,
-              std::to_string(state.slots) + " operations are in flight; finish one before the next is started",
+              std::to_string(group.slots()) + " operations are in flight; finish one before the next is started",
               {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(name())}));
   }
   sequence_ = state.next++;
   ready_line_ = state.ready_line(sequence_);
   done_line_ = state.done_line(sequence_);
-  state.open |= std::uint64_t{1} << (sequence_ % state.slots);
-  const auto ranks = static_cast<std::size_t>(communicator_.size());
-  lines_.resize(ranks);
-  words_.resize(ranks);
-  missing_ = communicator_.size();
+  state.open |= state.open_bit(sequence_);
+  lines_.resize(group.members.size());
+  words_.resize(group.members.size());
+  missing_ = group.size();
 
   // The lines of this operation were those of the one `slots` before it: nobody may still read them.
-  if (sequence_ < state.reusable + state.slots) return;
-  for (int peer = 0; peer < communicator_.size(); ++peer) {
-    const auto finished = [&] {
-      return state.transport->peek(peer, kCompletedLine).sequence + state.slots > sequence_;
-    };
+  if (sequence_ < state.reusable + group.slots()) return;
+  for (int peer = 0; peer < group.size(); ++peer) {
+    const auto finished = [&] { return group.peek(peer, kCompletedLine).sequence + group.slots() > sequence_; };
     communicator_.wait(finished, waiting(peer, "to finish an earlier operation"));
   }
-  state.reusable = completed_by_all(*state.transport);
+  state.reusable = completed_by_all(group);
 }
 
 Operation::~Operation() {
@@ -112,8 +106,8 @@ Operation::~Operation() {
   auto& state = *communicator_.state_;
   if (work_ != nullptr) std::erase(state.rank->in_flight, work_);
   // While an exception unwinds, it is the cause, and whoever catches it at the rank's end tells the others.
-  if (state.transport->failure() || std::uncaught_exceptions() > unwinding_) return;
-  state.transport->abort(
+  if (communicator_.transport().failure() || std::uncaught_exceptions() > unwinding_) return;
+  communicator_.transport().abort(
       Error(ErrorCode::internal, "left " + signature_.str() + " before it was finished",
             {.rank = communicator_.job_rank(communicator_.rank()), .operation = std::string(name())}));
 }
@@ -123,8 +117,11 @@ Operation::Words Operation::show(Block& block, std::uint64_t first, std::uint64_
   return {block.ref().segment, block.ref().offset, block.size(), first, second};
 }
 
+std::uint64_t Operation::number() const {
+  return sequence_ * kPlaces + static_cast<std::uint64_t>(communicator_.state_->group->place);
+}
+
 void Operation::ready(FunctionRef<Words()> prepare) {
-  auto& transport = communicator_.transport();
   Line line{.sequence = sequence_};
   std::string text;
   line.words[kHashWord] = signature_.hash();
@@ -136,18 +133,18 @@ void Operation::ready(FunctionRef<Words()> prepare) {
     const Words words = prepare();
     std::copy(words.begin(), words.end(), line.words.begin() + kFirstUserWord);
   } catch (const Error& error) {
-    if (error.fatal() || transport.failure()) throw;
+    if (error.fatal() || communicator_.transport().failure()) throw;
     refuse(error.code(), error.message(), error.rank());
   } catch (const std::bad_alloc&) {
     refuse(ErrorCode::no_memory, "no memory to start " + signature_.str());
   }
-  transport.publish(ready_line_, line, text);
+  communicator_.state_->group->publish(ready_line_, line, text);
 }
 
 bool Operation::seen(int peer) {
   auto& line = lines_[static_cast<std::size_t>(peer)];
   if (line.sequence == sequence_) return true;
-  line = communicator_.transport().peek(peer, ready_line_);
+  line = communicator_.state_->group->peek(peer, ready_line_);
   if (line.sequence != sequence_) return false;
   std::copy_n(line.words.begin() + kFirstUserWord, words_[0].size(), words_[static_cast<std::size_t>(peer)].begin());
   --missing_;
@@ -164,7 +161,11 @@ bool Operation::agreed() {
 }
 
 void Operation::meet() {
-  const auto unseen = [&](int peer) { return !seen(peer); };
+  const auto unseen = [&](int job_rank) {
+    const auto& members = communicator_.state_->group->members;
+    const auto found = std::find(members.begin(), members.end(), job_rank);
+    return found != members.end() && !seen(static_cast<int>(found - members.begin()));
+  };
   const FunctionRef<bool(int)> awaited(unseen);
   for (int peer = 0; missing_ > 0 && peer < communicator_.size(); ++peer) {
     if (seen(peer)) continue;
@@ -179,7 +180,7 @@ void Operation::check_agreement() {
   for (int rank = 0; rank < communicator_.size(); ++rank) {
     const std::uint64_t status = lines_[static_cast<std::size_t>(rank)].words[kStatusWord];
     if (status == 0) continue;
-    const std::string message = communicator_.transport().text(rank, ready_line_);
+    const std::string message = communicator_.state_->group->text(rank, ready_line_);
     complete();
     const auto [code, named] = Status::of(status);
     throw Error(code, message, {.rank = named, .operation = std::string(name())});
@@ -191,22 +192,22 @@ void Operation::check_agreement() {
 
 void Operation::throw_mismatch(int other) {
   // Every rank has seen the same lines and comes here; the descriptions travel only now that they are needed.
-  auto& transport = communicator_.transport();
-  transport.publish(done_line_, Line{.sequence = sequence_}, signature_.str());
+  const Group& group = *communicator_.state_->group;
+  group.publish(done_line_, Line{.sequence = sequence_}, signature_.str());
   await_done(0, "to say what it is doing");
   await_done(other, "to say what it is doing");
   const auto runs = [&](int rank) {
-    return "rank " + std::to_string(communicator_.job_rank(rank)) + " runs " + transport.text(rank, done_line_);
+    return "rank " + std::to_string(group.job_rank(rank)) + " runs " + group.text(rank, done_line_);
   };
   const std::string message = "ranks disagree: " + runs(0) + ", " + runs(other);
   complete();
   communicator_.throw_alike(Error(ErrorCode::mismatch, message, {.rank = other, .peer = 0}));
 }
 
-void Operation::done() { communicator_.transport().publish(done_line_, Line{.sequence = sequence_}); }
+void Operation::done() { communicator_.state_->group->publish(done_line_, Line{.sequence = sequence_}); }
 
 bool Operation::is_done(int peer) const {
-  return communicator_.transport().peek(peer, done_line_).sequence == sequence_;
+  return communicator_.state_->group->peek(peer, done_line_).sequence == sequence_;
 }
 
 void Operation::await_done(int peer, std::string_view what) {
@@ -218,10 +219,10 @@ void Operation::complete() {
   completed_ = true;
   auto& state = *communicator_.state_;
   if (work_ != nullptr) std::erase(state.rank->in_flight, work_);
-  state.open &= ~(std::uint64_t{1} << (sequence_ % state.slots));
+  state.open &= ~state.open_bit(sequence_);
   if (sequence_ != state.lowest) return;
-  while (state.lowest < state.next && (state.open >> (state.lowest % state.slots) & 1) == 0) ++state.lowest;
-  state.transport->publish(kCompletedLine, Line{.sequence = state.lowest});
+  while (state.lowest < state.next && (state.open & state.open_bit(state.lowest)) == 0) ++state.lowest;
+  state.group->publish(kCompletedLine, Line{.sequence = state.lowest});
 }
 
 void Operation::keep_advancing(InFlight* work) {
@@ -230,7 +231,7 @@ void Operation::keep_advancing(InFlight* work) {
 }
 
 Waiting Operation::waiting(int peer, std::string_view what) const {
-  return {.peer = peer, .operation = name(), .what = what, .limit = communicator_.timeout()};
+  return {.peer = communicator_.job_rank(peer), .operation = name(), .what = what, .limit = communicator_.timeout()};
 }
 
 std::pmr::vector<Operation::Words> meet(const Communicator& communicator, const Signature& signature,

@@ -23,7 +23,7 @@ BoundedRows::BoundedRows(const Shipment& shipment) : Carrier(shipment), tokens_(
 
 Operation::Words BoundedRows::show() {
   room = Room(context.communicator(), (context.size() - 1) * plan.data().bound, payload.row_bytes(), tag_bytes);
-  shelf_ = context.communicator().arena().allocate(bytes_);
+  shelf_ = context.communicator().allocate(bytes_);
   const auto& own = plan.data().own;
   std::memcpy(shelf_.data(), own.data(), own.size() * sizeof own[0]);
   auto* tags = reinterpret_cast<SlotTag*>(shelf_.data() + tags_at_);

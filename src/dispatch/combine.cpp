@@ -41,7 +41,7 @@ Operation::Words show_outbox(Outbox& outbox, const RowOrder& order, const Operat
 }
 
 Outbox make_outbox(const Context& context, const Shape& shape, DType dtype, Layout layout) {
-  Block block = context.communicator().arena().allocate(at(shape.elements()) * size_of(dtype));
+  Block block = context.communicator().allocate(at(shape.elements()) * size_of(dtype));
   const Tensor rows(block.data(), dtype, shape);
   return Outbox(std::move(block), rows, layout);
 }

@@ -80,8 +80,7 @@ struct PendingDispatch::State final : InFlight {
       }
       const Operation::Words words = carrier->show();
       if (payload) {
-        inbox->read_block =
-            context.communicator().arena().allocate(at(inbox->room.rows() + x.size(0)) * payload.full_bytes());
+        inbox->read_block = context.communicator().allocate(at(inbox->room.rows() + x.size(0)) * payload.full_bytes());
       }
       return words;
     });

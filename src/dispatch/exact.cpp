@@ -13,7 +13,7 @@ Operation::Words ExactRows::show() {
 }
 
 void ExactRows::send() {
-  const auto mapped = [&](int peer) { return operation.communicator().transport().mapped(peer); };
+  const auto mapped = [&](int peer) { return operation.communicator().mapped(peer); };
   std::size_t staged = 0;
   for (int peer = 0; peer < context.size(); ++peer) {
     if (!mapped(peer)) staged += plan.sends(peer).size() * payload.row_bytes();
@@ -75,7 +75,7 @@ std::size_t ExactRows::post(int peer, std::byte* stage) {
 void ExactRows::receive() {
   for (int peer = 0; peer < context.size(); ++peer) {
     const bool expected = plan.sources()[at(peer + 1)] > plan.sources()[at(peer)];
-    if (expected && operation.communicator().transport().mapped(peer)) operation.await_done(peer, "its rows");
+    if (expected && operation.communicator().mapped(peer)) operation.await_done(peer, "its rows");
   }
   transfers_.finish(operation, "its rows");
 }

@@ -30,7 +30,7 @@ void Inbox::Data::pack(const Context& context, Layout in, std::int64_t capacity)
   if (layout == Layout::indexed) return;
   const std::int64_t width = rows.size(1), experts = plan.local().count;
   const std::size_t row_bytes = at(width) * size_of(rows.dtype());
-  packed_block = context.communicator().arena().allocate(at(order->rows()) * row_bytes);
+  packed_block = context.communicator().allocate(at(order->rows()) * row_bytes);
   packed = ConstTensor(packed_block.data(), rows.dtype(), order->shape(width));
   if (layout == Layout::rank_major) {
     for (int s = 0; s < context.size(); ++s) {

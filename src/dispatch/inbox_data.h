@@ -21,7 +21,7 @@ class Room {
         row_bytes_(row_bytes),
         tag_bytes_(tag_bytes),
         tags_at_((at(rows) * row_bytes + 63) / 64 * 64),
-        block_(communicator.arena().allocate(tags_at_ + at(rows) * tag_bytes)) {}
+        block_(communicator.allocate(tags_at_ + at(rows) * tag_bytes)) {}
 
   Block& block() { return block_; }
   std::int64_t rows() const { return rows_; }

@@ -64,7 +64,7 @@ void join_slices(const Context& context, const Plan& plan, ConstTensor slices, T
       gives.push_back({total * bytes_of(self), read_by(rank).size() * bytes_of(self)});
       total += read_by(rank).size();
     }
-    block = communicator.arena().allocate(total * bytes_of(self));
+    block = communicator.allocate(total * bytes_of(self));
     for (int rank = 0; rank < ranks; ++rank) {
       wants.push_back({before_self * bytes_of(rank), here.size() * bytes_of(rank)});
       copy_rows(block.data() + gives[at(rank)].offset, slices.bytes(), read_by(rank), bytes_of(self), Store::cached);

@@ -153,7 +153,7 @@ void count(ConstTensor ids, const PlanOptions& options, Plan::Data& plan) {
 
 void complete(const Operation& operation, const Reading& counted, Plan::Data& plan) {
   const std::size_t ranks = at(plan.ranks);
-  plan.id = operation.sequence();
+  plan.id = operation.number();
   plan.counts.resize(ranks * at(plan.experts));
   std::pmr::vector<std::int32_t> unique(ranks * ranks, plan.memory.get());
   for (int s = 0; s < plan.ranks; ++s) take_counts(operation, s, counted.from(s), plan, unique);

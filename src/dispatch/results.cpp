@@ -58,7 +58,7 @@ void Results::exchange() {
   std::vector<int> peers;
   std::size_t sent = 0, received = 0;
   for (int peer = 0; peer < communicator.size(); ++peer) {
-    if (communicator.transport().mapped(peer)) continue;
+    if (communicator.mapped(peer)) continue;
     peers.push_back(peer);
     sent += count(plan_, peer, plan_.local()) * parts_.of[at(peer)].bytes;
     received += count(plan_, self, plan_.held_by(peer)) * part_bytes;
@@ -89,12 +89,11 @@ const void* const* Results::finish() {
   const Communicator& communicator = operation_.communicator();
   const std::size_t row_bytes = parts_.row_bytes;
   const ByteRange part = parts_.of[at(communicator.rank())];
-  auto& transport = communicator.transport();
   std::pmr::vector<std::span<const std::byte>> outboxes(at(communicator.size()), communicator.memory().get());
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (peer == communicator.rank()) {
       outboxes[at(peer)] = {own_.block().data(), own_.block().size()};
-    } else if (transport.mapped(peer)) {
+    } else if (communicator.mapped(peer)) {
       outboxes[at(peer)] = shown_block(operation_, peer);
     }
   }

@@ -54,7 +54,7 @@ void sum_parts(const Context& context, const Plan& plan, std::int64_t width, DTy
   Block block;
   Tensor part;
   operation.ready([&] {
-    block = communicator.arena().allocate(at(tokens * width) * size_of(dtype));
+    block = communicator.allocate(at(tokens * width) * size_of(dtype));
     part = Tensor(block.data(), dtype, {tokens, width});
     write(part);
     return operation.show(block);

@@ -61,7 +61,7 @@ BatchRows gather_rows(const Context& context, const RouterOptions& options, Rout
       communicator, signature,
       [&](const Operation& operation, Block& block) {
         const ConstTensor rows = prepare();
-        block = communicator.arena().allocate(at(routing.valid) * row_bytes);
+        block = communicator.allocate(at(routing.valid) * row_bytes);
         for_valid(routing, rows.size(0), [&](std::int64_t row, std::int64_t token) {
           std::memcpy(block.data() + at(row) * row_bytes, rows.rows(token, 1).data(), row_bytes);
         });

@@ -13,35 +13,40 @@ std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 Operation::Words show_copy(const Operation& operation, Block& block, std::span<const std::byte> bytes,
                            std::uint64_t first, std::uint64_t second) {
-  block = operation.communicator().arena().allocate(bytes.size());
+  block = operation.communicator().allocate(bytes.size());
   if (!bytes.empty()) std::memcpy(block.data(), bytes.data(), bytes.size());
   return operation.show(block, first, second);
 }
 
 std::span<std::byte> shown_block(const Operation& operation, int peer) {
   const auto& words = operation.words(peer);
-  const auto segment = operation.communicator().transport().map(peer, static_cast<std::uint32_t>(words[0]));
+  const Communicator& communicator = operation.communicator();
+  const auto segment = communicator.transport().map(communicator.job_rank(peer), static_cast<std::uint32_t>(words[0]));
   const std::uint64_t offset = words[1];
   const std::uint64_t bytes = words[2];
   if (offset > segment.size() || bytes > segment.size() - offset) {
-    operation.communicator().blame(peer, operation.name(),
-                                   "showed " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
-                                       " of a segment of " + std::to_string(segment.size()));
+    communicator.blame(peer, operation.name(),
+                       "showed " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                           " of a segment of " + std::to_string(segment.size()));
   }
   return segment.subspan(offset, bytes);
 }
 
 void Transfers::send(int peer, const std::byte* data, std::size_t bytes) {
-  if (bytes > 0) messages_[peer].push_back({Message::Kind::send, peer, 0, const_cast<std::byte*>(data), bytes});
+  if (bytes > 0)
+    messages_[peer].push_back({.kind = Message::Kind::send, .data = const_cast<std::byte*>(data), .bytes = bytes});
 }
 
 void Transfers::receive(int peer, std::byte* data, std::size_t bytes) {
-  if (bytes > 0) messages_[peer].push_back({Message::Kind::receive, peer, 0, data, bytes});
+  if (bytes > 0) messages_[peer].push_back({.kind = Message::Kind::receive, .data = data, .bytes = bytes});
 }
 
 void Transfers::start(const Operation& operation) {
   for (auto& [peer, messages] : messages_) {
-    for (Message& message : messages) message.tag = operation.sequence();
+    for (Message& message : messages) {
+      message.peer = operation.communicator().job_rank(peer);
+      message.tag = operation.number();
+    }
     tickets_[peer] = operation.communicator().transport().start(messages);
   }
 }
@@ -66,7 +71,7 @@ Reading::Reading(const Operation& operation, const Block& mine, FunctionRef<Byte
     if (bytes == 0) continue;
     if (peer == self) {
       part = {mine.data() + offset, bytes};
-    } else if (communicator.transport().mapped(peer)) {
+    } else if (communicator.mapped(peer)) {
       const auto block = shown_block(operation, peer);
       if (offset > block.size() || bytes > block.size() - offset) {
         communicator.blame(peer, operation.name(),
@@ -82,7 +87,7 @@ Reading::Reading(const Operation& operation, const Block& mine, FunctionRef<Byte
   received_.resize(room);
   std::byte* to = received_.data();
   for (int peer = 0; peer < communicator.size(); ++peer) {
-    if (peer == self || communicator.transport().mapped(peer)) continue;
+    if (peer == self || communicator.mapped(peer)) continue;
     const std::size_t bytes = wants(peer).bytes;
     parts_[static_cast<std::size_t>(peer)] = {to, bytes};
     transfers_.receive(peer, to, bytes);

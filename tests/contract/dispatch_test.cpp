@@ -87,9 +87,9 @@ TEST_P(Dispatch, keeps_inboxes_alive_in_any_number_and_order) {
       if (alive.size() > 5) alive.erase(alive.begin() + (round * 3 + context.rank()) % 6);
     }
     for (const Inbox& inbox : alive) check_rows(w, inbox);
-    const std::size_t settled = context.communicator().arena().capacity();
+    const std::size_t settled = context.communicator().arena_bytes();
     for (int round = 0; round < 200; ++round) check_rows(w, dispatch(context, share.x, share.weights, plan));
-    require_equal(context.communicator().arena().capacity(), settled, "bytes of the arena after it settled");
+    require_equal(context.communicator().arena_bytes(), settled, "bytes of the arena after it settled");
   });
 }
 

@@ -123,7 +123,7 @@ TEST_P(Errors, keeps_the_inbox_of_a_dispatch_that_an_exception_unwound_for_those
   constexpr std::int64_t kWidth = 1000;
   run(GetParam(), [](const Context& context) {
     // Rank 0 gives nothing, so that the others need nothing more from it. Messages it would have to take.
-    const bool gives = context.rank() != 0 && context.communicator().transport().mapped(0);
+    const bool gives = context.rank() != 0 && context.communicator().mapped(0);
     const std::int64_t tokens = gives ? 4 : 0;
     const std::vector<std::int32_t> ids(4, 0);
     const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = context.size()});
@@ -136,7 +136,7 @@ TEST_P(Errors, keeps_the_inbox_of_a_dispatch_that_an_exception_unwound_for_those
         throw std::runtime_error("the user's own");
       } catch (const std::runtime_error&) {
       }
-      next = context.communicator().arena().allocate(static_cast<std::size_t>(plan.unique()) * kWidth * sizeof(float));
+      next = context.communicator().allocate(static_cast<std::size_t>(plan.unique()) * kWidth * sizeof(float));
       std::memset(next.data(), 0, next.size());
     } else {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));

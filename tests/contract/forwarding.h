@@ -9,8 +9,8 @@ namespace expar::test {
 
 class Forwarding : public Transport {
  public:
-  explicit Forwarding(std::unique_ptr<Transport> to) : Transport(to->rank(), to->size()), to_(std::move(to)) {}
-  std::string_view name() const override { return to_->name(); }
+  explicit Forwarding(std::unique_ptr<Transport> to)
+      : Transport(to->name(), to->rank(), to->size()), to_(std::move(to)) {}
   void publish(int index, const Line& line, std::string_view text) override { to_->publish(index, line, text); }
   Line peek(int peer, int index) const override { return to_->peek(peer, index); }
   std::string text(int peer, int index) const override { return to_->text(peer, index); }

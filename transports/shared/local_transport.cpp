@@ -62,8 +62,12 @@ class LocalTransport::Sleep {
   std::uint32_t heard_;
 };
 
-LocalTransport::LocalTransport(int rank, const JobMemory& job, int cores)
-    : Transport(rank, job.size()), job_(job), messages_(job, rank), spins_(job.size() <= cores), owner_(getpid()) {}
+LocalTransport::LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores)
+    : Transport(name, rank, job.size()),
+      job_(job),
+      messages_(job, rank),
+      spins_(job.size() <= cores),
+      owner_(getpid()) {}
 
 void LocalTransport::publish(int index, const Line& line, std::string_view text) {
   flush_streamed_stores();

@@ -33,7 +33,7 @@ class LocalTransport : public Transport {
   };
 
   /// `cores`: how many cores the ranks of this job share.
-  LocalTransport(int rank, const JobMemory& job, int cores);
+  LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores);
 
   void wait_until(FunctionRef<bool()> done, const Waiting& waiting) override;
 

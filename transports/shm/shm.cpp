@@ -28,7 +28,8 @@ class ShmTransport final : private JobPages, public local::LocalTransport {
  public:
   ShmTransport(const Membership& self, Pages memory, Meeting meeting, std::chrono::nanoseconds timeout)
       : JobPages{std::move(memory)},
-        LocalTransport(self.rank, JobMemory(pages.bytes(), self.size, JobMemory::ring_bytes(self.size, self.mapping)),
+        LocalTransport("shm", self.rank,
+                       JobMemory(pages.bytes(), self.size, JobMemory::ring_bytes(self.size, self.mapping)),
                        meeting.cores),
         mapping_(self.mapping),
         timeout_(timeout),
@@ -38,8 +39,6 @@ class ShmTransport final : private JobPages, public local::LocalTransport {
   }
 
   ~ShmTransport() override { leave(); }
-
-  std::string_view name() const override { return "shm"; }
 
   Segment grow(std::size_t bytes) override {
     check();

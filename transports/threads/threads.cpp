@@ -39,14 +39,12 @@ struct ThreadsJob::State {
 class ThreadsTransport final : public local::LocalTransport {
  public:
   ThreadsTransport(int rank, std::shared_ptr<ThreadsJob::State> state)
-      : LocalTransport(rank, state->memory, state->cores),
+      : LocalTransport("threads", rank, state->memory, state->cores),
         state_(std::move(state)),
         mapped_(static_cast<std::size_t>(state_->size)) {
     self().presence.store(local::Presence::here);
   }
   ~ThreadsTransport() override { leave(); }
-
-  std::string_view name() const override { return "threads"; }
 
   Segment grow(std::size_t bytes) override {
     check();
