@@ -61,4 +61,10 @@ Context Context::with_timeout(std::chrono::nanoseconds timeout) const {
   return context;
 }
 
+Context Context::declining(const Error& error) const {
+  Context context = *this;
+  context.communicator_ = communicator_.declining(error);
+  return context;
+}
+
 }  // namespace expar

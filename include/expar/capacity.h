@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -60,12 +59,14 @@ struct Capacity {
 };
 
 /// Bounds the rows of each expert.
-///   routing : this rank's tokens, as route() left them; T may differ per rank. It is not changed, so that
-///             route_backward goes through the router's own choice, with dweights 0 for what was dropped. Where slots
-///             went elsewhere (reroute), or the weights of the kept ones are to be normalised anew, call route() again
-///             with RouteInputs::ids = Capacity::ids.
+///   ids     : [T, K] int32 in [-1, E): Routing::ids, less those that are for none of the experts here; T may differ
+///   per
+///             rank. Not changed, but with policy none they become Capacity::ids.
+///   routing : of the same tokens, as route() left it. It is not changed, so that route_backward goes through the
+///             router's own choice, with dweights 0 for what was dropped. Where slots went elsewhere (reroute), or the
+///             weights of the kept ones are to be normalised anew, call route() again with RouteInputs::ids =
+///             Capacity::ids.
 ///   experts : E; Routing::choice_scores may have columns beyond, to which nothing is re-routed
-///   failure : set when this rank has no routing: every rank throws it
 /// Reroute goes in rounds: what an expert has no room for asks for its token's next choice, all at once, again by
 /// position. A slot is dropped for good only if no expert of the token's groups is left that has room and that the
 /// token does not use. Collective, except for policy none, which only returns the router's choice (with chosen, dropped
@@ -73,7 +74,7 @@ struct Capacity {
 /// error), mismatch, timeout, peer_lost. The same on every rank. Cost: one exchange of E + 1 integers per rank; of the
 /// scores of overfull experts besides (drop_by_score); of E more integers for each round, and once at the end
 /// (reroute). Source: by position as GShard (Lepikhin et al. 2020), by score as V-MoE (Riquelme et al. 2021).
-void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, const Routing& routing,
-                Capacity& capacity, const std::optional<Error>& failure = {});
+void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, Tensor ids,
+                const Routing& routing, Capacity& capacity);
 
 }  // namespace expar

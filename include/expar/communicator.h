@@ -105,6 +105,12 @@ class Communicator {
   /// The same communicator with another limit. Throws Error: bad_argument (not above 0).
   Communicator with_timeout(std::chrono::nanoseconds timeout) const;
 
+  /// The same communicator for a rank that cannot take part in what the others are about to start: an operation on this
+  /// handle prepares nothing, and every rank throws the error of the lowest rank that declines or fails in it. The
+  /// communicator stays usable.
+  Communicator declining(const Error& error) const;
+  bool declines() const { return refusal_ != nullptr; }
+
   /// The ranks that name the same `group` become a communicator of their own, ordered by `key`, then by rank; -1 joins
   /// none and gets an empty handle. A group shares the job's memory and its fate: what ends the job ends it for all.
   /// Operations of several communicators may be in flight at once; where ranks share more than one of them, they start
@@ -154,6 +160,7 @@ class Communicator {
       : state_(std::move(state)), timeout_(timeout) {}
   std::shared_ptr<State> state_;
   std::chrono::nanoseconds timeout_{0};
+  std::shared_ptr<const Error> refusal_;  // null: this rank takes part
 };
 
 /// One collective in progress on this rank. All ranks construct the same operations in the same order; up to 64 may be

@@ -34,6 +34,9 @@ class Context {
 
   /// The same context with another limit on how long one call may wait.
   Context with_timeout(std::chrono::nanoseconds timeout) const;
+  /// The same context for a rank that cannot take part, see Communicator::declining.
+  Context declining(const Error& error) const;
+  bool declines() const { return communicator_.declines(); }
   /// The same kernels, threads and memory for a group of these ranks (Communicator::split). Not collective.
   Context on(const Communicator& group) const;
 

@@ -67,8 +67,6 @@ struct DispatchOptions {
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.
   const Inbox* lists_of = nullptr;
-  /// Set when this rank cannot take part, like PlanOptions::failure: every rank throws this error, x is not looked at.
-  std::optional<Error> failure = {};
 };
 
 class PendingDispatch {

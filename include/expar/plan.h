@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -26,8 +25,6 @@ struct PlanOptions {
   std::span<const std::int64_t> first_experts = {};
   /// Each expert's rows begin at a multiple of this (for callers' own kernels); the rows between are zero.
   std::int64_t alignment = 1;
-  /// Set when this rank could not even choose its ids: every rank throws this error instead of getting a plan.
-  std::optional<Error> failure = {};
 };
 
 /// Where the row of one (token, slot) lives: row `row` of the outbox of rank `rank`. rank -1: not routed.

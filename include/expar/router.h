@@ -89,8 +89,7 @@ struct RouteInputs {
   ConstTensor tokens = {};          // [T] int32: token ids, for a token table
   ConstTensor token_table = {};     // [V, K] int32: the experts of each token id
   ConstTensor ids = {};  // [T, K] int32 in [-1, E): go where a Routing went before; weights are of today's scores
-  std::int64_t first_token = 0;       // how many tokens that are no padding earlier ranks have, for round_robin
-  std::optional<Error> failure = {};  // why this rank has no logits: route() throws it, if collective on every rank
+  std::int64_t first_token = 0;  // how many tokens that are no padding earlier ranks have, for round_robin
 };
 
 /// What the router decided for T tokens, and what its backward pass needs. Reuse one object: it keeps its memory.

@@ -13,12 +13,11 @@
 namespace expar {
 namespace {
 
-void check(const CapacityOptions& options, std::int64_t experts, const Routing& routing) {
+void check(const CapacityOptions& options, std::int64_t experts, const Tensor& ids, const Routing& routing) {
   validate(options);
   if (experts < 1) refuse("experts is " + std::to_string(experts) + ", must be at least 1");
-  const Tensor& ids = routing.ids;
   if (ids.dtype() != DType::int32 || ids.shape().rank() != 2 || ids.size(1) < 1) {
-    refuse("routing.ids is " + shown(ids) + ", should be int32 [T, K]");
+    refuse("ids is " + shown(ids) + ", should be int32 [T, K]");
   }
   require("routing.weights", routing.weights, DType::f32, ids.shape());
   if (routing.valid < 0 || routing.valid > ids.size(0)) {
@@ -63,9 +62,9 @@ struct Demand {
   }
 };
 
-Demand exchange_demand(const Context& context, const CapacityOptions& options, std::int64_t experts,
-                       const Routing& routing, const std::optional<Error>& failure) {
-  Demand demand{experts, routing.ids.shape().rank() == 2 ? routing.ids.size(1) : 0, context.rank(), options, {}, {}};
+Demand exchange_demand(const Context& context, const CapacityOptions& options, std::int64_t experts, const Tensor& ids,
+                       const Routing& routing) {
+  Demand demand{experts, ids.shape().rank() == 2 ? ids.size(1) : 0, context.rank(), options, {}, {}};
   const std::size_t row = at(std::max<std::int64_t>(experts, 0)) + 1;
   Signature signature("bound_rows");
   signature.with("experts", experts).with("topk", demand.topk);
@@ -74,9 +73,8 @@ Demand exchange_demand(const Context& context, const CapacityOptions& options, s
   signature.with("rows", options.rows).with("factor's bits", std::bit_cast<std::int64_t>(options.factor));
   const std::vector<std::size_t> sizes(at(context.size()), row);
   const auto all = exchange<std::int64_t>(context, signature, sizes, [&] {
-    if (failure) throw *failure;
-    check(options, experts, routing);
-    auto mine = counts_of({routing.ids.as<std::int32_t>(), at(routing.ids.elements())}, experts);
+    check(options, experts, ids, routing);
+    auto mine = counts_of({ids.as<std::int32_t>(), at(ids.elements())}, experts);
     mine.push_back(routing.valid);
     return mine;
   });
@@ -121,8 +119,7 @@ std::vector<std::int64_t> excess_of(const Demand& demand) {
   }
 }
 
-void lay_out(const Routing& routing, CapacityPolicy policy, Capacity& capacity) {
-  const Shape shape = routing.ids.shape();
+void lay_out(const Shape& shape, CapacityPolicy policy, Capacity& capacity) {
   const std::int64_t n = shape.elements();
   auto* words = capacity.memory.view(DType::int32, {3 * n}).as<std::int32_t>();
   capacity.ids = Tensor(words, shape);
@@ -168,9 +165,8 @@ void apply(const Context& context, const Demand& demand, const Routing& routing,
 }
 
 /// [E] slots that no expert takes, by the expert that the router chose, over all ranks.
-std::vector<std::int64_t> lost_of(const Context& context, const Demand& demand, const Routing& routing,
+std::vector<std::int64_t> lost_of(const Context& context, const Demand& demand, std::span<const std::int32_t> chosen,
                                   std::span<const std::int32_t> ids) {
-  const auto* chosen = routing.ids.as<std::int32_t>();
   std::vector<std::int64_t> mine(at(demand.experts)), lost(at(demand.experts));
   for (std::size_t i = 0; i < ids.size(); ++i)
     if (chosen[i] >= 0 && ids[i] < 0) ++mine[at(chosen[i])];
@@ -211,12 +207,12 @@ void validate(const CapacityOptions& options) {
   if (!none && !bound) refuse("a capacity policy needs a factor or rows");
 }
 
-void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, const Routing& routing,
-                Capacity& capacity, const std::optional<Error>& failure) {
+void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, Tensor ids,
+                const Routing& routing, Capacity& capacity) {
   if (options.policy == CapacityPolicy::none) {
     validate(options);
     capacity.rows = 0;
-    capacity.ids = routing.ids;
+    capacity.ids = ids;
     capacity.weights = routing.weights;
     capacity.overflow_ids = Tensor();
     for (auto* counts : {&capacity.chosen, &capacity.dropped, &capacity.rerouted, &capacity.overflowed})
@@ -224,22 +220,22 @@ void bound_rows(const Context& context, const CapacityOptions& options, std::int
     return;
   }
   const Phase phase(context.trace(), operation_span("bound_rows"));
-  const Demand demand = exchange_demand(context, options, experts, routing, failure);
+  const Demand demand = exchange_demand(context, options, experts, ids, routing);
   const std::vector<std::int64_t> excess = excess_of(demand);
   const bool over = std::any_of(excess.begin(), excess.end(), [](std::int64_t count) { return count > 0; });
   if (over && options.policy == CapacityPolicy::error) refuse_excess(context.communicator(), demand);
 
-  lay_out(routing, options.policy, capacity);
+  lay_out(ids.shape(), options.policy, capacity);
   capacity.rows = demand.rows(context.rank());
-  const std::span<const std::int32_t> chosen(routing.ids.as<std::int32_t>(), at(routing.ids.elements()));
-  const std::span<std::int32_t> ids(capacity.ids.as<std::int32_t>(), chosen.size());
-  std::copy(chosen.begin(), chosen.end(), ids.begin());
-  if (over) apply(context, demand, routing, ids);
+  const std::span<const std::int32_t> chosen(ids.as<std::int32_t>(), at(ids.elements()));
+  const std::span<std::int32_t> kept(capacity.ids.as<std::int32_t>(), chosen.size());
+  std::copy(chosen.begin(), chosen.end(), kept.begin());
+  if (over) apply(context, demand, routing, kept);
 
-  for (std::size_t i = 0; i < ids.size() && !capacity.weights.absent(); ++i)
-    capacity.weights.as<float>()[i] = ids[i] < 0 ? 0.0F : routing.weights.as<float>()[i];
-  for (std::size_t i = 0; i < ids.size() && !capacity.overflow_ids.absent(); ++i)
-    capacity.overflow_ids.as<std::int32_t>()[i] = ids[i] < 0 ? chosen[i] : -1;
+  for (std::size_t i = 0; i < kept.size() && !capacity.weights.absent(); ++i)
+    capacity.weights.as<float>()[i] = kept[i] < 0 ? 0.0F : routing.weights.as<float>()[i];
+  for (std::size_t i = 0; i < kept.size() && !capacity.overflow_ids.absent(); ++i)
+    capacity.overflow_ids.as<std::int32_t>()[i] = kept[i] < 0 ? chosen[i] : -1;
 
   const std::vector<std::int64_t> zero(at(experts));
   capacity.chosen = zero;
@@ -250,7 +246,7 @@ void bound_rows(const Context& context, const CapacityOptions& options, std::int
   } else if (options.policy != CapacityPolicy::reroute || !over) {
     capacity.dropped = excess;
   } else {
-    capacity.dropped = lost_of(context, demand, routing, ids);
+    capacity.dropped = lost_of(context, demand, chosen, kept);
     for (std::size_t e = 0; e < zero.size(); ++e) capacity.rerouted[e] = excess[e] - capacity.dropped[e];
   }
 }

@@ -87,7 +87,7 @@ void keep_best(const Requests& requests, std::int64_t rows, const Routing& routi
 
 void reroute(Requests requests, std::int64_t rows, const Routing& routing, std::span<std::int32_t> ids,
              FunctionRef<std::vector<std::int64_t>(std::vector<std::int64_t>)> tell) {
-  const std::int64_t topk = routing.ids.size(1), columns = routing.choice_scores.size(1);
+  const std::int64_t topk = routing.weights.size(1), columns = routing.choice_scores.size(1);
   const auto experts = at(requests.experts);
   std::vector<std::int64_t> room(experts, rows);
   std::vector<std::size_t> asking, refused;

@@ -65,7 +65,15 @@ Communicator::Communicator(std::unique_ptr<Transport> transport, std::chrono::na
 
 Communicator Communicator::with_timeout(std::chrono::nanoseconds timeout) const {
   if (timeout.count() <= 0) refuse("a timeout is not above 0");
-  return Communicator(state_, timeout);
+  Communicator copy = *this;
+  copy.timeout_ = timeout;
+  return copy;
+}
+
+Communicator Communicator::declining(const Error& error) const {
+  Communicator copy = *this;
+  copy.refusal_ = std::make_shared<const Error>(error);
+  return copy;
 }
 
 int Communicator::rank() const { return state_->group->rank; }

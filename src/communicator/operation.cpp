@@ -130,6 +130,7 @@ void Operation::ready(FunctionRef<Words()> prepare) {
     text = std::move(message);
   };
   try {
+    if (communicator_.declines()) throw Error(*communicator_.refusal_);
     const Words words = prepare();
     std::copy(words.begin(), words.end(), line.words.begin() + kFirstUserWord);
   } catch (const Error& error) {

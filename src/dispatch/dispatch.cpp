@@ -12,7 +12,6 @@ namespace expar {
 namespace {
 
 void validate(ConstTensor x, ConstTensor weights, const Plan& plan, const DispatchOptions& options) {
-  if (options.failure) throw *options.failure;
   if (plan.data().failure) throw *plan.data().failure;
   require_rows("x", x);
   if (x.shape().rank() != 2) refuse("x has shape " + x.shape().str() + ", not [T, H]");
@@ -56,18 +55,18 @@ Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& o
 ///   replicated  ready alone: nobody's rows travel
 /// Then all: the operation is complete; payloads are read; the lists get the rows of others; a layout packs its copy.
 struct PendingDispatch::State final : InFlight {
-  State(const Context& c, ConstTensor x_, ConstTensor weights_, const Plan& p, const DispatchOptions& o)
+  State(const Context& c, ConstTensor x_, const Plan& p, const DispatchOptions& o)
       : context(c),
         plan(p),
         options(o),
         x(x_),
-        weights(weights_.absent() || o.failure ? nullptr : weights_.as<float>()),
         payload(c, x_, o.payload),
         operation(c.communicator(), signature_of(x_, p, o)) {}
 
   void start(ConstTensor weights_) {
     operation.ready([&] {
       validate(x, weights_, plan, options);
+      if (!weights_.absent()) weights = weights_.as<float>();
       inbox = make_kept<Inbox::Data>(context.memory());
       const std::size_t tag_bytes = options.lists_of == nullptr ? at(plan.topk()) * sizeof(SlotTag) : 0;
       const Shipment shipment{context, operation, plan, x, weights, payload, tag_bytes, inbox->room};
@@ -122,7 +121,7 @@ struct PendingDispatch::State final : InFlight {
   Plan plan;
   DispatchOptions options;
   ConstTensor x;
-  const float* weights;
+  const float* weights = nullptr;
   RowPayload payload;
   std::shared_ptr<Inbox::Data> inbox;
   std::shared_ptr<Carrier> carrier;
@@ -137,7 +136,7 @@ PendingDispatch::~PendingDispatch() = default;
 PendingDispatch start_dispatch(const Context& context, ConstTensor x, ConstTensor weights, const Plan& plan,
                                const DispatchOptions& options) {
   const Phase phase(context.trace(), operation_span("start dispatch"));
-  auto state = make_kept<PendingDispatch::State>(context.memory(), context, x, weights, plan, options);
+  auto state = make_kept<PendingDispatch::State>(context.memory(), context, x, plan, options);
   state->start(weights);
   state->advance();  // whoever comes last finds all others ready
   return PendingDispatch(std::move(state));

@@ -25,7 +25,6 @@ void validate_first_experts(std::span<const std::int64_t> first, int ranks, std:
 }
 
 void validate(ConstTensor ids, const PlanOptions& options, int ranks) {
-  if (options.failure) throw *options.failure;
   if (options.experts < 1) refuse("num_experts is " + std::to_string(options.experts) + ", below 1");
   validate_first_experts(options.first_experts, ranks, options.experts);
   if (options.alignment < 1) refuse("alignment is " + std::to_string(options.alignment) + ", below 1");

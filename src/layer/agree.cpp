@@ -1,7 +1,8 @@
-// How the layer's errors reach every rank: at its making, before its operations and between them.
+// How the layer's errors reach every rank: at its making and between its operations.
 #include "src/layer/agree.h"
 #include "src/util/check.h"
 
+#include <algorithm>
 #include <bit>
 #include <string>
 #include <vector>
@@ -90,20 +91,14 @@ void agree_on_router(const Context& context, const RouterOptions& router) {
 
 }  // namespace
 
-std::optional<Error> attempt(FunctionRef<void()> work) {
+void alone(const Context& context, FunctionRef<void()> work) {
   try {
     work();
   } catch (...) {
-    return current_error();
+    const Error error = current_error();
+    context.communicator().fail(
+        Error(error.code(), error.message(), {context.communicator().job_rank(context.rank()), -1, "layer"}));
   }
-  return std::nullopt;
-}
-
-void alone(const Context& context, FunctionRef<void()> work) {
-  const std::optional<Error> error = attempt(work);
-  if (!error) return;
-  context.communicator().fail(
-      Error(error->code(), error->message(), {context.communicator().job_rank(context.rank()), -1, "layer"}));
 }
 
 void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<void()> make) {
@@ -129,10 +124,11 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
   agree_on_router(context, options.router);
 }
 
-std::int64_t tokens_before(const Context& context, std::int64_t tokens, const std::optional<Error>& failure) {
+std::int64_t tokens_before(const Context& context, ConstTensor x, ConstTensor mask) {
   const auto shown = meet(context.communicator(), Signature("tokens_before"), [&]() -> Operation::Words {
-    if (failure) throw *failure;
-    return {static_cast<std::uint64_t>(tokens)};
+    const std::int64_t all = x.size(0);
+    const auto* valid = mask.absent() ? nullptr : mask.as<std::int8_t>();
+    return {static_cast<std::uint64_t>(all - (mask.absent() ? 0 : std::count(valid, valid + all, std::int8_t{0})))};
   });
   std::int64_t before = 0;
   for (int rank = 0; rank < context.rank(); ++rank) {

@@ -1,14 +1,9 @@
-// How the layer's errors reach every rank: at its making, before its operations and between them.
+// How the layer's errors reach every rank: at its making and between its operations.
 #pragma once
-
-#include <optional>
 
 #include <expar/layer.h>
 
 namespace expar {
-
-/// Runs what this rank does alone before the ranks meet, and returns its error for the operation in which they do.
-std::optional<Error> attempt(FunctionRef<void()> work);
 
 /// Runs what this rank does alone between two operations. An error there ends the job: the others are on their way.
 void alone(const Context& context, FunctionRef<void()> work);
@@ -17,8 +12,8 @@ void alone(const Context& context, FunctionRef<void()> work);
 /// Collective.
 void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<void()> make);
 
-/// How many tokens the ranks before this one have; throws the same error on every rank where one has a failure.
-/// Collective.
-std::int64_t tokens_before(const Context& context, std::int64_t tokens, const std::optional<Error>& failure);
+/// How many tokens that are no padding the ranks before this one have. Collective.
+///   mask : [T] int8 or absent; 0 is padding
+std::int64_t tokens_before(const Context& context, ConstTensor x, ConstTensor mask);
 
 }  // namespace expar

@@ -5,6 +5,7 @@
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
 #include "src/layer/state.h"
+#include "src/util/attempt.h"
 
 namespace expar {
 namespace {
@@ -25,7 +26,7 @@ class BackwardPass {
   ConstTensor differentiate_router();
 
   MoeLayer::State& layer_;
-  const Context& context_;
+  Context context_;
   MoeRecord& record_;
   ConstTensor dout_;
   Workspaces::Loan workspace_;
@@ -56,7 +57,7 @@ Inbox BackwardPass::dispatch_gradients(Tensor dx) {
   DispatchOptions options;
   options.lists_of = &record_.inbox;
   options.payload = layer_.options.gradient_payload;
-  options.failure = attempt([&] {
+  attempt(context_, [&] {
     layer_.check_trains();
     if (!record_.plan) throw Error(ErrorCode::bad_argument, "the record holds no forward pass for training");
     layer_.check_context(context_);
@@ -65,7 +66,7 @@ Inbox BackwardPass::dispatch_gradients(Tensor dx) {
   });
   const Phase phase(context_.trace(), "dispatch");
   PendingDispatch rows = start_dispatch(context_, dout_, {}, record_.plan, options);
-  if (layer_.has_own_part() && !options.failure) {
+  if (layer_.has_own_part() && !context_.declines()) {
     const Phase part(context_.trace(), "shared experts");
     alone(context_, [&] { differentiate_own_part(); });
   }

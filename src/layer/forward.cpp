@@ -1,22 +1,16 @@
 // A layer's forward pass: router, plan, dispatch, experts, combine.
 #include "src/layer/forward.h"
 
-#include <algorithm>
 #include <string>
 #include <utility>
 
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
+#include "src/util/attempt.h"
 #include "src/util/check.h"
 
 namespace expar {
 namespace {
-
-std::int64_t valid_tokens(const ConstTensor& x, const ConstTensor& mask) {
-  if (mask.absent()) return x.size(0);
-  const auto* valid = mask.as<std::int8_t>();
-  return x.size(0) - std::count(valid, valid + x.size(0), std::int8_t{0});
-}
 
 /// Sinkhorn balances what is learnt; at inference each token chooses for itself, whatever else is in the batch.
 RouterOptions router_for(const MoeLayerOptions& options, bool trains) {
@@ -43,7 +37,7 @@ PendingForward::State::State(MoeLayer::State& layer, const Context& context, Con
   PhaseTimes& times = layer_.times;
   {
     const Phase phase(context_.trace(), "route", &times.route);
-    failure_ = attempt([&] { check(x, residual, shards, inputs); });
+    attempt(context_, [&] { check(x, residual, shards, inputs); });
     choose(x, inputs);
   }
   {
@@ -58,13 +52,13 @@ PendingForward::State::State(MoeLayer::State& layer, const Context& context, Con
     }
     if (layer_.options.capacity.policy == CapacityPolicy::reroute) weigh_rerouted(inputs);
     weights_by_slot_ = record_.capacity.weights;
-    if (layer_.apart && !failure_) alone(context_, [&] { add_shared_slot(x); });
+    if (layer_.apart && !context_.declines()) alone(context_, [&] { add_shared_slot(x); });
   }
   {
     const Phase phase(context_.trace(), "dispatch", &times.dispatch);
     rows_.emplace(start_dispatch(context_, x, weights_by_slot_, plan_, {.payload = layer_.options.payload}));
   }
-  if (!layer_.has_own_part()) return;
+  if (!layer_.has_own_part() || context_.declines()) return;
   const Phase phase(context_.trace(), "shared experts", &times.experts);
   alone(context_, [&] { compute_own_part(x); });
 }
@@ -93,7 +87,6 @@ RouteInputs PendingForward::State::route_inputs(const MoeInputs& inputs) const {
     read.token_table = layer_.parameters->token_table();
   }
   read.first_token = record_.first_token;
-  read.failure = failure_;
   return read;
 }
 
@@ -105,40 +98,35 @@ void PendingForward::State::choose(ConstTensor x, const MoeInputs& inputs) {
   record_.seed = inputs.seed;
   record_.stream = inputs.stream;
   if (shakes || router.choice == Choice::round_robin) {
-    record_.first_token = tokens_before(context_, failure_ ? 0 : valid_tokens(x, inputs.mask), failure_);
+    record_.first_token = tokens_before(context_, x, inputs.mask);
   }
-  if (!failure_) {
-    failure_ = attempt([&] {
-      const Kernels& kernels = context_.kernels();
-      weights_ = trains_ ? parameters.plain() : parameters.for_inference(kernels, context_.pool());
-      shared_weights_ = trains_ ? parameters.shared() : parameters.shared_for_inference(kernels, context_.pool());
-      logits_ =
-          layer_.router.score(context_, parameters, x, shakes ? layer_.jitter_of(record_, inputs.mask) : std::nullopt);
-    });
-  }
+  attempt(context_, [&] {
+    const Kernels& kernels = context_.kernels();
+    weights_ = trains_ ? parameters.plain() : parameters.for_inference(kernels, context_.pool());
+    shared_weights_ = trains_ ? parameters.shared() : parameters.shared_for_inference(kernels, context_.pool());
+    logits_ =
+        layer_.router.score(context_, parameters, x, shakes ? layer_.jitter_of(record_, inputs.mask) : std::nullopt);
+  });
   const auto go = [&] { route(context_, router, logits_, record_.routing, route_inputs(inputs)); };
   if (is_collective(router.choice) && inputs.ids.absent()) {
     go();
   } else {
-    failure_ = attempt(go);
+    attempt(context_, go);
   }
-  if (failure_) record_.routing.ids = Tensor(nullptr, DType::int32, {0, slots_of(layer_.options.router)});
 }
 
 void PendingForward::State::make_plan_of_choice() {
   const MoeLayerOptions& options = layer_.options;
-  const Tensor chosen = record_.routing.ids;  // neither capacity nor plan knows special experts
-  record_.routing.ids = layer_.special.routed(chosen, record_.routed_ids);
-  bound_rows(context_, options.capacity, options.routed_experts(), record_.routing, record_.capacity, failure_);
-  record_.routing.ids = chosen;
+  Tensor routed;  // neither capacity nor plan knows special experts
+  attempt(context_, [&] { routed = layer_.special.routed(record_.routing.ids, record_.routed_ids); });
+  bound_rows(context_, options.capacity, options.routed_experts(), routed, record_.routing, record_.capacity);
   ConstTensor ids = record_.capacity.ids;
   PlanOptions plan_options{.experts = options.routed_experts()};
   if (layer_.apart) {
     plan_options.experts = layer_.apart->experts();
     plan_options.first_experts = layer_.apart->first_experts();
-    if (!failure_) failure_ = attempt([&] { ids = layer_.apart->ids(ids, record_.routing.mask); });
+    attempt(context_, [&] { ids = layer_.apart->ids(ids, record_.routing.mask); });
   }
-  plan_options.failure = failure_;
   plan_ = trains_ || options.bound == 0 ? make_plan(context_, ids, plan_options)
                                         : make_bounded_plan(context_, ids, options.bound, plan_options);
 }

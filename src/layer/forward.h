@@ -34,13 +34,12 @@ struct PendingForward::State {
   SharedRecord& shared_made() { return keeps_ ? record_.shared : workspace_->shared; }
 
   MoeLayer::State& layer_;
-  Context context_;
+  Context context_;  // declines where this rank cannot go on
   MoeRecord& record_;
   Tensor out_;
   bool trains_, keeps_;  // keeps: what the experts make is left for backward
   Workspaces::Loan workspace_;
-  std::optional<Error> failure_;  // why this rank cannot go on; all throw it where they meet
-  ConstTensor logits_;            // until the next pass starts
+  ConstTensor logits_;  // until the next pass starts
   ExpertWeights weights_;
   SharedWeights shared_weights_;
   Plan plan_;

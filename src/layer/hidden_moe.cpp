@@ -6,6 +6,7 @@
 #include <string>
 
 #include "src/layer/agree.h"
+#include "src/util/attempt.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -55,9 +56,8 @@ struct HiddenMoe::State {
   /// What each rank dispatches: [T, W].
   ConstTensor rows(const Context& context, const Plan& plan, ConstTensor x);
   ConstTensor bias_rows(ConstTensor bias, std::int64_t tokens, std::int64_t columns);
-  /// `failure`: why this rank cannot take part.
-  void forward(const Context& context, const HiddenMoeInputs& inputs, std::optional<Error> failure, Layout layout,
-               bool weighted, FunctionRef<Outbox(const Inbox&)> experts, Tensor out);
+  void forward(Context context, const HiddenMoeInputs& inputs, Layout layout, bool weighted,
+               FunctionRef<Outbox(const Inbox&)> experts, Tensor out);
 
   HiddenMoeOptions options;
   bool sliced;
@@ -122,18 +122,18 @@ ConstTensor HiddenMoe::State::bias_rows(ConstTensor bias, std::int64_t tokens, s
   return all;
 }
 
-void HiddenMoe::State::forward(const Context& c, const HiddenMoeInputs& inputs, std::optional<Error> failure,
-                               Layout layout, bool weighted, FunctionRef<Outbox(const Inbox&)> experts, Tensor out) {
-  if (!failure && !inputs.logits.absent()) failure = attempt([&] { choose(c, inputs.logits); });
-  const bool routed = !failure && !inputs.logits.absent();
+void HiddenMoe::State::forward(Context c, const HiddenMoeInputs& inputs, Layout layout, bool weighted,
+                               FunctionRef<Outbox(const Inbox&)> experts, Tensor out) {
+  const bool routed = !inputs.logits.absent();
+  if (routed) attempt(c, [&] { choose(c, inputs.logits); });
   const ConstTensor ids = routed ? ConstTensor(routing.ids) : inputs.ids;
   const ConstTensor weights = routed ? ConstTensor(routing.weights) : inputs.weights;
 
   // Sliced, each rank sends its slices as tokens of its own; gathered, all of them have the same ones.
-  const PlanOptions plan_options{.experts = options.router.experts, .failure = failure};
+  const PlanOptions plan_options{.experts = options.router.experts};
   const Plan plan = sliced ? make_plan(c, ids, plan_options) : make_replicated_plan(c, ids, plan_options);
   const ConstTensor x = rows(c, plan, inputs.x);
-  const Inbox inbox = dispatch(c, x, weights, plan, {.layout = layout, .failure = failure});
+  const Inbox inbox = dispatch(c, x, weights, plan, {.layout = layout});
   Outbox y;
   Tensor to = out;
   CombineOptions beside{.slice = !sliced};
@@ -162,7 +162,8 @@ std::int64_t HiddenMoe::width() const { return state_->width; }
 const Routing& HiddenMoe::routing() const { return state_->routing; }
 
 void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertKernel& kernel, Tensor out) {
-  const auto failure = attempt([&] {
+  Context taking_part = context;
+  attempt(taking_part, [&] {
     state_->check(inputs, out);
     if (!kernel) refuse("there is no expert kernel");
   });
@@ -174,12 +175,13 @@ void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, c
         {.rows = inbox.packed(), .group_list = cumulative ? plan.offsets().subspan(1) : plan.rows(), .out = y.rows()});
     return y;
   };
-  state_->forward(context, inputs, failure, Layout::expert_major, true, experts, out);
+  state_->forward(taking_part, inputs, Layout::expert_major, true, experts, out);
 }
 
 void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertShape& shape,
                         const ExpertWeights& weights, Tensor out) {
-  const auto failure = attempt([&] {
+  Context taking_part = context;
+  attempt(taking_part, [&] {
     state_->check(inputs, out);
     validate(shape);
     const std::int64_t width = state_->width;
@@ -192,7 +194,7 @@ void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, c
     experts_forward(context, shape, weights, inbox, y, state_->record);
     return y;
   };
-  state_->forward(context, inputs, failure, Layout::indexed, shape.weights_on == WeightsOn::output, experts, out);
+  state_->forward(taking_part, inputs, Layout::indexed, shape.weights_on == WeightsOn::output, experts, out);
 }
 
 }  // namespace expar

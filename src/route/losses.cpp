@@ -1,6 +1,5 @@
 // The router's losses: means over the global batch, summed shard by shard so that they do not depend on P.
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include <expar/collectives.h>
@@ -8,13 +7,14 @@
 
 #include "src/route/check.h"
 #include "src/route/loss_terms.h"
+#include "src/util/attempt.h"
 #include "src/util/processor.h"
 
 namespace expar {
 namespace {
 
 // Columns of a shard's row after its E sums of scores.
-enum Column : std::int64_t { kSquares, kTokensHigh, kTokensLow, kRefused, kColumns };
+enum Column : std::int64_t { kSquares, kTokensHigh, kTokensLow, kColumns };
 
 // Tokens travel as two whole numbers that f32 sums exactly: up to 16,384 ranks and 2^34 tokens.
 constexpr std::int64_t kLowTokens = 1024;
@@ -140,15 +140,6 @@ void add_sequence_balance(const Context& context, const RouterOptions& options, 
   gradients.add_sequences(coefficient, bounds, std::move(terms));
 }
 
-/// Every rank throws the error of the lowest rank that has one.
-[[noreturn]] void throw_together(const Context& context, const std::optional<Error>& failure) {
-  meet(context.communicator(), Signature("router_losses"), [&]() -> Operation::Words {
-    if (failure) throw *failure;
-    return {};
-  });
-  throw Error(ErrorCode::internal, "a rank refused its arguments and did not say why");
-}
-
 }  // namespace
 
 float balance_from_hugging_face(float coefficient, std::int64_t topk) { return coefficient * static_cast<float>(topk); }
@@ -157,23 +148,17 @@ RouterLosses router_losses(const Context& context, const RouterOptions& options,
                            std::span<const std::int64_t> counts, std::span<const std::int64_t> shards,
                            const LossInputs& inputs) {
   const FloatMode mode;
-  // A rank whose arguments are wrong says so in a column of its own, which costs the others nothing.
-  std::optional<Error> failure;
-  const std::int64_t experts = std::max<std::int64_t>(options.experts, 1);
+  Context all_ranks = context;
   Array sums;
-  try {
+  attempt(all_ranks, [&] {
     check(options, routing, counts, shards, inputs);
     sums = shard_sums(options, routing, shards);
-  } catch (const Error& error) {
-    failure = error;
-    sums = Array(DType::f32, {1, width_of(options)});
-    sums.as<float>()[experts + kRefused] = 1.0F;
-  }
+  });
   Array total(DType::f32, {width_of(options)});
-  all_reduce(context, sums, total);
+  all_reduce(all_ranks, sums, total);
+  const std::int64_t experts = options.experts;
   const float* all = total.as<float>();
   const float* rest = all + experts;
-  if (rest[kRefused] > 0.0F) throw_together(context, failure);
 
   RouterLosses losses;
   losses.load_fraction.resize(static_cast<std::size_t>(experts));

@@ -66,7 +66,6 @@ struct Work {
 
 /// Checks, lays out, and leaves the softmax.
 void Work::prepare() const {
-  if (inputs.failure) throw Error(*inputs.failure);
   validate(options);
   const std::int64_t tokens = logits.shape().rank() == 2 ? logits.size(0) : 0;
   require("logits", logits, DType::f32, {tokens, options.experts});

@@ -198,8 +198,8 @@ TEST_P(Groups, name_the_rank_of_the_job_in_every_error) {
     route(group, {.experts = 3, .topk = 1}, ConstTensor(logits.data(), Shape{2, 3}), routing);
     Capacity capacity;
     const Error full = expect(culprit, "bound_rows", [&] {
-      bound_rows(group, {.policy = CapacityPolicy::error, .scope = CapacityScope::per_rank, .rows = 1}, 3, routing,
-                 capacity);
+      bound_rows(group, {.policy = CapacityPolicy::error, .scope = CapacityScope::per_rank, .rows = 1}, 3, routing.ids,
+                 routing, capacity);
     });
     require(full.message().find("by rank " + std::to_string(culprit)) != std::string::npos, full.message());
 

@@ -58,7 +58,7 @@ std::vector<std::int32_t> expected_ids(const Batch& all, const CapacityOptions& 
 void check_share(const Context& context, const Batch& all, const CapacityOptions& options,
                  const std::vector<std::int32_t>& expected, Capacity& capacity) {
   const Share share(all, context.rank(), context.size());
-  bound_rows(context, options, all.experts, share.routing, capacity);
+  bound_rows(context, options, all.experts, share.routing.ids, share.routing, capacity);
 
   const std::size_t slots = share.batch.ids.size();
   const auto* mine = expected.data() + share.begin * all.topk;
@@ -169,7 +169,7 @@ TEST(Capacity, re_routes_to_what_the_router_would_have_chosen_next) {
         Routing routing;
         route(context, router, ConstTensor(logits.data() + first * kExperts, {tokens, kExperts}), routing, inputs);
         Capacity capacity;
-        bound_rows(context, options, kExperts, routing, capacity);
+        bound_rows(context, options, kExperts, routing.ids, routing, capacity);
         const auto* mine = expected.data() + first * kTopk;
         for (std::int64_t i = 0; i < tokens * kTopk; ++i)
           EXPECT_EQ(capacity.ids.as<std::int32_t>()[i], mine[i]) << "slot " << i << " of rank " << context.rank();
@@ -188,7 +188,8 @@ TEST(Capacity, is_what_its_formula_says) {
     const Share share(batch, context.rank(), context.size());
     Capacity capacity;
     const auto rows = [&](double factor) {
-      bound_rows(context, {.policy = Policy::drop_by_position, .factor = factor}, 4, share.routing, capacity);
+      bound_rows(context, {.policy = Policy::drop_by_position, .factor = factor}, 4, share.routing.ids, share.routing,
+                 capacity);
       return capacity.rows;
     };
     EXPECT_EQ(rows(1.0), 5);   // 10 tokens of 2 slots over 4 experts
@@ -203,7 +204,8 @@ TEST(Capacity, without_a_policy_is_the_routers_own_choice) {
   expect_success(run_communicators({.ranks = 1}, [&](const Communicator& communicator) {
     const Share share(batch, 0, 1);
     Capacity capacity;
-    bound_rows(Context(communicator, {.threads = 1, .backend = "reference"}), {}, 3, share.routing, capacity);
+    bound_rows(Context(communicator, {.threads = 1, .backend = "reference"}), {}, 3, share.routing.ids, share.routing,
+               capacity);
     EXPECT_EQ(capacity.ids.data(), share.routing.ids.data());
     EXPECT_EQ(capacity.weights.data(), share.routing.weights.data());
     EXPECT_EQ(capacity.rows, 0);
@@ -231,7 +233,8 @@ TEST(CapacityErrors, tell_every_rank_which_expert_is_given_too_much) {
     Capacity capacity;
     const auto bound = [&](Scope scope, std::int64_t rows) {
       return message_of(ErrorCode::bad_argument, [&] {
-        bound_rows(context, {.policy = Policy::error, .scope = scope, .rows = rows}, 4, share.routing, capacity);
+        bound_rows(context, {.policy = Policy::error, .scope = scope, .rows = rows}, 4, share.routing.ids,
+                   share.routing, capacity);
       });
     };
     const std::string advice = ": raise it, or choose a policy that drops or re-routes";
@@ -252,13 +255,14 @@ TEST(CapacityErrors, of_one_rank_reach_all) {
     const CapacityOptions right{.policy = Policy::reroute, .factor = 1};
     Share share(batch, context.rank(), context.size());
     Capacity capacity;
-    const auto bound = [&](const CapacityOptions& options, const std::optional<Error>& failure = {}) {
-      bound_rows(context, options, 4, share.routing, capacity, failure);
+    const auto bound = [&](const CapacityOptions& options) {
+      bound_rows(context, options, 4, share.routing.ids, share.routing, capacity);
     };
     EXPECT_EQ(message_of(ErrorCode::no_memory,
                          [&] {
-                           bound(right, wrong ? std::optional(Error(ErrorCode::no_memory, "no routing"))
-                                              : std::optional<Error>());
+                           const Error error(ErrorCode::no_memory, "no routing");
+                           bound_rows(wrong ? context.declining(error) : context, right, 4, share.routing.ids,
+                                      share.routing, capacity);
                          }),
               "no routing");
     const Tensor scores = share.routing.choice_scores;
@@ -335,7 +339,8 @@ TEST(Capacity, keeps_the_residual_of_what_it_drops) {
       const Share share(batch, context.rank(), context.size());
       const std::int64_t tokens = share.batch.tokens;
       Capacity capacity;
-      bound_rows(context, {.policy = Policy::drop_by_score, .factor = 0.5}, 4, share.routing, capacity);
+      bound_rows(context, {.policy = Policy::drop_by_score, .factor = 0.5}, 4, share.routing.ids, share.routing,
+                 capacity);
       const Array x = numbers(share.begin, tokens, 3), dout = numbers(share.begin, tokens, 5);
       const Array residual = numbers(share.begin, tokens, 7);
       const Array out(DType::f32, x.view().shape()), dx(DType::f32, x.view().shape());
@@ -397,7 +402,8 @@ TEST(Capacity, gives_the_same_with_every_expert_padded_to_it) {
     const Context context(communicator, {.threads = 1, .backend = "reference"});
     const Share share(batch, context.rank(), context.size());
     Capacity capacity;
-    bound_rows(context, {.policy = Policy::drop_by_position, .factor = 0.75}, 5, share.routing, capacity);
+    bound_rows(context, {.policy = Policy::drop_by_position, .factor = 0.75}, 5, share.routing.ids, share.routing,
+               capacity);
     const Array x = numbers(share.begin, share.batch.tokens, 3);
     const auto through = [&](std::int64_t alignment) {
       Array out(DType::f32, x.view().shape());

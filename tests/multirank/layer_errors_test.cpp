@@ -47,8 +47,8 @@ struct Call {
 
 /// Lets rank kWrong make a mistake in one call, then checks that the next right step gives the right bytes.
 template <class Mistake>
-void check(const std::string& words, Mistake mistake) {
-  const LayerCase c({.experts = 8, .topk = 2, .bias = true});
+void check(const std::string& words, Mistake mistake, const LayerSpec& spec = {.experts = 8, .topk = 2, .bias = true}) {
+  const LayerCase c(spec);
   LayerResult result(c);
   LayerResult wanted(c);
   expect_success(run_communicators({.ranks = kRanks}, [&](const Communicator& communicator) {
@@ -97,6 +97,15 @@ TEST(LayerErrors, tell_every_rank_of_a_wrong_shape_of_out) {
     if (context.rank() == kWrong) call.out = Array(DType::f32, {call.x.view().size(0), 36});
     train(layer, context, call);
   });
+}
+
+TEST(LayerErrors, tell_every_rank_of_a_wrong_shape_in_decoding) {
+  check("residual is f32 [34, 36], should be f32 [34, 35]",
+        [](MoeLayer& layer, const Context& context, Call& call) {
+          const Array wide(DType::f32, {call.x.view().size(0), 36});
+          layer.forward(context, call.x, call.out, context.rank() == kWrong ? wide : call.residual);
+        },
+        {.experts = 8, .topk = 2, .shared_inner = 21, .bound = 64});
 }
 
 TEST(LayerErrors, tell_every_rank_of_a_wrong_dtype_of_x) {

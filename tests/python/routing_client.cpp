@@ -99,7 +99,7 @@ void run(const Context& context, const Request& request, const std::string& out)
   route_backward(context, options, routing, losses, dweights, dlogits);
 
   Capacity capacity;
-  bound_rows(context, capacity_options(request), options.experts, routing, capacity);
+  bound_rows(context, capacity_options(request), options.experts, routing.ids, routing, capacity);
   const Array stepped(DType::f32, {options.experts});
   if (!bias.absent()) std::copy_n(bias.as<float>(), options.experts, stepped.as<float>());
   update_selection_bias(stepped, counts, request.coefficient("rate"));

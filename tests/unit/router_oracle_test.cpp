@@ -284,9 +284,9 @@ TEST(RouterOfAll, fails_on_every_rank_alike) {
       RouterOptions options{.experts = 4, .topk = 2, .choice = choice};
       Array logits(DType::f32, {3, 4});
       Routing routing;
-      const auto fails_as = [&](ErrorCode code, const std::string& part, const RouteInputs& inputs = {}) {
+      const auto fails_as = [&](ErrorCode code, const std::string& part, const Context& as) {
         try {
-          route(context, options, logits, routing, inputs);
+          route(as, options, logits, routing);
           ADD_FAILURE() << "no error: " << part;
         } catch (const Error& error) {
           EXPECT_EQ(error.code(), code);
@@ -294,16 +294,14 @@ TEST(RouterOfAll, fails_on_every_rank_alike) {
         }
       };
       if (odd) logits.as<float>()[5] = NAN;
-      fails_as(ErrorCode::bad_argument, "logits[1,1] is nan");
+      fails_as(ErrorCode::bad_argument, "logits[1,1] is nan", context);
       logits.as<float>()[5] = 0;
-      RouteInputs failed;
-      if (odd) failed.failure = Error(ErrorCode::io, "no x");
-      fails_as(ErrorCode::io, "no x", failed);
+      fails_as(ErrorCode::io, "no x", odd ? context.declining(Error(ErrorCode::io, "no x")) : context);
       if (odd) options.topk = 3;
-      fails_as(ErrorCode::mismatch, "topk 3");
+      fails_as(ErrorCode::mismatch, "topk 3", context);
       options.topk = 2;
       if (odd) options.score = Score::sigmoid;
-      fails_as(ErrorCode::mismatch, "score 1");
+      fails_as(ErrorCode::mismatch, "score 1", context);
       options.score = Score::softmax;
       route(context, options, logits, routing);  // the ranks can go on
     }
