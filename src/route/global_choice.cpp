@@ -7,10 +7,10 @@
 #include <limits>
 
 #include "src/route/check.h"
-#include "src/route/top_k.h"
 #include "src/util/check.h"
 #include "src/util/ranges.h"
 #include "src/util/shown.h"
+#include "src/util/top_k.h"
 
 namespace expar {
 namespace {

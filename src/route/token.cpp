@@ -7,7 +7,7 @@
 
 #include "src/route/check.h"
 #include "src/route/layout.h"
-#include "src/route/top_k.h"
+#include "src/util/top_k.h"
 
 namespace expar {
 namespace {
