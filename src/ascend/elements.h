@@ -41,28 +41,17 @@ inline void set_number(const Tensor& tensor, std::int64_t i, float value) {
 }
 
 /// "world_size is 1, should be from 2 to 384"
-inline void require_range(const std::string& what, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value >= least && value <= most) return;
-  refuse(what + " is " + std::to_string(value) + ", should be from " + std::to_string(least) + " to " +
-         std::to_string(most));
-}
+void require_range(const std::string& what, std::int64_t value, std::int64_t least, std::int64_t most);
+/// The same of an element, "row_idx[3] is 9, ...", and of one of a matrix, "expert_ids[3,1] is 9, ...".
+void require_range(const char* what, std::int64_t i, std::int64_t value, std::int64_t least, std::int64_t most);
+void require_range(const char* what, std::int64_t row, std::int64_t column, std::int64_t value, std::int64_t least,
+                   std::int64_t most);
 
 /// "x is f32 [3], should have 2 axes"
-inline void require_axes(const std::string& what, const ConstTensor& tensor, int axes) {
-  if (tensor.shape().rank() == axes) return;
-  refuse(what + " is " + shown(tensor) + ", should have " + std::to_string(axes) + (axes == 1 ? " axis" : " axes"));
-}
-
+void require_axes(const std::string& what, const ConstTensor& tensor, int axes);
 /// "expert_ids is f32 [3, 4], should be int32 or int64"
-inline void require_integers(const std::string& what, const ConstTensor& tensor) {
-  if (tensor.dtype() == DType::int32 || tensor.dtype() == DType::int64) return;
-  refuse(what + " is " + shown(tensor) + ", should be int32 or int64");
-}
-
+void require_integers(const std::string& what, const ConstTensor& tensor);
 /// "x is int8 [3, 4], should be f32, bf16 or f16"
-inline void require_numbers(const std::string& what, const ConstTensor& tensor) {
-  if (tensor.dtype() == DType::f32 || tensor.dtype() == DType::bf16 || tensor.dtype() == DType::f16) return;
-  refuse(what + " is " + shown(tensor) + ", should be f32, bf16 or f16");
-}
+void require_numbers(const std::string& what, const ConstTensor& tensor);
 
 }  // namespace expar::ascend

@@ -63,10 +63,10 @@ void look_up(const GatingOptions& options, std::int64_t experts, const Tensor& i
   const std::int64_t topk = ids.size(1);
   for (std::int64_t n = 0; n < ids.size(0); ++n) {
     const std::int64_t token = integer(options.input_ids, n);
-    require_range("input_ids[" + std::to_string(n) + "]", token, 0, options.tid2eid.size(0) - 1);
+    require_range("input_ids", n, token, 0, options.tid2eid.size(0) - 1);
     for (std::int64_t j = 0; j < topk; ++j) {
       const std::int64_t id = integer(options.tid2eid, token * topk + j);
-      require_range("tid2eid[" + std::to_string(token) + "," + std::to_string(j) + "]", id, 0, experts - 1);
+      require_range("tid2eid", token, j, id, 0, experts - 1);
       ids.as<std::int32_t>()[n * topk + j] = static_cast<std::int32_t>(id);
     }
   }

@@ -19,14 +19,14 @@ class InstanceTable {
   explicit InstanceTable(const ConstTensor& table) : table_(table.as<std::int32_t>()), width_(table.size(1)) {
     std::vector<std::int64_t> owner(kMaxInstances, -1);
     for (std::int64_t e = 0; e < table.size(0); ++e) {
-      require_range(cell(e, 0), count(e), 1, width_ - 1);
+      require_range("eplb_table", e, 0, count(e), 1, width_ - 1);
       for (std::int64_t i = 0; i < count(e); ++i) {
         const std::int64_t id = instance(e, i);
-        require_range(cell(e, 1 + i), id, 0, kMaxInstances - 1);
+        require_range("eplb_table", e, 1 + i, id, 0, kMaxInstances - 1);
         std::int64_t& first = owner[at(id)];
         if (first >= 0) {
-          refuse(cell(e, 1 + i) + " is " + std::to_string(id) + ", an instance that expert " + std::to_string(first) +
-                 " has already");
+          refuse("eplb_table[" + std::to_string(e) + "," + std::to_string(1 + i) + "] is " + std::to_string(id) +
+                 ", an instance that expert " + std::to_string(first) + " has already");
         }
         first = e;
       }
@@ -37,10 +37,6 @@ class InstanceTable {
   std::int64_t instance(std::int64_t expert, std::int64_t i) const { return table_[expert * width_ + 1 + i]; }
 
  private:
-  static std::string cell(std::int64_t expert, std::int64_t column) {
-    return "eplb_table[" + std::to_string(expert) + "," + std::to_string(column) + "]";
-  }
-
   const std::int32_t* table_;
   std::int64_t width_;
 };
@@ -90,10 +86,7 @@ Array update(const Request& request, const Limits& limits) {
   const std::int64_t topk = ids.size(1);
   for (std::int64_t i = 0; i < ids.elements(); ++i) {
     const std::int64_t expert = integer(ids, i);
-    if (expert < 0 || expert >= table.size(0)) {
-      refuse("expert_ids[" + std::to_string(i / topk) + "," + std::to_string(i % topk) + "] is " +
-             std::to_string(expert) + ", should be from 0 to " + std::to_string(table.size(0) - 1));
-    }
+    require_range("expert_ids", i / topk, i % topk, expert, 0, table.size(0) - 1);
     const std::int64_t place = choice(mode, instances.count(expert), i / topk, rank, ranks);
     set_integer(out, i, instances.instance(expert, place));
   }
