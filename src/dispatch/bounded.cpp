@@ -22,7 +22,6 @@ BoundedRows::BoundedRows(const Shipment& shipment) : Carrier(shipment), tokens_(
 }
 
 Operation::Words BoundedRows::show() {
-  room = Room(context.communicator(), (context.size() - 1) * plan.data().bound, payload.row_bytes(), tag_bytes);
   shelf_ = context.communicator().allocate(bytes_);
   const auto& own = plan.data().own;
   std::memcpy(shelf_.data(), own.data(), own.size() * sizeof own[0]);
@@ -47,6 +46,7 @@ Plan BoundedRows::complete() {
   data->reserve();
   *data = plan.data();
   expar::complete(operation, *shelves_, *data);
+  room = Room(context.communicator(), data->sources.back(), payload.row_bytes(), tag_bytes);
   return Plan(std::move(data));
 }
 

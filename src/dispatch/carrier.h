@@ -26,11 +26,11 @@ class Carrier : protected Shipment {
   explicit Carrier(const Shipment& shipment) : Shipment(shipment) {}
   virtual ~Carrier() = default;
 
-  /// Takes the room, and returns what this rank shows in its ready.
+  /// Returns what this rank shows in its ready.
   virtual Operation::Words show() { return {}; }
   /// Once all have agreed: gives the others what they wait for. Never waits.
   virtual void send() {}
-  /// The complete plan; waits where it was open.
+  /// The complete plan; waits where it was open. The room is there from now on, if not before.
   virtual Plan complete() { return plan; }
   /// Waits until the rows and tags of the others stand in the room, source by source.
   virtual void receive() {}

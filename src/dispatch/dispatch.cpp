@@ -77,11 +77,7 @@ struct PendingDispatch::State final : InFlight {
       } else {
         carrier = make_kept<ExactRows>(context.memory(), shipment);
       }
-      const Operation::Words words = carrier->show();
-      if (payload) {
-        inbox->read_block = context.communicator().allocate(at(inbox->room.rows() + x.size(0)) * payload.full_bytes());
-      }
-      return words;
+      return carrier->show();
     });
     operation.keep_advancing(this);
   }
@@ -100,6 +96,7 @@ struct PendingDispatch::State final : InFlight {
     inbox->rows = ConstTensor(inbox->room.row(0), x.dtype(), shape);
     inbox->x = x;
     if (!payload) return;
+    inbox->read_block = context.communicator().allocate(at(plan.unique() + x.size(0)) * payload.full_bytes());
     std::byte* const read = inbox->read_block.data();
     std::byte* const own = read + at(plan.unique()) * payload.full_bytes();
     payload.read(read, inbox->room.row(0), plan.unique());

@@ -17,14 +17,12 @@ class Room {
  public:
   Room() = default;
   Room(const Communicator& communicator, std::int64_t rows, std::size_t row_bytes, std::size_t tag_bytes)
-      : rows_(rows),
-        row_bytes_(row_bytes),
+      : row_bytes_(row_bytes),
         tag_bytes_(tag_bytes),
         tags_at_((at(rows) * row_bytes + 63) / 64 * 64),
         block_(communicator.allocate(tags_at_ + at(rows) * tag_bytes)) {}
 
   Block& block() { return block_; }
-  std::int64_t rows() const { return rows_; }
   std::size_t tags_at() const { return tags_at_; }
   std::byte* row(std::int64_t i) const { return block_.data() + at(i) * row_bytes_; }
   SlotTag* tags(std::int64_t i) const {
@@ -32,7 +30,6 @@ class Room {
   }
 
  private:
-  std::int64_t rows_ = 0;
   std::size_t row_bytes_ = 0, tag_bytes_ = 0, tags_at_ = 0;
   Block block_;
 };
