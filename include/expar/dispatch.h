@@ -67,6 +67,8 @@ struct DispatchOptions {
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.
   const Inbox* lists_of = nullptr;
+  /// Numbers of the caller's own that must be the same on all ranks, as his modes. Read in start_dispatch.
+  std::span<const std::int64_t> alike = {};
 };
 
 class PendingDispatch {

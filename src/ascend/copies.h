@@ -1,0 +1,32 @@
+// The copies of its tokens that a rank sends: one for each slot, and one for each shared expert.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <expar/ascend/domain.h>
+
+namespace expar::ascend {
+
+/// Experts are numbered over all ranks here: those of the ranks of shared experts, one each, then those of the MoE.
+std::int64_t experts_of(const Domain& domain);
+/// [W + 1] where each rank's begin.
+std::vector<std::int64_t> first_experts_of(const Domain& domain);
+
+/// In the order of y: (token, slot) by (token, slot), then shared expert by shared expert the active tokens.
+struct Copies {
+  std::int64_t tokens = 0, topk = 0, shared = 0;  // BS, K, and SN where ranks hold shared experts
+  std::int64_t active = 0;                        // tokens
+  std::vector<std::int32_t> expert;               // [BS (K + SN)] or -1: it does not travel
+  std::vector<std::int32_t> ordinal;              // how many before it go to the same expert
+  std::vector<std::int64_t> counts;               // [experts_of] copies for each
+
+  std::int64_t per_token() const { return topk + shared; }
+  std::int64_t of_slot(std::int64_t token, std::int64_t k) const { return token * topk + k; }
+  std::int64_t of_shared(std::int64_t j, std::int64_t token) const { return tokens * topk + j * active + token; }
+};
+
+/// Throws Error: bad_argument (shapes, an id twice in a row or out of its range, a mask that is not 1s before 0s).
+Copies copies_of(const Domain& domain, ConstTensor expert_ids, ConstTensor x_active_mask);
+
+}  // namespace expar::ascend

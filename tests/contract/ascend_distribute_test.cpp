@@ -1,0 +1,323 @@
+// The split-phase operators of npu_moe_distribute, against plain loops over all ranks' tokens.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include <expar/collectives.h>
+#include <expar/registry.h>
+
+#include "src/util/check.h"
+#include "tests/contract/ascend_rank.h"
+#include "tests/contract/share.h"
+#include "tests/contract/ways.h"
+
+namespace expar::test {
+namespace {
+
+using ascend::Domain;
+
+Batch even_batch(std::int64_t ranks, std::int64_t shared_ranks, std::int64_t shared, std::int64_t experts,
+                 std::int64_t topk, std::int64_t tokens) {
+  Batch batch{ranks, shared_ranks, shared, experts, topk};
+  batch.tokens.assign(at(ranks), tokens);
+  batch.active = batch.tokens;
+  return batch;
+}
+
+/// Any that the pages allow, of a few ranks, with ragged batches and some tokens inactive.
+Batch random_batch(int ranks, std::uint64_t seed) {
+  const Random random(seed, "batch");
+  std::uint64_t drawn = 0;
+  const auto pick = [&](std::int64_t least, std::int64_t most) {
+    return least + static_cast<std::int64_t>(random.uniform(drawn++) * static_cast<double>(most - least + 1));
+  };
+  Batch batch{ranks, 0, pick(0, 4), 0, 0};
+  if (batch.shared > 0) batch.shared_ranks = batch.shared * pick(0, ranks / 2 / batch.shared);
+  batch.experts = (ranks - batch.shared_ranks) * pick(1, 5);
+  batch.topk = pick(1, std::min<std::int64_t>(batch.experts, 8));
+  batch.h = 1024 + 8 * pick(0, 3);
+  batch.seed = seed;
+  for (int rank = 0; rank < ranks; ++rank) {
+    batch.tokens.push_back(pick(1, 6));
+    batch.active.push_back(pick(0, batch.tokens.back()));
+  }
+  return batch;
+}
+
+/// What dispatch gave `rank` is where the pages say: order, prefix sums, numbers; rows by check_row(copy, i).
+void check_dispatched(const AscendRank& rank, const Batch& batch,
+                      const std::function<void(const Copy&, std::int64_t)>& check_row) {
+  const auto* const prefix = rank.info.as<std::int32_t>();
+  std::int64_t row = 0, local = 0;
+  for (const auto& of_expert : copies_for(batch, rank.context.rank())) {
+    const std::int64_t first = row;
+    for (const Copy& copy : of_expert) check_row(copy, row++);
+    for (int source = 0; source < batch.ranks; ++source) {
+      const auto upto =
+          std::count_if(of_expert.begin(), of_expert.end(), [&](const Copy& c) { return c.source <= source; });
+      require(prefix[local * batch.ranks + source] == first + upto, batch.str() + ": a prefix sum");
+    }
+    const std::int64_t wanted = rank.modes.nums_type == 0 ? row : row - first;
+    require(rank.nums.as<std::int64_t>()[local] == wanted, batch.str() + ": expert_token_nums");
+    ++local;
+  }
+}
+
+class Distribute : public EveryWay {};
+
+TEST_P(Distribute, puts_every_row_where_its_address_says) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;  // the pages' least
+    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+      const Batch batch = random_batch(context.size(), seed);
+      const AscendRank rank(
+          context, batch,
+          {.dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .nums_type = static_cast<std::int64_t>(seed % 2)});
+      rank.dispatch_teardown(rank.dispatch_setup());
+      check_dispatched(rank, batch, [&](const Copy& copy, std::int64_t row) {
+        const std::vector<float> wanted = batch.x(copy.source, copy.token);
+        Array as_sent(rank.modes.dtype, {batch.h});
+        for (std::int64_t i = 0; i < batch.h; ++i) set_element(as_sent, i, wanted[at(i)]);
+        require(std::memcmp(rank.expand_x.view().rows(row, 1).data(), as_sent.view().data(), at(2 * batch.h)) == 0,
+                batch.str() + ": a row");
+      });
+      // A slot's row begins where its source's rows of its expert do, and is the expand_idx-th of them.
+      const auto* const ordinals = rank.expand_idx.as<std::int32_t>();
+      for (std::int64_t slot = 0; slot < batch.active[at(context.rank())] * batch.topk; ++slot)
+        require(ordinals[slot] == std::count(rank.ids.begin(), rank.ids.begin() + slot, rank.ids[at(slot)]),
+                batch.str() + ": expand_idx");
+    }
+  });
+}
+
+TEST_P(Distribute, brings_back_the_weighted_sum_then_the_shared_experts) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    for (std::uint64_t seed = 11; seed <= 16; ++seed) {
+      const Batch batch = random_batch(context.size(), seed);
+      const AscendRank rank(
+          context, batch,
+          {.dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .comm_quant_mode = seed % 3 == 0 ? 2 : 0});
+      rank.dispatch_teardown(rank.dispatch_setup());
+      // Expert e multiplies by e + 1, shared expert j by 100 + j.
+      const std::int64_t per_rank = rank.domain.local_expert_num(context.rank());
+      std::int64_t row = 0, e = 0;
+      for (const auto& of_expert : copies_for(batch, context.rank())) {
+        const float factor = rank.domain.holds_shared(context.rank())
+                                 ? 100.0F + static_cast<float>(context.rank() / rank.domain.ranks_per_shared_expert())
+                                 : static_cast<float>((context.rank() - batch.shared_ranks) * per_rank + e++ + 1);
+        for (std::size_t n = 0; n < of_expert.size(); ++n, ++row) {
+          for (std::int64_t i = 0; i < batch.h; ++i)
+            set_element(rank.results, row * batch.h + i, factor * element(rank.expand_x, row * batch.h + i));
+        }
+      }
+      const Array local(rank.modes.dtype, {rank.bs, batch.h});
+      for (std::int64_t i = 0; i < rank.bs * batch.h; ++i) set_element(local, i, 0.25F * element(rank.x, i));
+      rank.combine_teardown(rank.combine_setup(), batch.shared == 0 ? ConstTensor(local) : ConstTensor());
+      const double half = rank.modes.dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;  // of one rounding
+      for (std::int64_t t = 0; t < rank.bs; ++t) {
+        for (std::int64_t i = 0; i < batch.h; ++i) {
+          const double x = element(rank.x, t * batch.h + i);
+          double sum = 0, sizes = 0;
+          const auto add = [&](double weight, double factor) {
+            sum += weight * factor * x;
+            sizes += std::fabs(weight * factor);
+          };
+          if (t < batch.active[at(context.rank())]) {
+            for (std::int64_t k = 0; k < batch.topk; ++k)
+              add(batch.weight(context.rank(), t, k), rank.ids[at(t * batch.topk + k)] + 1);
+            for (std::int64_t j = 0; batch.shared_ranks > 0 && j < batch.shared; ++j)
+              add(1, 100 + static_cast<double>(j));
+          }
+          // Each result is rounded once; as int8 it is besides off by half a step of the largest of its 8 values.
+          double largest = 0;
+          for (std::int64_t n = i / 8 * 8; n < std::min(batch.h, i / 8 * 8 + 8); ++n)
+            largest = std::max(largest, std::fabs(static_cast<double>(element(rank.x, t * batch.h + n))));
+          const double step = rank.modes.comm_quant_mode == 2 ? largest * (0.5 / 127 + 4 * half) : 0;
+          double bound = sizes * ((std::fabs(x) * (half + 0x1p-20)) + step);
+          if (batch.shared == 0) sum += 0.25 * x;
+          bound += std::fabs(sum) * half + 1e-30;
+          const double got = element(rank.out, t * batch.h + i);
+          require(std::fabs(got - sum) <= bound * 1.01, batch.str() + ": out[" + std::to_string(t) + "," +
+                                                            std::to_string(i) + "] = " + std::to_string(got) +
+                                                            ", not " + std::to_string(sum));
+        }
+      }
+    }
+  });
+}
+
+/// By the numbers of a mode: how far a value may be from what it was, where its scale is `scale`.
+double step_of(const Modes& modes, double scale, double value) {
+  if (modes.y_dtype.value_or(modes.quant_mode < 3 ? DType::int8 : DType::fp8_e4m3) == DType::int8) return scale / 2;
+  const double relative = modes.y_dtype == DType::fp8_e5m2 ? 0x1p-3 : 0x1p-4;
+  // MX may clip what is above the largest; below 2^-6 (2^-14) of the scale steps no longer shrink.
+  return std::max(std::fabs(value) * relative * (modes.quant_mode == 4 ? 2 : 1), scale * 0x1p-9);
+}
+
+TEST_P(Distribute, brings_quantised_rows_within_half_a_step) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    const Modes all[] = {{.quant_mode = 2},
+                         {.quant_mode = 3},
+                         {.quant_mode = 4},
+                         {.dtype = DType::f16, .quant_mode = 2, .y_dtype = DType::fp8_e5m2},
+                         {.quant_mode = 2, .y_dtype = DType::fp8_e4m3}};
+    for (const Modes& modes : all) {
+      const Batch batch = random_batch(context.size(), 21);
+      const AscendRank rank(context, batch, modes);
+      const std::int64_t rows = (batch.shared_ranks == 0 ? 0 : batch.shared) + batch.experts;
+      const Array smooth(DType::f32, {rows, batch.h});
+      const Random random(3, "smooth");
+      for (std::int64_t i = 0; i < rows * batch.h; ++i)
+        smooth.as<float>()[i] = 0.5F + random.uniform(static_cast<std::uint64_t>(i));
+      rank.dispatch_teardown(rank.dispatch_setup(smooth));
+      const std::int64_t group = modes.quant_mode == 2 ? batch.h : modes.quant_mode == 3 ? 128 : 32;
+      const std::int64_t scales = rank.scales_out.view().elements() / rank.expand_x.view().size(0);
+      check_dispatched(rank, batch, [&](const Copy& copy, std::int64_t row) {
+        const std::vector<float> x = batch.x(copy.source, copy.token);
+        const std::int64_t which =
+            copy.k >= batch.topk ? copy.k - batch.topk
+                                 : rows - batch.experts + batch.ids(copy.source)[at(copy.token * batch.topk + copy.k)];
+        for (std::int64_t i = 0; i < batch.h; ++i) {
+          Array sent(modes.dtype, {1});
+          set_element(sent, 0, x[at(i)]);
+          const double value = static_cast<double>(element(sent, 0)) * smooth.as<float>()[which * batch.h + i];
+          const double scale = element(rank.scales_out, row * scales + i / group);
+          const double got = element(rank.expand_x, row * batch.h + i) * scale;
+          require(std::fabs(got - value) <= step_of(modes, scale, value) * 1.001,
+                  batch.str() + ": mode " + std::to_string(modes.quant_mode) + " gave " + std::to_string(got) +
+                      " for " + std::to_string(value));
+        }
+      });
+    }
+  });
+}
+
+TEST_P(Distribute, tells_every_rank_what_one_of_them_did_wrong) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    const Batch batch = even_batch(context.size(), 0, 1, 2 * context.size(), 2, 3);
+    const AscendRank rank(context, batch, {.quant_mode = 2});
+    const auto expect = [&](const Domain& domain, std::vector<std::int32_t> ids, const std::string& message) {
+      const Error error = error_of([&] {
+        const ascend::DispatchSetup in{
+            .x = rank.x, .expert_ids = ConstTensor(ids.data(), Shape{3, 2}), .quant_mode = 2};
+        rank.dispatch_teardown(ascend::moe_distribute_dispatch_setup(context, domain, in, rank.y, rank.expand_idx));
+      });
+      require(error.code() == ErrorCode::bad_argument && error.rank() == 1 && error.message() == message, error.what());
+    };
+    Domain wrong = rank.domain;
+    const auto on_rank_1 = [&](std::int64_t& value, std::int64_t other) {
+      wrong = rank.domain;
+      if (context.rank() == 1) value = other;
+    };
+    on_rank_1(wrong.moe_expert_num, 513);
+    expect(wrong, rank.ids, "moe_expert_num = 513 is not in [1, 512]");
+    on_rank_1(wrong.comm_type, 1);
+    expect(wrong, rank.ids, "comm_type = 1 is not in [0, 0]");
+    on_rank_1(wrong.ep_rank_id, 0);
+    expect(wrong, rank.ids, "ep_rank_id = 0, but this is rank 1 of group_ep");
+    std::vector<std::int32_t> ids = rank.ids;
+    if (context.rank() == 1) ids[3] = ids[2];
+    expect(rank.domain, ids, "expert_ids[1] has expert " + std::to_string(batch.ids(1)[2]) + " twice");
+
+    Modes other = rank.modes;
+    if (context.rank() == 1) other.quant_mode = 1;
+    const Array scale(DType::f32, {1});
+    const AscendRank differs(context, batch, other);
+    const Error error = error_of([&] {
+      differs.dispatch_teardown(differs.dispatch_setup(context.rank() == 1 ? ConstTensor(scale) : ConstTensor()));
+    });
+    require(error.code() == ErrorCode::mismatch, error.what());
+    rank.dispatch_teardown(rank.dispatch_setup());  // the domain is as good as before
+  });
+}
+
+TEST_P(Distribute, refuses_a_combine_of_another_dispatch) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    Batch batch = even_batch(context.size(), 0, 0, 2 * context.size(), 1, 3);
+    batch.chosen.assign(at(context.size()), {0, 0, 0});
+    const AscendRank rank(context, batch, {});
+    rank.dispatch_teardown(rank.dispatch_setup());
+    const auto expect = [&](const std::string& part) {
+      const Error error = error_of([&] { rank.combine_teardown(rank.combine_setup()); });
+      require(error.code() == ErrorCode::bad_argument && error.message().find(part) != std::string::npos, error.what());
+    };
+    std::int32_t& ordinal = rank.expand_idx.as<std::int32_t>()[2];
+    ordinal = 1;
+    expect("expand_idx[2] = 1, of these expert_ids 2");
+    ordinal = 2;
+    rank.mask.as<std::int8_t>()[2] = 0;
+    expect("expand_idx[2] = 2, of these expert_ids 0");
+    rank.mask.as<std::int8_t>()[2] = 1;
+    std::int32_t& prefix = rank.info.as<std::int32_t>()[0];
+    if (context.rank() == 0) prefix = 2;  // of 3, 3 more, ...
+    if (context.rank() < 2) {
+      expect(context.rank() == 0 ? "rank 0 returned 2 rows, expert_ids asks for 3" : "rank 0 returned 4 rows");
+    } else {
+      rank.combine_teardown(rank.combine_setup());
+    }
+    const std::int32_t kept = std::exchange(prefix, 1 << 20);
+    expect("assist_info_for_combine[0] = 1048576 is not from 0 to the");
+    prefix = kept == 2 ? 3 : kept;
+    const Error twice = error_of([&] { rank.combine_teardown({}); });
+    require(twice.message() == "comm_cmd_info holds nothing: its setup was not called, or its teardown has been",
+            twice.what());
+    rank.combine_teardown(rank.combine_setup());
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Ways, Distribute, testing::ValuesIn(every_way()), way_name);
+
+// Four ranks, the first of which holds a shared expert; worked out by hand.
+TEST(DistributeExample, has_the_rows_and_sums_that_the_semantics_give) {
+  Batch batch = even_batch(4, 1, 1, 6, 2, 2);
+  batch.chosen = {{0, 3, 3, 5}, {1, 2, 0, 1}, {3, 4, 5, 3}, {2, 0, 4, 5}};
+  const std::vector<std::vector<Copy>> rows = {
+      {{0, 0, 2}, {0, 1, 2}, {1, 0, 2}, {1, 1, 2}, {2, 0, 2}, {2, 1, 2}, {3, 0, 2}, {3, 1, 2}},
+      {{0, 0, 0}, {1, 1, 0}, {3, 0, 1}, {1, 0, 0}, {1, 1, 1}},
+      {{1, 0, 1}, {3, 0, 0}, {0, 0, 1}, {0, 1, 0}, {2, 0, 0}, {2, 1, 1}},
+      {{2, 0, 1}, {3, 1, 0}, {0, 1, 1}, {2, 1, 0}, {3, 1, 1}}};
+  const std::vector<std::vector<std::int32_t>> ordinals = {{0, 0, 1, 0}, {0, 0, 0, 1}, {0, 0, 0, 1}, {0, 0, 0, 0}};
+  const std::vector<std::vector<std::int32_t>> prefix = {
+      {2, 4, 6, 8}, {1, 2, 2, 3, 3, 5, 5, 5}, {0, 1, 1, 2, 4, 4, 6, 6}, {0, 0, 1, 2, 3, 3, 4, 5}};
+  const std::vector<std::vector<std::int64_t>> counts = {{8}, {3, 2}, {2, 4}, {2, 3}};
+  const std::vector<std::vector<std::int64_t>> sums = {{8}, {3, 5}, {2, 6}, {2, 5}};
+  for (const std::int64_t nums_type : {0, 1}) {
+    run({.ranks = 4}, [&](const Context& context) {
+      const AscendRank rank(context, batch, {.nums_type = nums_type});
+      EXPECT_EQ(rank.expand_x.view().size(0), context.rank() == 0 ? 8 : 16);
+      rank.dispatch_teardown(rank.dispatch_setup());
+      const std::size_t r = at(context.rank());
+      for (std::size_t i = 0; i < rows[r].size(); ++i) {
+        const std::vector<float> x = batch.x(rows[r][i].source, rows[r][i].token);
+        for (std::int64_t h = 0; h < batch.h; ++h) {
+          ASSERT_EQ(element(rank.expand_x, static_cast<std::int64_t>(i) * batch.h + h),
+                    static_cast<float>(bf16(x[at(h)])));
+        }
+      }
+      const auto same = [](const auto* values, const auto& wanted) {
+        return std::vector(values, values + wanted.size()) == wanted;
+      };
+      EXPECT_TRUE(same(rank.expand_idx.as<std::int32_t>(), ordinals[r]));
+      EXPECT_TRUE(same(rank.info.as<std::int32_t>(), prefix[r]));
+      EXPECT_TRUE(same(rank.nums.as<std::int64_t>(), nums_type == 0 ? sums[r] : counts[r]));
+    });
+  }
+}
+
+TEST(DistributeSizes, grow_to_the_largest_domain) {
+  // 384 ranks on threads, of which 6 hold two shared experts.
+  const Batch batch = even_batch(384, 6, 2, 378, 2, 1);
+  run({.ranks = 384, .patience = std::chrono::seconds(300)}, [&](const Context& context) {
+    const AscendRank rank(context, batch, {.quant_mode = 2});
+    rank.dispatch_teardown(rank.dispatch_setup());
+    const auto mine = copies_for(batch, context.rank());
+    EXPECT_EQ(rank.nums.as<std::int64_t>()[0], std::ssize(mine[0]));
+  });
+}
+}  // namespace
+}  // namespace expar::test

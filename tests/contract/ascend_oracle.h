@@ -1,0 +1,100 @@
+// What the operators of a domain must give, by plain loops over all ranks' tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <expar/ascend.h>
+#include <expar/random.h>
+
+namespace expar::test {
+
+/// All ranks' tokens and choices, the same wherever they are made.
+struct Batch {
+  std::int64_t ranks, shared_ranks, shared, experts, topk, h = 1024;
+  std::vector<std::int64_t> tokens = {}, active = {};  // of each rank
+  std::uint64_t seed = 1;
+  std::vector<std::vector<std::int32_t>> chosen = {};  // ids of each rank instead of drawn ones
+
+  std::int64_t most() const {
+    std::int64_t most = 0;
+    for (const std::int64_t count : tokens) most = std::max(most, count);
+    return most;
+  }
+  ascend::Domain domain(int rank) const {
+    ascend::Domain domain;
+    domain.ep_world_size = ranks;
+    domain.ep_rank_id = rank;
+    domain.moe_expert_num = experts;
+    domain.shared_expert_num = shared;
+    domain.shared_expert_rank_num = shared_ranks;
+    domain.global_bs = ranks * most();
+    return domain;
+  }
+  std::string str() const {
+    return "W " + std::to_string(ranks) + " SR " + std::to_string(shared_ranks) + " SN " + std::to_string(shared) +
+           " E " + std::to_string(experts) + " K " + std::to_string(topk) + " seed " + std::to_string(seed);
+  }
+  /// [BS, K], different ones in a row.
+  std::vector<std::int32_t> ids(int rank) const {
+    if (!chosen.empty()) return chosen[static_cast<std::size_t>(rank)];
+    const Random random(seed, "ids of " + std::to_string(rank));
+    std::vector<std::int32_t> ids;
+    for (std::int64_t t = 0; t < tokens[static_cast<std::size_t>(rank)]; ++t) {
+      std::vector<std::int32_t> left(static_cast<std::size_t>(experts));
+      for (std::size_t e = 0; e < left.size(); ++e) left[e] = static_cast<std::int32_t>(e);
+      for (std::int64_t k = 0; k < topk; ++k) {
+        const std::size_t pick = static_cast<std::size_t>(random.uniform(static_cast<std::uint64_t>(t * topk + k)) *
+                                                          static_cast<double>(left.size()));
+        ids.push_back(left[pick]);
+        left.erase(left.begin() + static_cast<std::ptrdiff_t>(pick));
+      }
+    }
+    return ids;
+  }
+  std::vector<float> x(int rank, std::int64_t token) const {
+    const Random random(seed, "x of " + std::to_string(rank));
+    std::vector<float> row;
+    for (std::int64_t i = 0; i < h; ++i) row.push_back(random.normal(static_cast<std::uint64_t>(token * h + i)));
+    return row;
+  }
+  float weight(int rank, std::int64_t token, std::int64_t k) const {
+    return Random(seed, "weights of " + std::to_string(rank)).normal(static_cast<std::uint64_t>(token * topk + k));
+  }
+};
+
+/// A copy of a token: for its slot k, or, from K on, for shared expert k - K.
+struct Copy {
+  int source;
+  std::int64_t token, k;
+  friend bool operator==(const Copy&, const Copy&) = default;
+};
+
+/// The copies that each local expert of `rank` gets, in order.
+inline std::vector<std::vector<Copy>> copies_for(const Batch& batch, int rank) {
+  std::vector<std::vector<Copy>> copies;
+  const bool is_shared = rank < batch.shared_ranks;
+  const std::int64_t local = is_shared ? 1 : batch.experts / (batch.ranks - batch.shared_ranks);
+  for (std::int64_t e = 0; e < local; ++e) {
+    std::vector<Copy>& of_expert = copies.emplace_back();
+    for (int source = 0; source < batch.ranks; ++source) {
+      const std::vector<std::int32_t> ids = batch.ids(source);
+      for (std::int64_t t = 0; t < batch.active[static_cast<std::size_t>(source)]; ++t) {
+        if (is_shared) {
+          const std::int64_t group = batch.shared_ranks / batch.shared;
+          if (source % group == rank % group) of_expert.push_back({source, t, batch.topk + rank / group});
+          continue;
+        }
+        for (std::int64_t k = 0; k < batch.topk; ++k) {
+          if (ids[static_cast<std::size_t>(t * batch.topk + k)] == (rank - batch.shared_ranks) * local + e)
+            of_expert.push_back({source, t, k});
+        }
+      }
+    }
+  }
+  return copies;
+}
+
+}  // namespace expar::test
