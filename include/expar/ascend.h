@@ -1,8 +1,10 @@
 // The operators of torch_npu for expert parallelism, on any machine. docs/ascend.md says what differs on purpose.
 #pragma once
 
-#include <expar/ascend/distribute.h>   // dispatch and combine, each in two phases
-#include <expar/ascend/domain.h>       // who holds which expert, and the sizes that follow
-#include <expar/ascend/gating.h>       // from logits to experts
-#include <expar/ascend/permutation.h>  // rows from token order to expert order and back
-#include <expar/ascend/placement.h>    // from experts to the instances of them
+#include <expar/ascend/activation.h>    // gated activations, plain and between int8 products
+#include <expar/ascend/distribute.h>    // dispatch and combine, each in two phases
+#include <expar/ascend/domain.h>        // who holds which expert, and the sizes that follow
+#include <expar/ascend/gating.h>        // from logits to experts
+#include <expar/ascend/init_routing.h>  // from tokens and their experts to rows
+#include <expar/ascend/permutation.h>   // rows from token order to expert order and back
+#include <expar/ascend/placement.h>     // from experts to the instances of them

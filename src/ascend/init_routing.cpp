@@ -104,7 +104,7 @@ class Routed {
     if (mode == 0) {
       require("scale", scale, DType::f32, {1});
       require("offset", offset, DType::f32, {1});
-      quantisation_ = {QuantMode::static_scale, DType::int8, offset.as<float>()[0]};
+      quantisation_ = {QuantMode::static_scale, DType::int8, {offset.as<float>(), 1}};
     }
     if (mode == 1) {
       quantisation_ = {QuantMode::per_token, DType::int8};

@@ -50,11 +50,11 @@ class Piece {
     } else {
       widen(row.as<f16>() + first);
     }
-    if (smooth.size() == 1) {
-      for (std::int64_t i = 0; i < count_; ++i) values_[at(i)] *= smooth[0];
-    } else if (!smooth.empty()) {
-      for (std::int64_t i = 0; i < count_; ++i) values_[at(i)] *= smooth[at(first + i)];
-    }
+    apply(smooth, first, [](float value, float factor) { return value * factor; });
+  }
+
+  void add(std::span<const float> offset, std::int64_t first) {
+    apply(offset, first, [](float value, float term) { return value + term; });
   }
 
   std::int64_t count() const { return count_; }
@@ -64,6 +64,16 @@ class Piece {
   template <class T>
   void widen(const T* from) {
     for (std::int64_t i = 0; i < count_; ++i) values_[at(i)] = static_cast<float>(from[i]);
+  }
+
+  /// By one number for all values, by one for each, or by none.
+  template <class Operation>
+  void apply(std::span<const float> numbers, std::int64_t first, const Operation& operation) {
+    if (numbers.size() == 1) {
+      for (std::int64_t i = 0; i < count_; ++i) values_[at(i)] = operation(values_[at(i)], numbers[0]);
+    } else if (!numbers.empty()) {
+      for (std::int64_t i = 0; i < count_; ++i) values_[at(i)] = operation(values_[at(i)], numbers[at(first + i)]);
+    }
   }
 
   std::int64_t count_;
@@ -96,11 +106,11 @@ std::int32_t nearest(float value) {
   return static_cast<std::int32_t>(std::bit_cast<std::uint32_t>(value + 0x1.8p23F)) - 0x4b400000;
 }
 
-/// values[i] * factor + offset as `range` has it; NaN becomes 0.
-void narrow(const float* values, std::int64_t count, float factor, float offset, const Range& range, std::byte* out) {
+/// values[i] * factor as `range` has it; NaN becomes 0.
+void narrow(const float* values, std::int64_t count, float factor, const Range& range, std::byte* out) {
   const float least = range.dtype == DType::int8 ? -128.0F : -range.largest;
   const auto clamped = [&](std::int64_t i) {
-    const float value = values[i] * factor + offset;
+    const float value = values[i] * factor;
     return value < least ? least : value > range.largest ? range.largest : std::isnan(value) ? 0.0F : value;
   };
   if (range.dtype == DType::int8) {
@@ -117,7 +127,7 @@ void scale_down(const float* values, std::int64_t count, float inverse, const Ra
   if (inverse == 0) {
     std::memset(out, 0, at(count));
   } else {
-    narrow(values, count, inverse, 0, range, out);
+    narrow(values, count, inverse, range, out);
   }
 }
 
@@ -237,9 +247,11 @@ void quantise_row(const Quantisation& quantisation, ConstTensor row, Smooth smoo
     case QuantMode::none:
       break;
     case QuantMode::static_scale:
-      for_groups(row, smooth, kPiece, values, [&](std::int64_t, const float* v, std::int64_t count, std::byte* out) {
-        narrow(v, count, 1, quantisation.offset, range, out);
-      });
+      for (std::int64_t first = 0; first < row.elements(); first += kPiece) {
+        Piece piece(row, smooth, first);
+        piece.add(quantisation.offset, first);
+        narrow(piece.values(), piece.count(), 1, range, values + first);
+      }
       break;
     case QuantMode::per_token:
       by_row(range, row, smooth, values, scales);

@@ -20,8 +20,8 @@ enum class QuantMode : std::uint8_t { none = 0, static_scale = 1, per_token = 2,
 
 struct Quantisation {
   QuantMode mode = QuantMode::none;
-  DType dtype = DType::int8;  // of the values; with mode none that of the rows
-  float offset = 0;           // of static_scale
+  DType dtype = DType::int8;           // of the values; with mode none that of the rows
+  std::span<const float> offset = {};  // of static_scale: of each value, or one for all, or empty for 0
 };
 
 /// The quantisation of rows of `x`. Without y_dtype int8, for per_group and mx fp8_e4m3.

@@ -175,9 +175,13 @@ TEST(AscendQuantise, multiplies_by_the_callers_scale_in_static_mode) {
   EXPECT_EQ(each.q(0), 10);
   EXPECT_EQ(each.q(1), 40);
   EXPECT_EQ(each.q(2), 90);
-  const Row moved({QuantMode::static_scale, DType::int8, -3}, {1, 2, 3}, {10});
+  const std::vector<float> offset{-3}, offsets{1, 2, 3};
+  const Row moved({QuantMode::static_scale, DType::int8, offset}, {1, 2, 3}, {10});
   EXPECT_EQ(moved.q(0), 7);
   EXPECT_EQ(moved.q(2), 27);
+  const Row each_moved({QuantMode::static_scale, DType::int8, offsets}, {1, 2, 3}, {10});
+  EXPECT_EQ(each_moved.q(0), 11);
+  EXPECT_EQ(each_moved.q(2), 33);
   const Row fp8({QuantMode::static_scale, DType::fp8_e5m2}, {1e9F, -3, kInfinity}, {2});
   EXPECT_EQ(fp8.q(0), 57344);
   EXPECT_EQ(fp8.q(1), -6);
