@@ -6,5 +6,6 @@
 #include <expar/ascend/domain.h>        // who holds which expert, and the sizes that follow
 #include <expar/ascend/gating.h>        // from logits to experts
 #include <expar/ascend/init_routing.h>  // from tokens and their experts to rows
+#include <expar/ascend/matmul.h>        // products of groups of rows with the matrix of each
 #include <expar/ascend/permutation.h>   // rows from token order to expert order and back
 #include <expar/ascend/placement.h>     // from experts to the instances of them

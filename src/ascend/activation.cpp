@@ -35,13 +35,6 @@ struct Cut {
   Shape halved;
 };
 
-/// The same numbers in another dtype.
-Array converted(const ConstTensor& x, DType dtype) {
-  Array out(dtype, x.shape());
-  for (std::int64_t i = 0; i < x.elements(); ++i) set_number(out, i, number(x, i));
-  return out;
-}
-
 /// The first `rows` rows of 2 `inner` elements, gate then up; the others are zeros. The kernels have no f16.
 Array activated(const Context& context, const ActivationNumbers& numbers, const ConstTensor& x, std::int64_t rows,
                 std::int64_t inner, const Shape& shape) {

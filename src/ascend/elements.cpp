@@ -8,6 +8,12 @@ std::string of(std::int64_t index) { return std::to_string(index); }
 
 }  // namespace
 
+Array converted(const ConstTensor& tensor, DType dtype) {
+  Array out(dtype, tensor.shape());
+  for (std::int64_t i = 0; i < tensor.elements(); ++i) set_number(out, i, number(tensor, i));
+  return out;
+}
+
 void require_range(const std::string& what, std::int64_t value, std::int64_t least, std::int64_t most) {
   if (value >= least && value <= most) return;
   refuse(what + " is " + of(value) + ", should be from " + of(least) + " to " + of(most));

@@ -40,6 +40,9 @@ inline void set_number(const Tensor& tensor, std::int64_t i, float value) {
   }
 }
 
+/// The same numbers in another dtype, each rounded to nearest even.
+Array converted(const ConstTensor& tensor, DType dtype);
+
 /// "world_size is 1, should be from 2 to 384"
 void require_range(const std::string& what, std::int64_t value, std::int64_t least, std::int64_t most);
 /// The same of an element, "row_idx[3] is 9, ...", and of one of a matrix, "expert_ids[3,1] is 9, ...".

@@ -23,12 +23,6 @@ void check_logits(const ConstTensor& x) {
   require_range("E of x", x.size(1), 1, std::numeric_limits<std::int32_t>::max());
 }
 
-Array widened(const ConstTensor& x) {
-  Array wide(DType::f32, x.shape());
-  for (std::int64_t i = 0; i < x.elements(); ++i) wide.as<float>()[i] = number(x, i);
-  return wide;
-}
-
 void check(const ConstTensor& x, std::int64_t k, const GatingOptions& options) {
   check_logits(x);
   const std::int64_t tokens = x.size(0), experts = x.size(1);
@@ -135,7 +129,7 @@ SoftmaxGating moe_gating_top_k_softmax(const Context& context, ConstTensor x, Co
   require_range("k", k, 1, experts);
   if (!finished.absent()) require("finished", finished, DType::int8, {tokens});
   require_range("N k of row_idx", tokens * k, 0, std::numeric_limits<std::int32_t>::max());
-  const Array logits = widened(x), scores(DType::f32, x.shape()), sums(DType::f32, {tokens}),
+  const Array logits = converted(x, DType::f32), scores(DType::f32, x.shape()), sums(DType::f32, {tokens}),
               top(DType::f32, {tokens, k});
   SoftmaxGating gating{Array(x.dtype(), {tokens, k}), Array(DType::int32, {tokens, k}),
                        Array(DType::int32, {tokens, k})};
@@ -171,7 +165,7 @@ Gating moe_gating_top_k(const Context& context, ConstTensor x, std::int64_t k, c
          .score = options.norm_type == 1 ? Score::sigmoid : Score::softmax,
          .renormalise = false,
          .nan = NanPolicy::propagate},
-        widened(x), routing);
+        converted(x, DType::f32), routing);
   const float* const scores = routing.scores.as<float>();
   for_ranges(context.pool(), tokens, kGrain, [&](std::int64_t begin, std::int64_t end) {
     Choice choice(options, experts, k);
