@@ -3,61 +3,70 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 
+#include "src/ascend/elements.h"
+#include "src/ascend/limits.h"
 #include "src/ascend/quantise.h"
-#include "src/ascend/ranges.h"
-#include "src/util/check.h"
 
 namespace expar::ascend {
 namespace {
 
+constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+
 std::int64_t align(std::int64_t bytes, std::int64_t to) { return (bytes + to - 1) / to * to; }
+
+void require_multiple(const std::string& what, std::int64_t value, const std::string& of, std::int64_t divisor) {
+  if (divisor != 0 ? value % divisor == 0 : value == 0) return;
+  refuse(what + " is " + std::to_string(value) + ", should be a multiple of " + of + ", " + std::to_string(divisor));
+}
+
+constexpr std::string_view kNoChoice[] = {""};
+constexpr std::string_view kWays[] = {"", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"};
+
+void check_values(const Domain& d, const Limits& limits) {
+  require_range("ep_world_size", d.ep_world_size, 2, limits.ranks);
+  require_range("ep_rank_id", d.ep_rank_id, 0, d.ep_world_size - 1);
+  require_range("moe_expert_num", d.moe_expert_num, 1, limits.experts);
+  require_range("expert_shard_type", d.expert_shard_type, 0, 0);
+  require_range("shared_expert_num", d.shared_expert_num, 0, 4);
+  require_range("shared_expert_rank_num", d.shared_expert_rank_num, 0,
+                limits.shared_halves ? d.ep_world_size / 2 : d.ep_world_size - 1);
+  require_multiple("shared_expert_rank_num", d.shared_expert_rank_num, "shared_expert_num", d.shared_expert_num);
+  require_multiple("moe_expert_num", d.moe_expert_num, "ep_world_size - shared_expert_rank_num",
+                   d.ep_world_size - d.shared_expert_rank_num);
+  require_range("global_bs", d.global_bs, 0, kMost);
+  require_multiple("global_bs", d.global_bs, "ep_world_size", d.ep_world_size);
+  require_range("comm_type", d.comm_type, 0, 0);
+  if (std::find(limits.comm_algs.begin(), limits.comm_algs.end(), d.comm_alg) == limits.comm_algs.end()) {
+    std::string known;
+    for (const std::string_view one : limits.comm_algs)
+      known += (known.empty() ? "\"" : ", \"") + std::string(one) + '"';
+    refuse("comm_alg is \"" + std::string(d.comm_alg) + "\", should be one of " + known);
+  }
+}
 
 }  // namespace
 
-void check_range(std::string_view parameter, std::int64_t value, std::int64_t least, std::int64_t most) {
-  if (value >= least && value <= most) return;
-  refuse(std::string(parameter) + " = " + std::to_string(value) + " is not in [" + std::to_string(least) + ", " +
-         std::to_string(most) + "]");
-}
+const Limits kTwoPhases = {384, 512, true, kNoChoice};
+const Limits kOnePhase = {768, 1024, false, kWays};
 
-void check_multiple(std::string_view parameter, std::int64_t value, std::string_view of, std::int64_t divisor) {
-  if (divisor != 0 ? value % divisor == 0 : value == 0) return;
-  refuse(std::string(parameter) + " = " + std::to_string(value) + " is no multiple of " + std::string(of) + " = " +
-         std::to_string(divisor));
-}
+void Domain::check() const { check_values(*this, kTwoPhases); }
 
-void Domain::check() const {
-  check_range("ep_world_size", ep_world_size, 2, 384);
-  check_range("ep_rank_id", ep_rank_id, 0, ep_world_size - 1);
-  check_range("moe_expert_num", moe_expert_num, 1, 512);
-  check_range("expert_shard_type", expert_shard_type, 0, 0);
-  check_range("shared_expert_num", shared_expert_num, 0, 4);
-  check_range("shared_expert_rank_num", shared_expert_rank_num, 0, ep_world_size / 2);
-  check_multiple("shared_expert_rank_num", shared_expert_rank_num, "shared_expert_num", shared_expert_num);
-  check_multiple("moe_expert_num", moe_expert_num, "ep_world_size - shared_expert_rank_num",
-                 ep_world_size - shared_expert_rank_num);
-  check_range("global_bs", global_bs, 0, std::numeric_limits<std::int32_t>::max());
-  check_multiple("global_bs", global_bs, "ep_world_size", ep_world_size);
-  check_range("comm_type", comm_type, 0, 0);
-  if (!comm_alg.empty()) refuse("comm_alg = \"" + std::string(comm_alg) + "\" is not the empty string");
-}
-
-void check_domain(const Context& group_ep, const Domain& domain) {
-  domain.check();
+void check_domain(const Context& group_ep, const Domain& domain, const Limits& limits) {
+  check_values(domain, limits);
   if (domain.ep_world_size != group_ep.size())
-    refuse("ep_world_size = " + std::to_string(domain.ep_world_size) + ", but group_ep has " +
+    refuse("ep_world_size is " + std::to_string(domain.ep_world_size) + ", but group_ep has " +
            std::to_string(group_ep.size()) + " ranks");
   if (domain.ep_rank_id != group_ep.rank())
-    refuse("ep_rank_id = " + std::to_string(domain.ep_rank_id) + ", but this is rank " +
+    refuse("ep_rank_id is " + std::to_string(domain.ep_rank_id) + ", but this is rank " +
            std::to_string(group_ep.rank()) + " of group_ep");
 }
 
 std::int64_t check_rows(const Domain& domain, ConstTensor expand_x, ConstTensor expert_ids) {
   if (expand_x.shape().rank() != 2) refuse("expand_x is " + shown(expand_x) + ", should be [A, H]");
-  check_range("A, the rows of expand_x,", expand_x.size(0),
-              expand_rows(domain, domain.ep_rank_id, expert_ids.size(0), expert_ids.size(1)),
-              std::numeric_limits<std::int32_t>::max());
+  require_range("A, the rows of expand_x,", expand_x.size(0),
+                expand_rows(domain, domain.ep_rank_id, expert_ids.size(0), expert_ids.size(1)), kMost);
   return expand_x.size(0);
 }
 
@@ -85,7 +94,7 @@ std::int64_t hccl_buffer_bytes(const Domain& domain, std::int64_t bs, std::int64
 
 void check_hccl_buffer(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k, std::int64_t megabytes) {
   const std::int64_t needed = hccl_buffer_bytes(domain, bs, h, k), megabyte = std::int64_t{1} << 20;
-  check_range("HCCL_BUFFSIZE", megabytes, (needed + megabyte - 1) / megabyte, std::numeric_limits<std::int32_t>::max());
+  require_range("HCCL_BUFFSIZE", megabytes, (needed + megabyte - 1) / megabyte, kMost);
 }
 
 }  // namespace expar::ascend

@@ -16,7 +16,8 @@ Array converted(const ConstTensor& tensor, DType dtype) {
 
 void require_range(const std::string& what, std::int64_t value, std::int64_t least, std::int64_t most) {
   if (value >= least && value <= most) return;
-  refuse(what + " is " + of(value) + ", should be from " + of(least) + " to " + of(most));
+  refuse(what + " is " + of(value) + ", should be " +
+         (least == most ? of(most) : "from " + of(least) + " to " + of(most)));
 }
 
 void require_range(const char* what, std::int64_t i, std::int64_t value, std::int64_t least, std::int64_t most) {

@@ -214,11 +214,11 @@ TEST_P(Distribute, tells_every_rank_what_one_of_them_did_wrong) {
       if (context.rank() == 1) value = other;
     };
     on_rank_1(wrong.moe_expert_num, 513);
-    expect(wrong, rank.ids, "moe_expert_num = 513 is not in [1, 512]");
+    expect(wrong, rank.ids, "moe_expert_num is 513, should be from 1 to 512");
     on_rank_1(wrong.comm_type, 1);
-    expect(wrong, rank.ids, "comm_type = 1 is not in [0, 0]");
+    expect(wrong, rank.ids, "comm_type is 1, should be 0");
     on_rank_1(wrong.ep_rank_id, 0);
-    expect(wrong, rank.ids, "ep_rank_id = 0, but this is rank 1 of group_ep");
+    expect(wrong, rank.ids, "ep_rank_id is 0, but this is rank 1 of group_ep");
     std::vector<std::int32_t> ids = rank.ids;
     if (context.rank() == 1) ids[3] = ids[2];
     expect(rank.domain, ids, "expert_ids[1] has expert " + std::to_string(batch.ids(1)[2]) + " twice");
@@ -248,10 +248,10 @@ TEST_P(Distribute, refuses_a_combine_of_another_dispatch) {
     };
     std::int32_t& ordinal = rank.expand_idx.as<std::int32_t>()[2];
     ordinal = 1;
-    expect("expand_idx[2] = 1, of these expert_ids 2");
+    expect("expand_idx[2] is 1, of these expert_ids 2");
     ordinal = 2;
     rank.mask.as<std::int8_t>()[2] = 0;
-    expect("expand_idx[2] = 2, of these expert_ids 0");
+    expect("expand_idx[2] is 2, of these expert_ids 0");
     rank.mask.as<std::int8_t>()[2] = 1;
     std::int32_t& prefix = rank.info.as<std::int32_t>()[0];
     if (context.rank() == 0) prefix = 2;  // of 3, 3 more, ...
@@ -261,7 +261,7 @@ TEST_P(Distribute, refuses_a_combine_of_another_dispatch) {
       rank.combine_teardown(rank.combine_setup());
     }
     const std::int32_t kept = std::exchange(prefix, 1 << 20);
-    expect("assist_info_for_combine[0] = 1048576 is not from 0 to the");
+    expect("assist_info_for_combine[0] is 1048576, should be from 0 to ");
     prefix = kept == 2 ? 3 : kept;
     const Error twice = error_of([&] { rank.combine_teardown({}); });
     require(twice.message() == "comm_cmd_info holds nothing: its setup was not called, or its teardown has been",
