@@ -191,7 +191,7 @@ TEST(AscendPlacement, refuses_what_the_page_does_not_allow) {
   EXPECT_EQ(refusal({beyond.data(), {2, 2}}, good.view), "expert_ids[0,1] is 3, should be from 0 to 2");
   const Ids none{0, 1}, more{3, 0, 1}, negative{1, -1}, high{1, 1024}, twice{2, 5, 5}, shared{1, 5, 1, 5};
   const Ids zero{0};
-  EXPECT_EQ(refusal(column(zero), {none.data(), {1, 2}}), "eplb_table[0,0] is 0, should be from 1 to 1");
+  EXPECT_EQ(refusal(column(zero), {none.data(), {1, 2}}), "eplb_table[0,0] is 0, should be 1");
   EXPECT_EQ(refusal(column(zero), {more.data(), {1, 3}}), "eplb_table[0,0] is 3, should be from 1 to 2");
   EXPECT_EQ(refusal(column(zero), {negative.data(), {1, 2}}), "eplb_table[0,1] is -1, should be from 0 to 1023");
   EXPECT_EQ(refusal(column(zero), {high.data(), {1, 2}}), "eplb_table[0,1] is 1024, should be from 0 to 1023");
