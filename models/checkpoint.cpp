@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <expar/collectives.h>
+#include <expar/operation.h>
 
 #include "io/safetensors.h"
 #include "models/description.h"

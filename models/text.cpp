@@ -8,6 +8,7 @@
 #include <memory>
 
 #include <expar/collectives.h>
+#include <expar/operation.h>
 
 namespace expar {
 namespace {

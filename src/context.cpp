@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include <expar/operation.h>
 #include <expar/registry.h>
 
 #include "src/util/store_choice.h"

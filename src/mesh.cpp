@@ -5,6 +5,8 @@
 #include <charconv>
 #include <utility>
 
+#include <expar/operation.h>
+
 #include "src/util/check.h"
 
 namespace expar {

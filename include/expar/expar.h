@@ -12,6 +12,7 @@
 #include <expar/layer.h>         // MoeLayer: route, plan, dispatch, experts, combine in one object
 #include <expar/mesh.h>          // Mesh: ranks in a grid, and the groups along its dims
 #include <expar/norm.h>          // RMSNorm
+#include <expar/operation.h>     // Operation: the protocol, for authors of collectives
 #include <expar/optimizer.h>     // AdamW
 #include <expar/parallel.h>      // Parallel: which ranks of a mesh share tokens, experts, slices
 #include <expar/partition.h>     // all ranks have the same tokens, each a slice of the hidden size

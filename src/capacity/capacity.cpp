@@ -6,6 +6,8 @@
 #include <limits>
 #include <string>
 
+#include <expar/operation.h>
+
 #include "src/capacity/exchange.h"
 #include "src/capacity/policies.h"
 #include "src/util/check.h"

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <expar/context.h>
+#include <expar/operation.h>
 
 namespace expar {
 

@@ -1,5 +1,5 @@
 // Operation: one collective on this rank, from taking its number to touching no peer any more.
-#include <expar/communicator.h>
+#include <expar/operation.h>
 
 #include <algorithm>
 #include <bit>
@@ -72,8 +72,9 @@ std::string Signature::str() const {
 Operation::Operation(const Communicator& communicator, const Signature& signature)
     : communicator_(communicator),
       signature_(signature),
-      lines_(communicator.memory().get()),
-      words_(communicator.memory().get()),
+      lines_(communicator_.state_->group->members.size(), communicator.memory().get()),
+      words_(lines_.size(), communicator.memory().get()),
+      missing_(communicator.size()),
       unwinding_(std::uncaught_exceptions()) {
   auto& state = *communicator_.state_;
   const Group& group = *state.group;
@@ -86,11 +87,8 @@ Operation::Operation(const Communicator& communicator, const Signature& signatur
   }
   sequence_ = state.next++;
   ready_line_ = state.ready_line(sequence_);
-  done_line_ = state.done_line(sequence_);
+  given_line_ = state.given_line(sequence_);
   state.open |= state.open_bit(sequence_);
-  lines_.resize(group.members.size());
-  words_.resize(group.members.size());
-  missing_ = group.size();
 
   // The lines of this operation were those of the one `slots` before it: nobody may still read them.
   if (sequence_ < state.reusable + group.slots()) return;
@@ -115,6 +113,13 @@ Operation::~Operation() {
 Operation::Words Operation::show(Block& block, std::uint64_t first, std::uint64_t second) const {
   block.last_use_ = std::max(block.last_use_, sequence_);
   return {block.ref().segment, block.ref().offset, block.size(), first, second};
+}
+
+Block Operation::room(std::size_t bytes) const {
+  if (bytes == 0) return {};
+  Block block = communicator_.allocate(bytes);
+  block.last_use_ = sequence_;
+  return block;
 }
 
 std::uint64_t Operation::number() const {
@@ -194,25 +199,25 @@ void Operation::check_agreement() {
 void Operation::throw_mismatch(int other) {
   // Every rank has seen the same lines and comes here; the descriptions travel only now that they are needed.
   const Group& group = *communicator_.state_->group;
-  group.publish(done_line_, Line{.sequence = sequence_}, signature_.str());
-  await_done(0, "to say what it is doing");
-  await_done(other, "to say what it is doing");
+  group.publish(given_line_, Line{.sequence = sequence_}, signature_.str());
+  await_given(0, "to say what it is doing");
+  await_given(other, "to say what it is doing");
   const auto runs = [&](int rank) {
-    return "rank " + std::to_string(group.job_rank(rank)) + " runs " + group.text(rank, done_line_);
+    return "rank " + std::to_string(group.job_rank(rank)) + " runs " + group.text(rank, given_line_);
   };
   const std::string message = "ranks disagree: " + runs(0) + ", " + runs(other);
   complete();
   communicator_.throw_alike(Error(ErrorCode::mismatch, message, {.rank = other, .peer = 0}));
 }
 
-void Operation::done() { communicator_.state_->group->publish(done_line_, Line{.sequence = sequence_}); }
+void Operation::gave_all() { communicator_.state_->group->publish(given_line_, Line{.sequence = sequence_}); }
 
-bool Operation::is_done(int peer) const {
-  return communicator_.state_->group->peek(peer, done_line_).sequence == sequence_;
+bool Operation::has_given(int peer) const {
+  return communicator_.state_->group->peek(peer, given_line_).sequence == sequence_;
 }
 
-void Operation::await_done(int peer, std::string_view what) {
-  communicator_.wait([&] { return is_done(peer); }, waiting(peer, what));
+void Operation::await_given(int peer, std::string_view what) {
+  communicator_.wait([&] { return has_given(peer); }, waiting(peer, what));
 }
 
 void Operation::complete() {

@@ -6,7 +6,7 @@
 #include <memory_resource>
 #include <vector>
 
-#include <expar/communicator.h>
+#include <expar/operation.h>
 
 #include "src/communicator/arena.h"
 #include "src/communicator/group.h"
@@ -30,7 +30,7 @@ struct Communicator::State {
   ~State();
 
   int ready_line(std::uint64_t sequence) const { return static_cast<int>(1 + 2 * (sequence % group->slots())); }
-  int done_line(std::uint64_t sequence) const { return ready_line(sequence) + 1; }
+  int given_line(std::uint64_t sequence) const { return ready_line(sequence) + 1; }
   std::uint64_t open_bit(std::uint64_t sequence) const { return std::uint64_t{1} << (sequence % group->slots()); }
 
   std::shared_ptr<RankState> rank;

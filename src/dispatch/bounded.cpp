@@ -8,12 +8,6 @@
 #include "src/util/kept.h"
 
 namespace expar {
-namespace {
-
-std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-}  // namespace
-
 BoundedRows::BoundedRows(const Shipment& shipment) : Carrier(shipment), tokens_(context.memory().get()) {
   tags_at_ = whole_lines(at(plan.experts() + context.size()) * sizeof(std::int32_t));
   rows_at_ = tags_at_ + whole_lines(at(plan.data().bound * plan.topk()) * sizeof(SlotTag));

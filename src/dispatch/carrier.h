@@ -2,6 +2,7 @@
 #pragma once
 
 #include <expar/dispatch.h>
+#include <expar/operation.h>
 
 #include "src/dispatch/inbox_data.h"
 #include "src/dispatch/row_payload.h"

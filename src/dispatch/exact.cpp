@@ -16,9 +16,9 @@ void ExactRows::send() {
   const auto mapped = [&](int peer) { return operation.communicator().mapped(peer); };
   std::size_t staged = 0;
   for (int peer = 0; peer < context.size(); ++peer) {
-    if (!mapped(peer)) staged += plan.sends(peer).size() * payload.row_bytes();
+    if (!mapped(peer)) staged += staged_bytes(peer);
   }
-  staging_.resize(staged);
+  staging_ = operation.room(staged);
   std::byte* stage = staging_.data();
   // The nearest rank above comes first, so that ranks do not all write to the same one.
   for (int step = 1; step < context.size(); ++step) {
@@ -26,10 +26,11 @@ void ExactRows::send() {
     if (mapped(peer)) {
       write_to(peer);
     } else {
-      stage += post(peer, stage);
+      post(peer, stage);
+      stage += staged_bytes(peer);
     }
   }
-  operation.done();
+  operation.gave_all();
   transfers_.start(operation);
 }
 
@@ -54,28 +55,33 @@ void ExactRows::write_to(int peer) {
   write_tags(plan, peer, tokens, weights, reinterpret_cast<SlotTag*>(block.data() + tags_at + first * tag_bytes));
 }
 
-/// Collects the transfers to and from a rank that is not mapped; returns the bytes used of `stage`.
-std::size_t ExactRows::post(int peer, std::byte* stage) {
+/// Of the rows and tags for `peer`.
+std::size_t ExactRows::staged_bytes(int peer) const {
+  const std::size_t tokens = plan.sends(peer).size();
+  return whole_lines(tokens * payload.row_bytes()) + whole_lines(tokens * tag_bytes);
+}
+
+/// Collects the transfers to and from a rank that is not mapped.
+void ExactRows::post(int peer, std::byte* stage) {
   const auto tokens = plan.sends(peer);
   const std::size_t bytes = tokens.size() * payload.row_bytes();
   payload.write(stage, x, tokens, Store::cached);
   transfers_.send(peer, stage, bytes);
   if (tag_bytes > 0) {
-    auto& tags = staged_tags_.emplace_back(tokens.size() * at(plan.topk()));
-    write_tags(plan, peer, tokens, weights, tags.data());
-    transfers_.send(peer, reinterpret_cast<const std::byte*>(tags.data()), tokens.size() * tag_bytes);
+    std::byte* const tags = stage + whole_lines(bytes);
+    write_tags(plan, peer, tokens, weights, reinterpret_cast<SlotTag*>(tags));
+    transfers_.send(peer, tags, tokens.size() * tag_bytes);
   }
   const std::int64_t first = plan.sources()[at(peer)];
   const std::size_t count = at(plan.sources()[at(peer + 1)] - first);
   transfers_.receive(peer, room.row(first), count * payload.row_bytes());
   transfers_.receive(peer, reinterpret_cast<std::byte*>(room.tags(first)), count * tag_bytes);
-  return bytes;
 }
 
 void ExactRows::receive() {
   for (int peer = 0; peer < context.size(); ++peer) {
     const bool expected = plan.sources()[at(peer + 1)] > plan.sources()[at(peer)];
-    if (expected && operation.communicator().mapped(peer)) operation.await_done(peer, "its rows");
+    if (expected && operation.communicator().mapped(peer)) operation.await_given(peer, "its rows");
   }
   transfers_.finish(operation, "its rows");
 }

@@ -1,8 +1,6 @@
 // Rows of an exact plan: each rank writes them straight into the inboxes of the others, whose places it knows.
 #pragma once
 
-#include <vector>
-
 #include "src/dispatch/carrier.h"
 #include "src/util/shown.h"
 
@@ -17,11 +15,11 @@ class ExactRows final : public Carrier {
 
  private:
   void write_to(int peer);
-  std::size_t post(int peer, std::byte* stage);
+  std::size_t staged_bytes(int peer) const;
+  void post(int peer, std::byte* stage);
 
   // For ranks that are not mapped.
-  std::vector<std::byte> staging_;
-  std::vector<std::vector<SlotTag>> staged_tags_;
+  Block staging_;
   Transfers transfers_;
 };
 

@@ -9,6 +9,7 @@
 #include "src/dispatch/lists.h"
 #include "src/dispatch/row_order.h"
 #include "src/util/check.h"
+#include "src/util/shown.h"
 
 namespace expar {
 
@@ -19,7 +20,7 @@ class Room {
   Room(const Communicator& communicator, std::int64_t rows, std::size_t row_bytes, std::size_t tag_bytes)
       : row_bytes_(row_bytes),
         tag_bytes_(tag_bytes),
-        tags_at_((at(rows) * row_bytes + 63) / 64 * 64),
+        tags_at_(whole_lines(at(rows) * row_bytes)),
         block_(communicator.allocate(tags_at_ + at(rows) * tag_bytes)) {}
 
   Block& block() { return block_; }

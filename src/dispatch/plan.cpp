@@ -6,6 +6,8 @@
 #include <optional>
 #include <string>
 
+#include <expar/operation.h>
+
 #include "src/dispatch/plan_data.h"
 #include "src/util/check.h"
 #include "src/util/kept.h"

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include <expar/operation.h>
 #include <expar/plan.h>
 
 #include "src/util/check.h"

@@ -63,8 +63,8 @@ void Results::exchange() {
     sent += count(plan_, peer, plan_.local()) * parts_.of[at(peer)].bytes;
     received += count(plan_, self, plan_.held_by(peer)) * part_bytes;
   }
-  staging_.resize(sent);
-  received_.resize(received);
+  staging_ = operation_.room(sent);
+  received_ = operation_.room(received);
 
   std::byte* staged = staging_.data();
   std::byte* arrival = received_.data();

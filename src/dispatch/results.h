@@ -38,7 +38,7 @@ class Results {
   RowParts parts_;
   std::pmr::vector<const void*> slots_;
   std::pmr::vector<const std::byte*> arrived_;  // [E] where this rank's rows of an expert of an unmapped rank arrive
-  std::vector<std::byte> staging_, received_;
+  Block staging_, received_;
   Transfers transfers_;
 };
 

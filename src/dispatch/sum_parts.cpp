@@ -72,10 +72,10 @@ void sum_parts(const Context& context, const Plan& plan, std::int64_t width, DTy
   // The sums take the place of this rank's own part of them, which nobody else reads.
   const Part rows = part_of(tokens, self, ranks);
   add(context, plan, parts, rows, options, part.rows(rows.begin, rows.end - rows.begin));
-  operation.done();
+  operation.gave_all();
 
   Reading sums(operation, block, of, own);
-  for (int rank = 0; rank < ranks; ++rank) operation.await_done(rank, "its sums");
+  for (int rank = 0; rank < ranks; ++rank) operation.await_given(rank, "its sums");
   sums.finish();
   for (int rank = 0; rank < ranks; ++rank) {
     const auto summed = sums.from(rank);

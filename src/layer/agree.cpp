@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <expar/collectives.h>
+#include <expar/operation.h>
 
 namespace expar {
 namespace {

@@ -5,6 +5,8 @@
 #include <optional>
 #include <string>
 
+#include <expar/operation.h>
+
 #include "src/layer/agree.h"
 #include "src/util/attempt.h"
 #include "src/util/check.h"

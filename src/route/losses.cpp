@@ -3,6 +3,7 @@
 #include <vector>
 
 #include <expar/collectives.h>
+#include <expar/operation.h>
 #include <expar/router.h>
 
 #include "src/route/check.h"

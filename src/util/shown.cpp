@@ -5,12 +5,6 @@
 #include <string>
 
 namespace expar {
-namespace {
-
-std::size_t padded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-}  // namespace
-
 Operation::Words show_copy(const Operation& operation, Block& block, std::span<const std::byte> bytes,
                            std::uint64_t first, std::uint64_t second) {
   block = operation.communicator().allocate(bytes.size());
@@ -80,18 +74,18 @@ Reading::Reading(const Operation& operation, const Block& mine, FunctionRef<Byte
       }
       part = block.subspan(offset, bytes);
     } else {
-      room += padded(bytes);
+      room += whole_lines(bytes);
     }
   }
 
-  received_.resize(room);
+  received_ = operation.room(room);
   std::byte* to = received_.data();
   for (int peer = 0; peer < communicator.size(); ++peer) {
     if (peer == self || communicator.mapped(peer)) continue;
     const std::size_t bytes = wants(peer).bytes;
     parts_[static_cast<std::size_t>(peer)] = {to, bytes};
     transfers_.receive(peer, to, bytes);
-    to += padded(bytes);
+    to += whole_lines(bytes);
     const auto [offset, given] = gives(peer);
     transfers_.send(peer, mine.data() + offset, given);
   }

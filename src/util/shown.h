@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include <expar/communicator.h>
+#include <expar/operation.h>
 
 namespace expar {
 
@@ -31,7 +31,11 @@ struct ByteRange {
   std::size_t bytes = 0;
 };
 
-/// Transfers with ranks that are not mapped, one ticket for each of them, so that a late one can be named.
+/// A multiple of a cache line, where the next thing can begin.
+inline std::size_t whole_lines(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/// Transfers with ranks that are not mapped, one ticket for each of them, so that a late one can be named. What they
+/// read and write is shown by the operation or is Operation::room, since an exception may leave them under way.
 class Transfers {
  public:
   void send(int peer, const std::byte* data, std::size_t bytes);
@@ -63,7 +67,7 @@ class Reading {
  private:
   const Operation& operation_;
   std::pmr::vector<std::span<const std::byte>> parts_;
-  std::vector<std::byte> received_;
+  Block received_;
   Transfers transfers_;
 };
 

@@ -93,21 +93,26 @@ TEST_P(Dispatch, keeps_inboxes_alive_in_any_number_and_order) {
   });
 }
 
-TEST_P(Dispatch, brings_one_value_per_slot_home) {
+TEST_P(Dispatch, brings_a_row_of_any_width_per_slot_home) {
   run(GetParam(), [](const Context& context) {
     for (const Workload& w : workloads(context.size())) {
       Share share(w, context.rank(), DType::f32);
       const Plan plan =
           make_plan(context, share.id_tensor(w), {.experts = w.experts, .first_experts = w.first_experts});
       const Inbox inbox = dispatch(context, share.x, share.weights, plan);
-      Outbox values = make_outbox(context, plan, 1, DType::f32);
-      for (std::int64_t i = 0; i < plan.received(); ++i)
-        values.rows().as<float>()[i] = inbox.refs()[static_cast<std::size_t>(i)].weight;
-      Array out(DType::f32, Shape{plan.tokens(), w.topk, 1});
-      fetch_slots(context, plan, values, out);
-      for (std::int64_t i = 0; i < plan.tokens() * w.topk; ++i) {
-        const bool routed = share.ids[static_cast<std::size_t>(i)] >= 0;
-        require_equal(out.as<float>()[i], routed ? share.weights.as<float>()[i] : 0.0F, "a fetched value");
+      for (const std::int64_t width : {1, 3}) {
+        Outbox values = make_outbox(context, plan, width, DType::f32);
+        for (std::int64_t i = 0; i < plan.received() * width; ++i) {
+          const float weight = inbox.refs()[static_cast<std::size_t>(i / width)].weight;
+          values.rows().as<float>()[i] = weight + static_cast<float>(i % width);
+        }
+        Array out(DType::f32, Shape{plan.tokens(), w.topk, width});
+        fetch_slots(context, plan, values, out);
+        for (std::int64_t i = 0; i < plan.tokens() * w.topk * width; ++i) {
+          const bool routed = share.ids[static_cast<std::size_t>(i / width)] >= 0;
+          const float sent = share.weights.as<float>()[i / width] + static_cast<float>(i % width);
+          require_equal(out.as<float>()[i], routed ? sent : 0.0F, "a fetched value");
+        }
       }
     }
   });

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <thread>
 
 #include <expar/collectives.h>
@@ -145,6 +146,41 @@ TEST_P(Errors, keeps_the_inbox_of_a_dispatch_that_an_exception_unwound_for_those
     barrier(context);
     const auto written = [](std::byte b) { return b != std::byte{0}; };
     require(std::none_of(next.data(), next.data() + next.size(), written), "a row came where the inbox had been");
+  });
+}
+
+TEST_P(Errors, still_sends_the_rows_of_a_dispatch_that_an_exception_unwound) {
+  constexpr std::int64_t kTokens = 8, kWidth = 100'000;  // more than is under way at a time
+  run(GetParam(), [](const Context& context) {
+    const Communicator& communicator = context.communicator();
+    const int last = context.size() - 1;
+    const std::int64_t tokens = context.rank() == 0 ? kTokens : 0;
+    const std::vector<std::int32_t> ids(kTokens, last);
+    const Plan plan = make_plan(context, ConstTensor(ids.data(), Shape{tokens, 1}), {.experts = context.size()});
+    const std::vector<float> rows(kTokens * kWidth, 1.0F);
+    const ConstTensor x(rows.data(), Shape{tokens, kWidth});
+    std::optional<PendingDispatch> pending = start_dispatch(context, x, {}, plan);
+    barrier(context);  // now all have started it
+    Block other;
+    if (context.rank() == 0) {
+      try {
+        const PendingDispatch unwound = std::move(*pending);
+        int turns = 0;  // in which the rows are posted
+        communicator.wait([&] { return ++turns > 3; },
+                          {.operation = "dispatch", .what = "a few turns", .limit = communicator.timeout()});
+        throw std::runtime_error("the user's own");
+      } catch (const std::runtime_error&) {
+      }
+      other = communicator.allocate(kTokens * kWidth * sizeof(float));
+      std::memset(other.data(), 0xff, other.size());
+    } else {
+      const Inbox inbox = pending->finish();
+      const float* row = inbox.rows().as<float>();
+      const bool whole = std::all_of(row, row + inbox.rows().elements(), [](float value) { return value == 1; });
+      require(context.rank() != last || (whole && inbox.rows().size(0) == kTokens),
+              "rows that came were not those sent");
+    }
+    barrier(context);
   });
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include <expar/collectives.h>
+#include <expar/operation.h>
 #include <expar/plan.h>
 #include <expar/registry.h>
 
