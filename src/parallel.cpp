@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include <expar/operation.h>
+
 namespace expar {
 
 void check_dims(const std::vector<MeshDim>& dims) {
@@ -13,8 +15,11 @@ void check_dims(const std::vector<MeshDim>& dims) {
 }
 
 Parallel::Parallel(const Context& whole, const std::vector<MeshDim>& dims) : Parallel(whole) {
+  meet(all.communicator(), Signature("parallel").with("dims", static_cast<std::int64_t>(dims.size())), [&] {
+    check_dims(dims);
+    return Operation::Words{};
+  });
   if (dims.empty()) return;
-  check_dims(dims);
   const Mesh mesh(all.communicator(), dims);
   const auto along = [&](const std::vector<std::string>& wanted) {
     std::vector<std::string> there;

@@ -30,7 +30,8 @@ struct Parallel {
 
   /// All ranks along ep.
   Parallel(const Context& whole) : all(whole), data(whole), experts(whole) {}  // NOLINT: a job without a mesh
-  /// Collective. Throws Error: bad_argument (a dim of another name), as Mesh.
+  /// No dims: all ranks along ep. Collective. Throws Error: bad_argument (a dim of another name), as Mesh.
+  /// Cost: the meetings of a Mesh and three more.
   Parallel(const Context& whole, const std::vector<MeshDim>& dims);
 
   int replica_count() const { return replicas ? replicas.size() : 1; }

@@ -99,6 +99,15 @@ TEST(Parallel, is_all_experts_without_a_mesh_and_none_with_slices_alone) {
   });
 }
 
+TEST(Parallel, tells_all_ranks_who_names_another_dim) {
+  run({.ranks = 3}, [](const Context& context) {
+    const std::vector<MeshDim> dims{{context.rank() == 1 ? "pp" : "ep", 3}};
+    const Error error = error_of([&] { const Parallel wrong(context, dims); });
+    require_equal(error.rank(), 1, "rank of the error");
+    require_same(error.message(), "the mesh has a dim pp; there are dp, ep and tp");
+  });
+}
+
 TEST(Mesh, is_read_from_a_line) {
   const std::vector<MeshDim> dims = parse_mesh("dp=2,ep=16");
   ASSERT_EQ(dims.size(), 2u);
