@@ -46,7 +46,7 @@ std::unique_ptr<Transport> join_host(const Job& job, bool mapping, std::chrono::
 constexpr TransportRow kTransports[] = {
     {.name = "threads", .of_thread = [](const threads::ThreadsJob& job, int rank) { return job.transport(rank); }},
     {.name = "shm", .missing = shm::missing, .of_process = join_host},
-    {.name = "mpi", .missing = [] { return std::string("this version is without it"); }},
+    {.name = "mpi", .missing = [] { return std::string("no option of this build adds it"); }},
 };
 
 std::vector<Backend> backends() { return {{"cpu", cpu_kernels()}, {"reference", {&reference_kernels()}}}; }
@@ -67,7 +67,7 @@ const TransportRow& find_transport(std::string_view name) {
     if (why.empty()) return row;
   }
   throw Error(ErrorCode::unsupported, "there is no transport \"" + std::string(name) + "\" here: " + why +
-                                          "; there are " + list(available_transports()));
+                                          "; there are " + list(available_transports()) + ": use one of them");
 }
 
 }  // namespace

@@ -28,16 +28,19 @@ struct ContextOptions {
 /// Passed to every call. A cheap handle: copies share the communicator and the pool.
 class Context {
  public:
-  /// Collective: ranks agree on the best instruction set that all of them have, EXPAR_ISA being the best of its rank.
-  /// Throws Error: unsupported (no such backend here), bad_argument (threads < 0), as every collective.
+  /// Ranks agree on the best instruction set that all of them have, EXPAR_ISA being the best of its rank.
+  /// Collective. Throws Error: unsupported (no such backend or EXPAR_ISA here; no instruction set in common),
+  /// bad_argument (threads below 0), as meet(); on a rank alone no_memory (the system refuses a thread).
+  /// Cost: one meeting.
   explicit Context(Communicator communicator, const ContextOptions& options = {});
 
-  /// The same context with another limit on how long one call may wait.
+  /// The same context with another limit on how long one call may wait. Throws Error: bad_argument (not above 0).
   Context with_timeout(std::chrono::nanoseconds timeout) const;
   /// The same context for a rank that cannot take part, see Communicator::declining.
   Context declining(const Error& error) const;
   bool declines() const { return communicator_.declines(); }
-  /// The same kernels, threads and memory for a group of these ranks (Communicator::split). Not collective.
+  /// The same kernels, threads, memory and limit for a group of these ranks (Communicator::split). Not collective.
+  /// Throws Error: bad_argument (this rank is in no group: the handle is empty).
   Context on(const Communicator& group) const;
 
   const Communicator& communicator() const { return communicator_; }

@@ -48,7 +48,8 @@ class Error : public std::exception {
   const std::string& message() const noexcept { return message_; }
   const char* what() const noexcept override { return what_.c_str(); }
 
-  /// True for the codes after which every later call on the communicator throws this error again.
+  /// True for the codes that always end the job, after which every later call throws this error again. Other errors do
+  /// where they were the job's cause: what ended a rank, or came up on one rank between two operations.
   bool fatal() const noexcept { return code_ == ErrorCode::timeout || code_ == ErrorCode::peer_lost; }
 
  private:

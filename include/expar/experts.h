@@ -55,9 +55,9 @@ struct ExpertsRecord {
 };
 
 /// y[i] = expert(row i) for the R rows of the inbox, whose weights count where weights_on says. Not collective.
-/// Throws Error: bad_argument (hidden or dtype of the inbox disagree with the shape).
-/// Cost: each weight is read once per block of rows; the rows are gathered by list, not copied, but for rows that are
-/// weighted before a product: one read and one write each.
+/// Throws Error: bad_argument (the shape cannot be; weights, inbox or y disagree with it; a plan with an alignment
+/// above 1; y is rank_major), no_memory (the record grows). Cost: each weight is read once per block of rows; the rows
+/// are gathered by list, not copied, but for rows that are weighted before a product: one read and one write each.
 void experts_forward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights, const Inbox& inbox,
                      Outbox& y, ExpertsRecord& record);
 
@@ -72,7 +72,8 @@ struct ExpertsScratch {
 ///   y        : what forward wrote
 ///   dx       : [R, H]  gradient of each gathered row, to be combined unweighted
 ///   dweights : [R, 1]  f32, gradient of each row's weight, to be fetched by slot
-/// Not collective. Cost: two GEMMs per forward GEMM.
+/// Not collective. Throws Error: bad_argument (as forward; packed weights; gradients, record, dx or dweights disagree
+/// with the shape; dout came by another plan), no_memory. Cost: two GEMMs per forward GEMM.
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
                       const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
                       const ExpertGradients& gradients, Outbox& dx, Outbox& dweights, ExpertsScratch& scratch);

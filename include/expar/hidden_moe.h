@@ -60,7 +60,7 @@ using ExpertKernel = std::function<void(const ExpertBatch&)>;
 class HiddenMoe {
  public:
   /// Collective: the options are the same on all ranks, but for the group list.
-  /// Throws Error: bad_argument (naming the value), mismatch, timeout, peer_lost.
+  /// Throws Error: bad_argument (naming the value), mismatch, timeout, peer_lost. Cost: one meeting.
   HiddenMoe(const Context& context, const HiddenMoeOptions& options);
   ~HiddenMoe();
   HiddenMoe(HiddenMoe&&) noexcept;
@@ -68,10 +68,11 @@ class HiddenMoe {
   /// W: the width of the rows that experts take.
   std::int64_t width() const;
 
-  /// With the caller's kernel. Its exceptions end the job, naming its rank.
+  /// With the caller's kernel.
   ///   out : [T, H_r]  dtype of x
   /// Collective, on the ranks and in the order of the making.
-  /// Throws Error: bad_argument, mismatch (ranks whose ids differ), timeout, peer_lost.
+  /// Throws Error: bad_argument, mismatch (ranks whose ids differ), timeout, peer_lost. What arises on one rank between
+  /// two operations, an exception of the kernel above all, ends the job with its own code, naming the rank.
   /// Cost: rows as dispatch and combine have them, packed once for the kernel; gathered, no row travels to its expert
   /// but slices where x is slices.
   void forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertKernel& kernel, Tensor out);
@@ -79,7 +80,7 @@ class HiddenMoe {
   void forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertShape& shape,
                const ExpertWeights& weights, Tensor out);
 
-  /// Of the last pass that was given logits.
+  /// Of the last pass that was given logits; empty before.
   const Routing& routing() const;
 
  private:

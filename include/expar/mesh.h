@@ -21,6 +21,7 @@ class Mesh {
  public:
   /// Collective over `communicator`. Throws Error: bad_argument (no dims, a size below 1, a name twice or empty, or a
   /// product that is not the number of ranks), mismatch (ranks name other dims), as Communicator::split.
+  /// Cost: one meeting, and one for each dim.
   Mesh(Communicator communicator, std::vector<MeshDim> dims);
 
   const std::vector<MeshDim>& dims() const { return dims_; }
@@ -34,7 +35,8 @@ class Mesh {
   /// Throws Error: bad_argument (no such dim).
   const Communicator& group(std::string_view dim) const;
   /// The ranks that differ along these dims alone, in the order of the mesh.
-  /// Collective over communicator(). Throws Error: bad_argument (no such dim), as Communicator::split.
+  /// Collective over communicator(). Throws Error: bad_argument (no such dim: on this rank alone, before it meets the
+  /// others), as Communicator::split. Cost: one meeting.
   Communicator join(const std::vector<std::string>& dims) const;
 
  private:

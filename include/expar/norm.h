@@ -32,8 +32,8 @@ NormOutput checked(const RmsNorm& norm, DType dtype, const Shape& rows);
 ///   dy, residual, dx : [T, H]  dtype of x; dx may be the residual; an absent residual is zero
 ///   shards           : [S + 1] from 0 to T
 ///   dgain            : S rows of H elements, `stride` elements apart
-/// The gradient of the rounding is taken as one. Not collective. Cost: one read of x, dy and the residual, one write of
-/// dx.
+/// The gradient of the rounding is taken as one. Not collective. Throws Error: bad_argument (dtypes); shapes and shards
+/// are not checked. Cost: one read of x, dy and the residual, one write of dx.
 void rms_norm_backward(const Context& context, ConstTensor x, ConstTensor gain, ConstTensor scale, ConstTensor dy,
                        ConstTensor residual, std::span<const std::int64_t> shards, Tensor dx, float* dgain,
                        std::int64_t stride);

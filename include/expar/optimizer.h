@@ -31,18 +31,20 @@ struct AdamWMoments {
   Tensor m, v;
 };
 
-/// Decoupled weight decay (Loshchilov & Hutter 2019), elementwise, so the same bits however parameters are sharded.
+/// Elementwise, so the same bits however parameters are sharded.
+/// Source: decoupled weight decay, Loshchilov & Hutter 2019.
 class AdamW {
  public:
   explicit AdamW(const AdamWOptions& options = {}) : options_(options) {}
 
   /// One step over `parameters`: the same ones, in the same order, every time. Not collective.
   ///   lr : the learning rate of this step
-  /// Throws Error: bad_argument (the parameters changed). Cost: reads p, m, v, g and writes p, m, v once.
+  /// Throws Error: bad_argument (lr is negative or no number; the parameters changed; views of one disagree in size or
+  /// dtype), no_memory (the first step makes the moments). Cost: reads p, m, v, g and writes p, m, v once.
   void step(const Context& context, std::span<const Parameter> parameters, float lr);
 
   /// How many steps were taken, and the moments of `parameters`, zero before the first: what to save. To go on from
-  /// there, fill the moments and say how many steps they have seen.
+  /// there, fill the moments and say how many steps they have seen. moments() throws as step().
   std::int64_t steps() const { return step_; }
   std::vector<AdamWMoments> moments(std::span<const Parameter> parameters);
   void go_on_from(std::int64_t steps) { step_ = steps; }

@@ -19,14 +19,15 @@ struct ExpertMajor {
 
 /// The order of the rows that came from some ranks for L experts.
 ///   counts : [ranks, L] rows from each rank for each expert; N is their sum, which may be 0
-/// Throws Error: bad_argument (counts that are no multiple of the ranks, or one below 0; more than 2^31 - 1 rows).
-/// Cost: one pass over N.
+/// Not collective. Throws Error: bad_argument (counts that are no multiple of the ranks, or one below 0; more than 2^31
+/// - 1 rows). Cost: one pass over N.
 ExpertMajor expert_major(std::span<const std::int64_t> counts, int ranks);
 
 /// out[i] = rows[indices[i]]: from rank-major to expert-major.
 ///   rows : [N, ...] of any dtype; out has the same shape and dtype, and is not rows
 /// Its gradient is unpermute_rows.
-/// Throws Error: bad_argument (shapes; indices that are not each of 0 to N - 1 once). Cost: one copy of the rows.
+/// Not collective. Throws Error: bad_argument (shapes; indices that are not each of 0 to N - 1 once). Cost: one copy of
+/// the rows.
 void permute_rows(ConstTensor rows, std::span<const std::int32_t> indices, Tensor out);
 
 /// out[indices[i]] = rows[i]: what permute_rows did, undone, and its gradient. Otherwise like it.

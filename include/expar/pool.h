@@ -34,13 +34,17 @@ struct Cores {
   /// How many can work at a time; a part of a core counts as one.
   int usable() const;
 };
+/// Reads the affinity mask and the control groups as they are now; what cannot be read limits nothing. Never throws
+/// Error.
 Cores available_cores();
 
 /// `threads` workers, the caller among them as worker 0; the others sleep between calls.
-/// One caller at a time. Cost: no allocation per run; about a microsecond to wake sleeping workers.
+/// One caller at a time.
 class Pool {
  public:
+  /// Throws Error: bad_argument (below 1 thread), no_memory (the system refuses a thread; none is left behind).
   explicit Pool(int threads = 1);
+  /// Ends the workers. In a forked child, which has none, it leaves them be.
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -48,10 +52,13 @@ class Pool {
   int threads() const;
 
   /// Calls task(index, worker) once for every index in [0, tasks), in no particular order; returns when all have
-  /// returned. The first exception of a task is rethrown here, after all tasks have ended.
+  /// returned. A task must not call run() of the same pool.
+  /// Throws the first exception of a task, after all tasks have ended.
+  /// Cost: no allocation; about a microsecond to wake sleeping workers.
   void run(std::int64_t tasks, FunctionRef<void(std::int64_t index, int worker)> task);
 
-  /// At least `bytes` of 64-byte aligned memory that only `worker` uses; contents do not survive the task.
+  /// At least `bytes` of 64-byte aligned memory that only `worker` uses, until it asks again; contents do not survive
+  /// the task. Throws Error: no_memory. Cost: allocates only where the worker has never asked for as much.
   std::byte* scratch(int worker, std::size_t bytes);
 
  private:

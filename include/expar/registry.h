@@ -14,6 +14,7 @@
 namespace expar {
 
 /// The transports and backends of this build that work on this machine. Absent ones are not listed.
+/// Cost: each transport is tried, which may take a few system calls.
 std::vector<std::string> available_transports();
 std::vector<std::string> available_backends();
 /// The names of all transports, also of those that do not work here.
@@ -21,7 +22,7 @@ std::vector<std::string> known_transports();
 /// True where the ranks of `transport` are processes, false where they are threads of one.
 /// Throws Error: unsupported (it does not work here: why, and which do).
 bool has_processes(std::string_view transport);
-/// The instruction sets of a backend that this processor runs, best first.
+/// The instruction sets of a backend that this processor runs, best first; none of a backend that is not there.
 std::vector<std::string> available_isas(std::string_view backend);
 
 /// The kernels of `backend`; empty entries are filled from `reference`. `isa` "" takes EXPAR_ISA, else the best.
@@ -38,8 +39,9 @@ struct RunOptions {
 
 /// Runs `rank_main` on `ranks` threads of this process, each with its communicator, and waits. A rank dies when its
 /// function leaves or throws; what it throws becomes the cause on all ranks.
-/// Throws the job's root cause, after every rank has returned. Error: bad_argument (no ranks, or a transport whose
-/// ranks are processes), unsupported.
+/// Throws the job's root cause, after every rank has returned; no_memory is one where a thread cannot be started.
+/// Before any starts, Error: bad_argument (no ranks, a timeout below 0, a transport whose ranks are processes),
+/// unsupported (no such transport here), as default_timeout().
 void run_threads(int ranks, const std::function<void(Communicator)>& rank_main, const RunOptions& options = {});
 
 /// Which job this process belongs to, as its launcher says in the environment.
@@ -58,8 +60,12 @@ struct Job {
 Job job_from_environment();
 
 /// Joins the processes of `job`.
-/// Collective over the job's processes. Throws Error: timeout (naming a rank that never came), io, bad_argument (a
-/// transport whose ranks are threads), unsupported.
+/// Collective over the job's processes.
+/// Throws Error: bad_argument (no such rank, two processes of one rank, a timeout below 0, a transport whose ranks are
+/// threads), unsupported (no such transport here, ranks on several hosts), mismatch (processes disagree on the job, or
+/// are other builds of expar), timeout (naming a rank that never came), peer_lost (naming one that died meanwhile), io
+/// (sockets, the limit of open files), no_memory, as default_timeout().
+/// Cost: one memory mapping and a socket to each other rank.
 Communicator join(const Job& job, const RunOptions& options = {});
 
 /// The one line by which a program joins the ranks that a launcher has started with it: `expar launch`, torchrun,
@@ -69,7 +75,10 @@ inline Communicator init(const RunOptions& options = {}) { return join(job_from_
 
 /// Starts `ranks` processes of `command` on this host in rank order, waits for them, and leaves none behind.
 /// Returns the error of the root cause if any failed (a rank that was killed: peer_lost naming it), else nothing.
-/// The children find their rank by job_from_environment() and may hand over their error by report_error().
+/// The children find their rank by job_from_environment() and may hand over their error by report_error(). SIGINT and
+/// its like go to the children; they take effect here when none is left.
+/// Throws Error: bad_argument (no ranks, no program), io (signals or sockets that the system refuses). Returns io too
+/// where a process cannot be started.
 std::optional<Error> launch(int ranks, const std::vector<std::string>& command);
 
 /// In a process started by launch(): hands the error that ends this rank to the launcher. Elsewhere: does nothing.

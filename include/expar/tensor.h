@@ -14,6 +14,7 @@ namespace expar {
 
 enum class DType : std::uint8_t { f32, bf16, f16, int8, fp8_e4m3, fp8_e5m2, fp8_e8m0, int32, int64 };
 
+/// Throw Error: bad_argument (a number that is none of these).
 std::size_t size_of(DType dtype);
 std::string_view name(DType dtype);
 /// Throws Error: bad_argument (not one of the names above, with the list of them).
@@ -106,6 +107,7 @@ class Shape {
   static constexpr int kMaxRank = 4;
 
   Shape() = default;
+  /// Throws Error: bad_argument (more than four, one below 0, or more elements than memory can hold).
   Shape(std::initializer_list<std::int64_t> extents);
 
   int rank() const { return rank_; }
@@ -145,7 +147,7 @@ class ConstTensor {
     require(kDTypeOf<T>);
     return static_cast<const T*>(data_);
   }
-  /// Rows [first, first + count) of the outermost axis.
+  /// Rows [first, first + count) of the outermost axis. Throws Error: bad_argument (a scalar; rows beyond the last).
   ConstTensor rows(std::int64_t first, std::int64_t count) const;
 
  protected:
@@ -202,7 +204,7 @@ class Array {
 /// Memory that is used again and again: view() grows it when it must and never shrinks it. Contents do not survive.
 class Buffer {
  public:
-  /// Throws Error: no_memory.
+  /// Valid until the next call. Throws Error: no_memory.
   Tensor view(DType dtype, Shape shape);
 
  private:

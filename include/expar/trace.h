@@ -43,6 +43,7 @@ class Trace {
   /// Keeps a copy, words included. Spans beyond the capacity, or beyond memory, are only counted.
   void add(Span span) noexcept;
 
+  /// Valid until the next add().
   std::span<const Span> spans() const { return spans_; }
   std::int64_t left_out() const { return left_out_; }
 
@@ -56,7 +57,7 @@ class Trace {
 };
 
 /// Times what happens until its own end, exceptions included: as a span of `trace`, as milliseconds added to a number,
-/// or both. Where both are null it costs two branches.
+/// or both. `milliseconds` must live as long as this object. Never throws. Cost: two branches where both are null.
 class Phase {
  public:
   Phase(Trace* trace, std::string_view name, double* milliseconds = nullptr)

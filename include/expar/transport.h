@@ -76,10 +76,12 @@ class Transport {
 
   /// Shows `line` (and text) as this rank's board line `index` to every peer, and wakes those that sleep.
   /// Everything this rank stored before is visible to whoever sees the line, non-temporal stores included.
+  /// Never waits, never throws. Cost: a store, and a system call where somebody sleeps.
   virtual void publish(int index, const Line& line, std::string_view text = {}) = 0;
 
   /// The board line `index` of `peer` as it is now; sequence 0 means nothing yet. Never waits.
   virtual Line peek(int peer, int index) const = 0;
+  /// The text beside that line, of at most kLineText - 1 characters; empty where none was given.
   virtual std::string text(int peer, int index) const = 0;
 
   /// Returns once done() is true; done() is called again and again and may do work. Messages move along meanwhile.
@@ -98,20 +100,21 @@ class Transport {
   // ---- arena
 
   /// Adds a segment of at least `bytes`, zeroed and pre-faulted. Local: peers learn of it when they map it.
-  /// Throws Error: no_memory.
+  /// Throws Error: no_memory, the job's cause.
   virtual Segment grow(std::size_t bytes) = 0;
   /// True if this rank can address the segments of `peer` (always true for itself).
   virtual bool mapped(int peer) const = 0;
-  /// The segment `id` of a mapped peer. Cheap after the first call. Throws Error: internal (no such segment), as
-  /// wait().
+  /// The segment `id` of a mapped peer. May wait at the first call, which the later ones do not.
+  /// Throws Error: internal (the peer is not mapped or has no such segment), as wait().
   virtual std::span<std::byte> map(int peer, std::uint32_t id) = 0;
 
   // ---- messages
 
   using Ticket = std::uint64_t;
-  /// Posts sends and receives, to peers mapped or not, and returns.
+  /// Posts sends and receives, to peers mapped or not, and returns. Throws Error: the job's cause, as test().
   virtual Ticket start(std::span<const Message> messages) = 0;
   /// Moves messages along; true once all messages of `ticket` have completed. A ticket is tested true once.
+  /// Throws Error: the job's cause; internal (two ends name different sizes), which it sets as that.
   virtual bool test(Ticket ticket) = 0;
 
   // ---- tracing
