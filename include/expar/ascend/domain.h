@@ -20,9 +20,9 @@ struct Domain {
   std::int64_t expert_shard_type = 0;       // 0: the ranks of shared experts come first
   std::int64_t shared_expert_num = 1;       // SN, [0, 4]
   std::int64_t shared_expert_rank_num = 0;  // SR, [0, W / 2], a multiple of SN; 0: no rank holds a shared expert
-  std::int64_t global_bs = 0;  // 0 where all ranks have as many tokens, or W times the most tokens of any rank
-  std::int64_t comm_type = 0;  // 0: the pages' AICPU-SDMA
-  std::string_view comm_alg;   // reserved: empty
+  std::int64_t global_bs = 0;      // 0 where all ranks have as many tokens, or W times the most tokens of any rank
+  std::int64_t comm_type = 0;      // 0: the pages' AICPU-SDMA
+  std::string_view comm_alg = {};  // reserved: empty
 
   bool holds_shared(std::int64_t rank) const { return rank < shared_expert_rank_num; }
   /// LE: of a rank that holds experts of the MoE.
