@@ -53,7 +53,7 @@ void combine(const Context& group_ep, const Domain& domain, const V2Options& opt
             require_numbers("expand_x", in.expand_x);
             summed_parts = Array(in.expand_x.dtype(), {in.expand_x.size(0) / tp, in.expand_x.size(1)});
           },
-          [&](const Context& group_tp) { sum_parts(group_tp, in.expand_x, in.tp_send_counts, summed_parts); });
+          [&] { sum_parts(*options.group_tp, in.expand_x, in.tp_send_counts, summed_parts); });
       expand_x = summed_parts;
     } catch (...) {
       failure = current_error();

@@ -69,7 +69,8 @@ void moe_distribute_dispatch_v2(const Context& group_ep, const Domain& domain, c
     auto* const ranks = out.assist_info_for_combine.as<std::int32_t>();
     for (std::int32_t i = 0; i < arrived && !left.rank_of.empty(); ++i) ranks[3 * i] = left.rank_of[at(ranks[3 * i])];
   };
-  with_tp(options, work, [&](const Context& group_tp) {
+  with_tp(options, work, [&] {
+    const Context& group_tp = *options.group_tp;
     all_gather(group_tp, ConstTensor(&arrived, {1}), out.tp_recv_counts);
     all_gather(group_tp, own_counts, out.ep_recv_counts);
     const auto* const rows = out.tp_recv_counts.as<std::int32_t>();

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <optional>
 #include <string>
 
 #include <expar/collectives.h>
@@ -105,16 +104,14 @@ Inbox exchange(const Context& group_ep, const V2Options& options, const std::fun
   return inbox;
 }
 
-void with_tp(const V2Options& options, const std::function<void()>& work,
-             const std::function<void(const Context& group_tp)>& share) {
+void with_tp(const V2Options& options, const std::function<void()>& work, const std::function<void()>& share) {
   if (options.group_tp == nullptr || options.tp_world_size != 2) return work();
-  std::optional<Error> failure;
   try {
     work();
   } catch (...) {
-    failure = current_error();
+    barrier(options.group_tp->declining(current_error()));  // throws, here and wherever `share` begins
   }
-  share(failure ? options.group_tp->declining(*failure) : *options.group_tp);
+  share();
 }
 
 }  // namespace expar::ascend

@@ -31,8 +31,8 @@ Inbox exchange(const Context& group_ep, const V2Options& options, const std::fun
 /// How many tensor-parallel ranks share rows: 1 without a group_tp.
 std::int64_t tp_ranks(const V2Options& options);
 
-/// Runs `work`, then `share` on the tp group, which learns of what work throws.
-void with_tp(const V2Options& options, const std::function<void()>& work,
-             const std::function<void(const Context& group_tp)>& share);
+/// Runs `work`, then, with TP, `share`, which begins with a collective on the tp group: that throws what work throws,
+/// on all of its ranks.
+void with_tp(const V2Options& options, const std::function<void()>& work, const std::function<void()>& share);
 
 }  // namespace expar::ascend

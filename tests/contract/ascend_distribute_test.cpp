@@ -17,34 +17,6 @@ namespace {
 
 using ascend::Domain;
 
-Batch even_batch(std::int64_t ranks, std::int64_t shared_ranks, std::int64_t shared, std::int64_t experts,
-                 std::int64_t topk, std::int64_t tokens) {
-  Batch batch{ranks, shared_ranks, shared, experts, topk};
-  batch.tokens.assign(at(ranks), tokens);
-  batch.active = batch.tokens;
-  return batch;
-}
-
-/// Any that the pages allow, of a few ranks, with ragged batches and some tokens inactive.
-Batch random_batch(int ranks, std::uint64_t seed) {
-  const Random random(seed, "batch");
-  std::uint64_t drawn = 0;
-  const auto pick = [&](std::int64_t least, std::int64_t most) {
-    return least + static_cast<std::int64_t>(random.uniform(drawn++) * static_cast<double>(most - least + 1));
-  };
-  Batch batch{ranks, 0, pick(0, 4), 0, 0};
-  if (batch.shared > 0) batch.shared_ranks = batch.shared * pick(0, ranks / 2 / batch.shared);
-  batch.experts = (ranks - batch.shared_ranks) * pick(1, 5);
-  batch.topk = pick(1, std::min<std::int64_t>(batch.experts, 8));
-  batch.h = 1024 + 8 * pick(0, 3);
-  batch.seed = seed;
-  for (int rank = 0; rank < ranks; ++rank) {
-    batch.tokens.push_back(pick(1, 6));
-    batch.active.push_back(pick(0, batch.tokens.back()));
-  }
-  return batch;
-}
-
 /// What dispatch gave `rank` is where the pages say: order, prefix sums, numbers; rows by check_row(copy, i).
 void check_dispatched(const AscendRank& rank, const Batch& batch,
                       const std::function<void(const Copy&, std::int64_t)>& check_row) {

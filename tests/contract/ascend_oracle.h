@@ -9,6 +9,8 @@
 #include <expar/ascend.h>
 #include <expar/random.h>
 
+#include "src/util/check.h"
+
 namespace expar::test {
 
 /// All ranks' tokens and choices, the same wherever they are made.
@@ -17,6 +19,8 @@ struct Batch {
   std::vector<std::int64_t> tokens = {}, active = {};  // of each rank
   std::uint64_t seed = 1;
   std::vector<std::vector<std::int32_t>> chosen = {};  // ids of each rank instead of drawn ones
+  std::int64_t special = 0;                            // experts without a rank, behind the others
+  bool slot_masks = false;                             // slots are masked one by one instead of tokens
 
   std::int64_t most() const {
     std::int64_t most = 0;
@@ -37,13 +41,24 @@ struct Batch {
     return "W " + std::to_string(ranks) + " SR " + std::to_string(shared_ranks) + " SN " + std::to_string(shared) +
            " E " + std::to_string(experts) + " K " + std::to_string(topk) + " seed " + std::to_string(seed);
   }
+  /// Whether a slot counts, and whether its token visits the shared experts.
+  bool counts(int rank, std::int64_t token, std::int64_t k) const {
+    if (!slot_masks) return token < active[static_cast<std::size_t>(rank)];
+    return Random(seed, "mask of " + std::to_string(rank)).uniform(static_cast<std::uint64_t>(token * topk + k)) < 0.6F;
+  }
+  bool visits(int rank, std::int64_t token) const {
+    for (std::int64_t k = 0; k < topk; ++k) {
+      if (counts(rank, token, k)) return true;
+    }
+    return false;
+  }
   /// [BS, K], different ones in a row.
   std::vector<std::int32_t> ids(int rank) const {
     if (!chosen.empty()) return chosen[static_cast<std::size_t>(rank)];
     const Random random(seed, "ids of " + std::to_string(rank));
     std::vector<std::int32_t> ids;
     for (std::int64_t t = 0; t < tokens[static_cast<std::size_t>(rank)]; ++t) {
-      std::vector<std::int32_t> left(static_cast<std::size_t>(experts));
+      std::vector<std::int32_t> left(static_cast<std::size_t>(experts + special));
       for (std::size_t e = 0; e < left.size(); ++e) left[e] = static_cast<std::int32_t>(e);
       for (std::int64_t k = 0; k < topk; ++k) {
         const std::size_t pick = static_cast<std::size_t>(random.uniform(static_cast<std::uint64_t>(t * topk + k)) *
@@ -65,6 +80,34 @@ struct Batch {
   }
 };
 
+inline Batch even_batch(std::int64_t ranks, std::int64_t shared_ranks, std::int64_t shared, std::int64_t experts,
+                        std::int64_t topk, std::int64_t tokens) {
+  Batch batch{ranks, shared_ranks, shared, experts, topk};
+  batch.tokens.assign(at(ranks), tokens);
+  batch.active = batch.tokens;
+  return batch;
+}
+
+/// Any that the pages allow, of a few ranks, with ragged batches and some tokens inactive.
+inline Batch random_batch(int ranks, std::uint64_t seed) {
+  const Random random(seed, "batch");
+  std::uint64_t drawn = 0;
+  const auto pick = [&](std::int64_t least, std::int64_t most) {
+    return least + static_cast<std::int64_t>(random.uniform(drawn++) * static_cast<double>(most - least + 1));
+  };
+  Batch batch{ranks, 0, pick(0, 4), 0, 0};
+  if (batch.shared > 0) batch.shared_ranks = batch.shared * pick(0, ranks / 2 / batch.shared);
+  batch.experts = (ranks - batch.shared_ranks) * pick(1, 5);
+  batch.topk = pick(1, std::min<std::int64_t>(batch.experts, 8));
+  batch.h = 1024 + 8 * pick(0, 3);
+  batch.seed = seed;
+  for (int rank = 0; rank < ranks; ++rank) {
+    batch.tokens.push_back(pick(1, 6));
+    batch.active.push_back(pick(0, batch.tokens.back()));
+  }
+  return batch;
+}
+
 /// A copy of a token: for its slot k, or, from K on, for shared expert k - K.
 struct Copy {
   int source;
@@ -81,14 +124,16 @@ inline std::vector<std::vector<Copy>> copies_for(const Batch& batch, int rank) {
     std::vector<Copy>& of_expert = copies.emplace_back();
     for (int source = 0; source < batch.ranks; ++source) {
       const std::vector<std::int32_t> ids = batch.ids(source);
-      for (std::int64_t t = 0; t < batch.active[static_cast<std::size_t>(source)]; ++t) {
+      for (std::int64_t t = 0; t < batch.tokens[static_cast<std::size_t>(source)]; ++t) {
         if (is_shared) {
           const std::int64_t group = batch.shared_ranks / batch.shared;
-          if (source % group == rank % group) of_expert.push_back({source, t, batch.topk + rank / group});
+          if (batch.visits(source, t) && source % group == rank % group)
+            of_expert.push_back({source, t, batch.topk + rank / group});
           continue;
         }
         for (std::int64_t k = 0; k < batch.topk; ++k) {
-          if (ids[static_cast<std::size_t>(t * batch.topk + k)] == (rank - batch.shared_ranks) * local + e)
+          if (batch.counts(source, t, k) &&
+              ids[static_cast<std::size_t>(t * batch.topk + k)] == (rank - batch.shared_ranks) * local + e)
             of_expert.push_back({source, t, k});
         }
       }
