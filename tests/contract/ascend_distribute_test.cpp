@@ -41,7 +41,7 @@ class Distribute : public EveryWay {};
 TEST_P(Distribute, puts_every_row_where_its_address_says) {
   run(GetParam(), [](const Context& context) {
     if (context.size() < 2) return;  // the pages' least
-    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+    for (std::uint64_t seed = 1; seed <= 4; ++seed) {
       const Batch batch = random_batch(context.size(), seed);
       const AscendRank rank(
           context, batch,
@@ -66,7 +66,7 @@ TEST_P(Distribute, puts_every_row_where_its_address_says) {
 TEST_P(Distribute, brings_back_the_weighted_sum_then_the_shared_experts) {
   run(GetParam(), [](const Context& context) {
     if (context.size() < 2) return;
-    for (std::uint64_t seed = 11; seed <= 16; ++seed) {
+    for (std::uint64_t seed = 11; seed <= 14; ++seed) {
       const Batch batch = random_batch(context.size(), seed);
       const AscendRank rank(
           context, batch,
@@ -111,9 +111,8 @@ TEST_P(Distribute, brings_back_the_weighted_sum_then_the_shared_experts) {
           if (batch.shared == 0) sum += 0.25 * x;
           bound += std::fabs(sum) * half + 1e-30;
           const double got = element(rank.out, t * batch.h + i);
-          require(std::fabs(got - sum) <= bound * 1.01, batch.str() + ": out[" + std::to_string(t) + "," +
-                                                            std::to_string(i) + "] = " + std::to_string(got) +
-                                                            ", not " + std::to_string(sum));
+          require_near(got, sum, bound * 1.01,
+                       [&] { return batch.str() + ": out[" + std::to_string(t) + "," + std::to_string(i) + "]"; });
         }
       }
     }
@@ -153,14 +152,13 @@ TEST_P(Distribute, brings_quantised_rows_within_half_a_step) {
             copy.k >= batch.topk ? copy.k - batch.topk
                                  : rows - batch.experts + batch.ids(copy.source)[at(copy.token * batch.topk + copy.k)];
         for (std::int64_t i = 0; i < batch.h; ++i) {
-          Array sent(modes.dtype, {1});
-          set_element(sent, 0, x[at(i)]);
-          const double value = static_cast<double>(element(sent, 0)) * smooth.as<float>()[which * batch.h + i];
+          const float sent =
+              modes.dtype == DType::bf16 ? static_cast<float>(bf16(x[at(i)])) : static_cast<float>(f16(x[at(i)]));
+          const double value = static_cast<double>(sent) * smooth.as<float>()[which * batch.h + i];
           const double scale = element(rank.scales_out, row * scales + i / group);
           const double got = element(rank.expand_x, row * batch.h + i) * scale;
-          require(std::fabs(got - value) <= step_of(modes, scale, value) * 1.001,
-                  batch.str() + ": mode " + std::to_string(modes.quant_mode) + " gave " + std::to_string(got) +
-                      " for " + std::to_string(value));
+          require_near(got, value, step_of(modes, scale, value) * 1.001,
+                       [&] { return batch.str() + ": a value of mode " + std::to_string(modes.quant_mode); });
         }
       });
     }

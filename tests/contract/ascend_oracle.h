@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -106,6 +108,14 @@ inline Batch random_batch(int ranks, std::uint64_t seed) {
     batch.active.push_back(pick(0, batch.tokens.back()));
   }
   return batch;
+}
+
+/// Throws unless `got` is within `bound` of `wanted`. `what` is only called where it is not.
+template <class What>
+void require_near(double got, double wanted, double bound, const What& what) {
+  if (std::fabs(got - wanted) <= bound) return;
+  throw std::runtime_error(what() + " is " + std::to_string(got) + ", not " + std::to_string(wanted) + " to within " +
+                           std::to_string(bound));
 }
 
 /// A copy of a token: for its slot k, or, from K on, for shared expert k - K.

@@ -118,9 +118,8 @@ void expect_sums(const V2Rank& rank, const Special& special) {
       for (std::int64_t j = 0; batch.shared_ranks > 0 && j < batch.shared && batch.visits(rank.context.rank(), t); ++j)
         add((100 + static_cast<double>(j)) * x[at(i)]);
       const double got = element(rank.out, t * batch.h + i);
-      require(std::fabs(got - sum) <= (sizes + std::fabs(sum)) * 0x1p-8 * 1.01 + 1e-30,
-              batch.str() + ": out[" + std::to_string(t) + "," + std::to_string(i) + "] = " + std::to_string(got) +
-                  ", not " + std::to_string(sum));
+      require_near(got, sum, (sizes + std::fabs(sum)) * 0x1p-8 * 1.01 + 1e-30,
+                   [&] { return batch.str() + ": out[" + std::to_string(t) + "," + std::to_string(i) + "]"; });
     }
   }
 }
@@ -132,7 +131,7 @@ class DistributeV2 : public EveryWay {};
 TEST_P(DistributeV2, names_the_token_and_the_weight_of_every_row) {
   run(GetParam(), [](const Context& context) {
     if (context.size() < 2) return;
-    for (std::uint64_t seed = 1; seed <= 5; ++seed) {
+    for (std::uint64_t seed = 1; seed <= 4; ++seed) {
       Batch batch = random_batch(context.size(), seed);
       batch.slot_masks = seed % 2 == 0;
       const V2Rank rank(context, batch);
@@ -147,7 +146,8 @@ TEST_P(DistributeV2, names_the_token_and_the_weight_of_every_row) {
           require(rank.expand_scales.as<float>()[row] == weight, batch.str() + ": a row's weight");
           const std::vector<float> x = sent(batch, copy.source, copy.token);
           for (std::int64_t i = 0; i < batch.h; ++i)
-            require(element(rank.expand_x, row * batch.h + i) == x[at(i)], batch.str() + ": a row");
+            require_near(element(rank.expand_x, row * batch.h + i), x[at(i)], 0,
+                         [&] { return batch.str() + ": a row"; });
           ++row;
         }
         require(rank.ep_counts.as<std::int32_t>()[(local + 1) * batch.ranks - 1] == row, batch.str() + ": a count");
@@ -161,7 +161,7 @@ TEST_P(DistributeV2, names_the_token_and_the_weight_of_every_row) {
 TEST_P(DistributeV2, sums_what_a_mask_of_slots_leaves) {
   run(GetParam(), [](const Context& context) {
     if (context.size() < 2) return;
-    for (std::uint64_t seed = 31; seed <= 34; ++seed) {
+    for (std::uint64_t seed = 31; seed <= 32; ++seed) {
       Batch batch = random_batch(context.size(), seed);
       batch.slot_masks = true;
       const V2Rank rank(context, batch);
