@@ -26,7 +26,8 @@ struct PlanFlags {
   bench::Options sizes;  // and where they go: what the benchmarks call them
   int ranks_per_node = 0;
   bool ascend = false;
-  std::vector<const CLI::Option*> numbers;  // that a model has instead
+  std::int64_t shared_experts = 1, shared_ranks = 0, hccl_buffsize = 0;  // the operators' own defaults; 0: not given
+  std::vector<const CLI::Option*> numbers;                               // that a model has instead
   const CLI::Option* experts = nullptr;
   const CLI::Option* topk = nullptr;
 
@@ -54,7 +55,17 @@ void add_flags(CLI::App& app, PlanFlags& flags) {
                  "expect even choices)");
   app.add_option("--mesh", flags.mesh, "the ranks as dp, ep and tp, the last one fastest: ep=8,tp=2");
   app.add_option("--ranks-per-node", flags.ranks_per_node, "(default: one node)")->check(whole_number(1, 1024));
-  app.add_flag("--ascend", flags.ascend, "also the buffer that Ascend's split-phase operators ask for");
+  CLI::Option* const ascend =
+      app.add_flag("--ascend", flags.ascend, "also the rows, messages and buffer of Ascend's split-phase operators");
+  app.add_option("--shared-experts", flags.shared_experts, "their shared_expert_num (default 1)")
+      ->check(whole_number(0, 4))
+      ->needs(ascend);
+  app.add_option("--shared-ranks", flags.shared_ranks, "their shared_expert_rank_num (default 0)")
+      ->check(whole_number(0, 1023))
+      ->needs(ascend);
+  app.add_option("--hccl-buffsize", flags.hccl_buffsize, "refuse if HCCL_BUFFSIZE, in MB, is too small for them")
+      ->check(whole_number(1, std::int64_t{1} << 30))
+      ->needs(ascend);
   app.add_option("--svg", flags.svg, "write bytes against top-k as a picture to this file");
 }
 
@@ -104,6 +115,32 @@ void take_mesh(PlanFlags& flags, int ranks) {
   }
 }
 
+planner::AscendSizes ascend_sizes(const PlanFlags& flags, const planner::Grid& grid) {
+  return {.domain = {.ep_world_size = grid.size("ep"),
+                     .moe_expert_num = flags.layer.experts,
+                     .shared_expert_num = flags.shared_experts,
+                     .shared_expert_rank_num = flags.shared_ranks},
+          .tokens = flags.sizes.tokens,
+          .hidden = flags.layer.hidden,
+          .topk = flags.layer.topk};
+}
+
+void check_ascend(const PlanFlags& flags) {
+  const planner::Grid grid(flags.dims, flags.ranks_per_node);
+  if (flags.shared_ranks >= grid.size("ep")) {
+    throw Error(ErrorCode::bad_argument, "--shared-ranks = " + std::to_string(flags.shared_ranks) + " leaves none of " +
+                                             std::to_string(grid.size("ep")) + " ranks for --experts");
+  }
+  if (flags.shared_ranks > 0 && (flags.shared_experts == 0 || flags.shared_ranks % flags.shared_experts != 0)) {
+    throw Error(ErrorCode::bad_argument,
+                "--shared-ranks = " + std::to_string(flags.shared_ranks) +
+                    ", should be a multiple of --shared-experts = " + std::to_string(flags.shared_experts));
+  }
+  if (flags.hccl_buffsize == 0) return;
+  const planner::AscendSizes sizes = ascend_sizes(flags, grid);
+  ascend::check_hccl_buffer(sizes.domain, sizes.tokens, sizes.hidden, sizes.topk, flags.hccl_buffsize);
+}
+
 void check_flags(PlanFlags& flags, const Common& common) {
   const bool has_model = !flags.model.empty();
   if (has_model) take_model(flags);
@@ -118,6 +155,7 @@ void check_flags(PlanFlags& flags, const Common& common) {
   flags.layer.experts = o.experts;
   flags.layer.topk = o.topk;
   flags.layer.dtype = o.dtype;
+  if (flags.ascend) check_ascend(flags);
   if (flags.svg.empty()) return;
   const planner::Grid grid(flags.dims, flags.ranks_per_node);
   if (grid.ranks() == grid.size("dp")) {
@@ -153,12 +191,35 @@ nlohmann::json memory_as_json(const planner::Memory& memory) {
           {"inference", {{"weights", memory.packed_weights}, {"total", memory.inference()}}}};
 }
 
-planner::AscendSizes ascend_sizes(const PlanFlags& flags, const planner::Grid& grid) {
-  return {.ranks = grid.size("ep"),
-          .tokens = flags.sizes.tokens,
-          .hidden = flags.layer.hidden,
-          .experts = flags.layer.experts,
-          .topk = flags.layer.topk};
+/// What the operators ask of memory.
+struct AscendMemory {
+  std::int64_t rows = 0;                    // A of a rank of MoE experts
+  std::optional<std::int64_t> shared_rows;  // A of a shared expert's rank, where there is one
+  std::vector<std::int64_t> message_bytes;  // of a dispatched row, by quant_mode
+  std::int64_t buffer_bytes = 0, hccl_buffsize = 0;
+};
+
+AscendMemory ascend_memory(const planner::AscendSizes& sizes) {
+  const ascend::Domain& domain = sizes.domain;
+  AscendMemory memory;
+  memory.rows = ascend::expand_rows(domain, domain.ep_world_size - 1, sizes.tokens, sizes.topk);
+  if (domain.holds_shared(0)) memory.shared_rows = ascend::expand_rows(domain, 0, sizes.tokens, sizes.topk);
+  for (std::int64_t mode = 0; mode <= 4; ++mode)
+    memory.message_bytes.push_back(ascend::message_bytes(sizes.hidden, DType::bf16, mode));
+  memory.buffer_bytes = ascend::hccl_buffer_bytes(domain, sizes.tokens, sizes.hidden, sizes.topk);
+  constexpr std::int64_t kMega = std::int64_t{1} << 20;
+  memory.hccl_buffsize = (memory.buffer_bytes + kMega - 1) / kMega;
+  return memory;
+}
+
+nlohmann::json ascend_as_json(const planner::AscendSizes& sizes) {
+  const AscendMemory memory = ascend_memory(sizes);
+  return {{"ascend_rows", memory.rows},
+          {"ascend_shared_rows", or_null(memory.shared_rows)},
+          {"ascend_message_bytes", memory.message_bytes},
+          {"ascend_buffer_bytes", memory.buffer_bytes},
+          {"ascend_hccl_buffsize", memory.hccl_buffsize},
+          {"ascend_refusals", ascend_refusals(sizes)}};
 }
 
 nlohmann::json plan_as_json(const PlanFlags& flags, const planner::Question& question, const planner::Answer& answer) {
@@ -190,10 +251,7 @@ nlohmann::json plan_as_json(const PlanFlags& flags, const planner::Question& que
   object["crossover_topk"] = or_null(answer.crossover);
   object["crossover_topk_once"] = or_null(answer.crossover_once);
   object["memory"] = memory_as_json(answer.memory);
-  if (flags.ascend) {
-    object["ascend_buffer_bytes"] = ascend_buffer_bytes(ascend_sizes(flags, grid));
-    object["ascend_refusals"] = ascend_refusals(ascend_sizes(flags, grid));
-  }
+  if (flags.ascend) object.update(ascend_as_json(ascend_sizes(flags, grid)));
   return object;
 }
 
@@ -264,13 +322,18 @@ void print_memory(const PlanFlags& flags, const planner::Memory& memory) {
 }
 
 void print_ascend(const planner::AscendSizes& sizes) {
-  const std::int64_t bytes = ascend_buffer_bytes(sizes);
-  constexpr std::int64_t kMega = std::int64_t{1} << 20;
-  std::printf("\nAscend: a buffer of %lld bytes at least, HCCL_BUFFSIZE=%lld\n", static_cast<long long>(bytes),
-              static_cast<long long>((bytes + kMega - 1) / kMega));
-  for (const std::string& refusal : ascend_refusals(sizes)) {
-    std::printf("  the operators themselves refuse this: %s\n", refusal.c_str());
+  const AscendMemory memory = ascend_memory(sizes);
+  const auto number = [](std::int64_t value) { return static_cast<long long>(value); };
+  std::printf("\n%-34s %11lld\n", "Ascend: A, rows of expand_x", number(memory.rows));
+  if (memory.shared_rows) std::printf("%-34s %11lld\n", "  on a shared expert's rank", number(*memory.shared_rows));
+  for (std::size_t mode = 0; mode < memory.message_bytes.size(); ++mode) {
+    const std::string what = "bytes of a row, quant_mode " + std::to_string(mode);
+    std::printf("%-34s %11lld\n", what.c_str(), number(memory.message_bytes[mode]));
   }
+  std::printf("Ascend: a buffer of %lld bytes at least, HCCL_BUFFSIZE=%lld\n", number(memory.buffer_bytes),
+              number(memory.hccl_buffsize));
+  for (const std::string& refusal : ascend_refusals(sizes))
+    std::printf("  the operators themselves refuse this: %s\n", refusal.c_str());
 }
 
 nlohmann::json make_plan_of(const PlanFlags& flags) {

@@ -101,6 +101,26 @@ TEST_F(PlanCommand, answers_the_question_of_the_notebook) {
   EXPECT_FALSE(result_of("plan --ranks 2").contains("ascend_buffer_bytes"));
 }
 
+TEST_F(PlanCommand, says_what_ascends_operators_ask_of_memory) {
+  // 16 ranks, 2 of them for one shared expert; each of the others has 1 of 14 experts.
+  const std::string sizes = "plan --ranks 16 --experts 14 --topk 8 --hidden 7168 --tokens 8 --ascend --shared-ranks 2";
+  const nlohmann::json plan = result_of(sizes);
+  EXPECT_EQ(plan["ascend_rows"], 8 * 16);
+  EXPECT_EQ(plan["ascend_shared_rows"], 8 * 8);
+  EXPECT_EQ(plan["ascend_message_bytes"], (std::vector<int>{14336, 7168, 7680, 7680, 7680}));
+  EXPECT_EQ(plan["ascend_buffer_bytes"], 2 * (8 * 16 * 14848 + (8 + 1) * 8 * 14336));
+  EXPECT_EQ(plan["ascend_hccl_buffsize"], 6);  // 5.6 MB
+  EXPECT_TRUE(plan["ascend_refusals"].empty());
+  const std::string out = expar(sizes + " --hccl-buffsize 6").out;
+  for (const char* line :
+       {"Ascend: A, rows of expand_x                128\n  on a shared expert's rank                 64\n",
+        "bytes of a row, quant_mode 2              7680\n", "HCCL_BUFFSIZE=6\n"})
+    EXPECT_NE(out.find(line), std::string::npos) << line << out;
+  EXPECT_EQ(out.find("refuse"), std::string::npos);
+  const nlohmann::json bare = result_of("plan --ranks 4 --ascend --tokens 2");
+  EXPECT_TRUE(bare["ascend_shared_rows"].is_null());
+}
+
 TEST_F(PlanCommand, tells_the_links_of_every_way) {
   const nlohmann::json plan = result_of("plan --mesh ep=4,tp=2 --ranks-per-node 3 --experts 6 --topk 2 --hidden 32");
   EXPECT_EQ(plan["nodes"], 3);
@@ -152,6 +172,14 @@ TEST_F(PlanCommand, refuses_what_cannot_be) {
   expect_refusal("--mesh ep=2,pp=2", "a mesh to plan has the dims dp, ep and tp, not 'pp'");
   expect_refusal("--mesh ep", "'ep' is no part of a mesh, which is written like dp=2,ep=4");
   expect_refusal("--svg " + path("a.svg"), "--svg draws what travels between ranks, and each works alone here");
+  expect_refusal("--ranks 8 --experts 32 --topk 4 --hidden 4096 --tokens 4 --ascend --hccl-buffsize 2",
+                 "HCCL_BUFFSIZE is 2, should be from 3 to 2147483647");
+  expect_refusal("--ranks 2 --ascend --shared-ranks 2", "--shared-ranks = 2 leaves none of 2 ranks for --experts");
+  for (const std::string experts : {"0", "2"}) {
+    expect_refusal("--ranks 2 --ascend --shared-ranks 1 --shared-experts " + experts,
+                   "--shared-ranks = 1, should be a multiple of --shared-experts = " + experts);
+  }
+  expect_refusal("--ranks 2 --shared-ranks 1", "--shared-ranks requires --ascend");
   expect_refusal("--ranks 2 --routes zipf", "--routes = 'zipf': neither uniform, zipf:A, hot:N:F nor a file");
 }
 

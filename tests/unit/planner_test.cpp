@@ -296,17 +296,15 @@ TEST(Planner, refuses_what_cannot_be_with_a_sentence) {
   EXPECT_EQ(refusal([] { Grid({{"ep", 64}, {"tp", 17}}, 0); }), "bad_argument: the mesh has more than 1024 ranks");
 }
 
-TEST(Planner, asks_for_the_buffer_of_ascends_page) {
-  // By hand: 4 experts x 4 tokens x 8 ranks x 8704 + (4 + 1) x 4 x 8192, twice.
-  EXPECT_EQ(ascend_buffer_bytes({.ranks = 8, .tokens = 4, .hidden = 4096, .experts = 32, .topk = 4}), 2555904);
-  // H = 1025: 2050 to 2080 to 2124 to 2560, and 2050 to 2560. Of 5 experts one of 2 ranks has 3.
-  EXPECT_EQ(
-      ascend_buffer_bytes({.ranks = 2, .tokens = 3, .hidden = 1025, .experts = 5, .topk = 2, .shared_experts = 0}),
-      2 * (3 * 3 * 2 * 2560 + 2 * 3 * 2560));
-  EXPECT_TRUE(ascend_refusals({.ranks = 8, .tokens = 512, .hidden = 7168, .experts = 256, .topk = 8}).empty());
-  EXPECT_EQ(
-      ascend_refusals({.ranks = 2, .tokens = 513, .hidden = 1024, .experts = 5, .topk = 2}),
-      (std::vector<std::string>{"BS 513 is not from 1 to 512", "moe_expert_num 5 is no multiple of ep_world_size 2"}));
+TEST(Planner, says_what_ascends_operators_refuse) {
+  ascend::Domain domain{.ep_world_size = 8, .moe_expert_num = 256};
+  EXPECT_TRUE(ascend_refusals({.domain = domain, .tokens = 512, .hidden = 7168, .topk = 8}).empty());
+  domain.ep_world_size = 3;
+  EXPECT_EQ(ascend_refusals({.domain = domain, .tokens = 513, .hidden = 1023, .topk = 17}),
+            (std::vector<std::string>{
+                "moe_expert_num is 256, should be a multiple of ep_world_size - shared_expert_rank_num, 3",
+                "BS is 513, should be from 1 to 512", "H is 1023, should be from 1024 to 8192",
+                "K is 17, should be from 1 to 16"}));
 }
 
 }  // namespace
