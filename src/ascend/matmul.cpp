@@ -6,10 +6,12 @@
 #include <vector>
 
 #include "src/ascend/groups.h"
+#include "src/util/ranges.h"
 
 namespace expar::ascend {
 namespace {
 
+constexpr std::int64_t kGrain = 16;  // rows per task
 constexpr std::int64_t kMaxGroups = 1024;
 constexpr std::int64_t kMaxInt8Sum = (std::int64_t{1} << 17) - 1;  // products of 2^14 that an int32 has room for
 
@@ -109,42 +111,55 @@ struct RowProduct {
     }
   }
 
-  /// Sums in int32; blocks of rows share the matrix's row in the cache.
+  /// By the kernel of bf16, which has every int8, in pieces whose sums f32 has exactly.
   Array of_int8() const {
-    constexpr std::int64_t kRows = 8, kColumns = 256;
+    constexpr std::int64_t kPiece = 1024;  // products of at most 2^14 each that add up to 2^24
     Array y(out, {rows(), columns()});
-    struct Block {
-      std::int64_t group, first, last;
-    };
-    std::vector<Block> blocks;
+    if (y.view().elements() == 0) return y;
+    Buffer left_memory, right_memory, part_memory;
+    std::vector<std::int32_t> sums;
     for (std::int64_t e = 0; e < weight.size(0); ++e) {
-      for (std::int64_t i = offsets[at(e)]; i < offsets[at(e) + 1]; i += kRows) {
-        blocks.push_back({e, i, std::min(i + kRows, offsets[at(e) + 1])});
+      const std::int64_t first = offsets[at(e)], count = offsets[at(e) + 1] - first, bounds[] = {0, count};
+      sums.assign(at(count * columns()), 0);
+      for (std::int64_t k = 0; k < inner() && count > 0; k += kPiece) {
+        const std::int64_t depth = std::min(kPiece, inner() - k);
+        const Tensor left = left_memory.view(DType::bf16, {count, depth});
+        const Tensor right = right_memory.view(DType::bf16, {depth, columns()});
+        const Tensor part = part_memory.view(DType::f32, {count, columns()});
+        widen(x.as<std::int8_t>() + first * inner() + k, inner(), left);
+        widen(weight.as<std::int8_t>() + (e * inner() + k) * columns(), columns(), right);
+        context.kernels().gemm_nn({.groups = {1, bounds},
+                                   .n = depth,
+                                   .k = columns(),
+                                   .dy = left.data(),
+                                   .w = {.data = right.data(), .dtype = DType::bf16},
+                                   .dx = part.data()},
+                                  context.pool());
+        const float* const products = part.as<float>();
+        for_ranges(context.pool(), count, kGrain, [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t i = begin * columns(); i < end * columns(); ++i) {
+            sums[at(i)] += static_cast<std::int32_t>(products[i]);
+          }
+        });
       }
+      for_ranges(context.pool(), count, kGrain, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin * columns(); i < end * columns(); ++i) {
+          write(y, e, first + i / columns(), i % columns(), sums[at(i)]);
+        }
+      });
     }
-    context.pool().run(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t b, int) {
-      const auto [group, first, last] = blocks[at(b)];
-      const std::int8_t* const matrix = weight.as<std::int8_t>() + group * inner() * columns();
-      std::int32_t sums[kRows * kColumns];
-      for (std::int64_t n = 0; n < columns(); n += kColumns) {
-        const std::int64_t count = std::min(kColumns, columns() - n);
-        std::fill_n(sums, kRows * kColumns, 0);
-        for (std::int64_t k = 0; k < inner(); ++k) {
-          const std::int8_t* const right = matrix + k * columns() + n;
-          for (std::int64_t i = first; i < last; ++i) {
-            const std::int32_t left = x.as<std::int8_t>()[i * inner() + k];
-            std::int32_t* const sum = sums + (i - first) * kColumns;
-            for (std::int64_t j = 0; j < count; ++j) sum[j] += left * right[j];
-          }
-        }
-        for (std::int64_t i = first; i < last; ++i) {
-          for (std::int64_t j = 0; j < count; ++j) {
-            write(y, group, i, n + j, sums[(i - first) * kColumns + j]);
-          }
-        }
+    return y;
+  }
+
+  /// Rows that lie `stride` values apart, as bf16.
+  void widen(const std::int8_t* from, std::int64_t stride, const Tensor& to) const {
+    const std::int64_t width = to.size(1);
+    bf16* const values = to.as<bf16>();
+    for_ranges(context.pool(), to.size(0), kGrain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        for (std::int64_t j = 0; j < width; ++j) values[i * width + j] = bf16(static_cast<float>(from[i * stride + j]));
       }
     });
-    return y;
   }
 
   void write(const Tensor& y, std::int64_t group, std::int64_t row, std::int64_t column, std::int32_t product) const {

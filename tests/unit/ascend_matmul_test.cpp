@@ -147,6 +147,23 @@ TEST(AscendMatmul, sums_products_of_int8_exactly_and_scales_them) {
   });
 }
 
+TEST(AscendMatmul, sums_the_largest_products_of_int8_exactly) {
+  on_one_rank([](const Context& context) {
+    constexpr std::int64_t kInner = 3000;
+    Array x(DType::int8, {2, kInner}), weight(DType::int8, {1, kInner, 2});
+    for (std::int64_t k = 0; k < kInner; ++k) {
+      for (const std::int64_t i : {0, 1}) {
+        x.as<std::int8_t>()[i * kInner + k] = i == 0 ? -128 : 127;
+        weight.as<std::int8_t>()[k * 2 + i] = i == 0 ? -128 : 127;
+      }
+    }
+    const std::int64_t rows = 2;
+    const Array y = grouped_matmul(context, x, weight, {.group_list = {&rows, {1}}, .output_dtype = DType::int32});
+    const std::int64_t wanted[4] = {16384, -16256, -16256, 16129};
+    for (std::int64_t i = 0; i < 4; ++i) EXPECT_EQ(integer(y, i), wanted[i] * kInner);
+  });
+}
+
 TEST(AscendMatmul, is_close_in_int8_to_an_expert_in_f32) {
   on_one_rank([](const Context& context) {
     Draw draw(4);

@@ -30,7 +30,8 @@ struct GroupedMatmulOptions {
 ///   returns : [E, M, N], zeros of a group without rows
 /// Summed in index order, in f32, rounded once; products of int8 exactly. Not collective.
 /// Throws Error: bad_argument (shapes, dtypes, a group_list of another E or of more rows than there are, an option out
-/// of its range, missing, or of no use). Cost: that of the grouped GEMM kernels; f16 is converted, int8 has none.
+/// of its range, missing, or of no use). Cost: that of the grouped GEMM kernels; f16 is converted to f32 for them,
+/// int8 to bf16, in which its products are exact.
 /// Source: npu_grouped_matmul.
 Array grouped_matmul(const Context& context, ConstTensor x, ConstTensor weight, const GroupedMatmulOptions& options);
 
