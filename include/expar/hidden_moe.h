@@ -60,7 +60,7 @@ using ExpertKernel = std::function<void(const ExpertBatch&)>;
 class HiddenMoe {
  public:
   /// Collective: the options are the same on all ranks, but for the group list.
-  /// Throws Error: bad_argument (naming the value), mismatch, timeout, peer_lost. Cost: one meeting.
+  /// Throws Error: bad_argument (naming the value), mismatch, timeout, peer_lost. Cost: two meetings.
   HiddenMoe(const Context& context, const HiddenMoeOptions& options);
   ~HiddenMoe();
   HiddenMoe(HiddenMoe&&) noexcept;

@@ -44,7 +44,7 @@ struct Setting {
   double value;
 };
 
-/// What the ranks must agree on besides the signature.
+/// The options of a router, but E and K, which signatures show.
 std::vector<Setting> settings_of(const RouterOptions& router) {
   return {{"score", static_cast<double>(router.score)},
           {"choice", static_cast<double>(router.choice)},
@@ -67,8 +67,19 @@ std::vector<Setting> settings_of(const RouterOptions& router) {
           {"nan", static_cast<double>(router.nan)}};
 }
 
-/// Collective; the ranks have validated their routers.
-void agree_on_router(const Context& context, const RouterOptions& router) {
+}  // namespace
+
+void alone(const Context& context, FunctionRef<void()> work) {
+  try {
+    work();
+  } catch (...) {
+    const Error error = current_error();
+    context.communicator().fail(
+        Error(error.code(), error.message(), {context.communicator().job_rank(context.rank()), -1, "layer"}));
+  }
+}
+
+void agree_on_router(const Context& context, const RouterOptions& router, const std::string& operation) {
   const std::vector<Setting> settings = settings_of(router);
   const auto count = static_cast<std::int64_t>(settings.size());
   std::vector<std::int64_t> mine;
@@ -85,20 +96,8 @@ void agree_on_router(const Context& context, const RouterOptions& router) {
                settings[static_cast<std::size_t>(i)].name + " " + std::to_string(std::bit_cast<double>(bits));
       };
       context.communicator().throw_alike(Error(
-          ErrorCode::mismatch, "routers disagree: " + has(0, first) + "; " + has(rank, theirs), {rank, 0, "layer"}));
+          ErrorCode::mismatch, "routers disagree: " + has(0, first) + "; " + has(rank, theirs), {rank, 0, operation}));
     }
-  }
-}
-
-}  // namespace
-
-void alone(const Context& context, FunctionRef<void()> work) {
-  try {
-    work();
-  } catch (...) {
-    const Error error = current_error();
-    context.communicator().fail(
-        Error(error.code(), error.message(), {context.communicator().job_rank(context.rank()), -1, "layer"}));
   }
 }
 
@@ -122,7 +121,7 @@ void agree(const Context& context, const MoeLayerOptions& options, FunctionRef<v
     make();
     return Operation::Words{};
   });
-  agree_on_router(context, options.router);
+  agree_on_router(context, options.router, "layer");
 }
 
 std::int64_t tokens_before(const Context& context, ConstTensor x, ConstTensor mask) {

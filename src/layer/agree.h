@@ -1,12 +1,18 @@
 // How the layer's errors reach every rank: at its making and between its operations.
 #pragma once
 
+#include <string>
+
 #include <expar/layer.h>
 
 namespace expar {
 
 /// Runs what this rank does alone between two operations. An error there ends the job: the others are on their way.
 void alone(const Context& context, FunctionRef<void()> work);
+
+/// Throws mismatch on every rank, naming the option and two ranks, unless the ranks' routers have the same options;
+/// their E and K are the same already. Collective.
+void agree_on_router(const Context& context, const RouterOptions& router, const std::string& operation);
 
 /// Throws the same error on every rank unless all make the same layer, and can. `make` is this rank's part.
 /// Collective.

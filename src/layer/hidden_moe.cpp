@@ -27,11 +27,7 @@ Signature signature_of(const HiddenMoeOptions& options) {
   Signature signature("hidden_moe");
   signature.with("hidden", options.hidden).with("experts", router.experts).with("topk", router.topk);
   signature.with("partition", static_cast<std::int64_t>(options.partition)).with("slices", options.slices);
-  signature.with("normalize_router_logits", options.normalize_router_logits);
-  signature.with("score", static_cast<std::int64_t>(router.score));
-  signature.with("choice", static_cast<std::int64_t>(router.choice)).with("renormalise", router.renormalise);
-  signature.with_real("scaling", router.scaling).with("groups", router.groups).with("groups_used", router.groups_used);
-  return signature;
+  return signature.with("normalize_router_logits", options.normalize_router_logits);
 }
 
 /// Columns [begin, begin + count) of `from` go to the first columns of `to`; both [T, ...].
@@ -156,6 +152,7 @@ HiddenMoe::HiddenMoe(const Context& context, const HiddenMoeOptions& options)
     validate(options);
     return Operation::Words{};
   });
+  agree_on_router(context, options.router, "hidden_moe");
 }
 HiddenMoe::~HiddenMoe() = default;
 HiddenMoe::HiddenMoe(HiddenMoe&&) noexcept = default;

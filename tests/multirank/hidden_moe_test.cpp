@@ -420,6 +420,10 @@ TEST_P(Hidden, tells_every_rank_what_is_wrong_on_one) {
     EXPECT_EQ(error_of([&] { moe.forward(context, other.inputs(batch.x), twice, out); }).code(), ErrorCode::mismatch);
     const HiddenMoeOptions differing{.hidden = 8, .router = router, .slices = odd};
     EXPECT_EQ(error_of([&] { HiddenMoe(context, differing); }).code(), ErrorCode::mismatch);
+    HiddenMoeOptions scaled{.hidden = 8, .router = router};
+    scaled.router.scaling = odd ? 2.0F : 1.0F;
+    const std::string message = error_of([&] { HiddenMoe(context, scaled); }).message();
+    EXPECT_NE(message.find("routers disagree: rank 0 has scaling "), std::string::npos) << message;
   });
 }
 
