@@ -97,9 +97,13 @@ Inbox exchange(const Context& group_ep, const V2Options& options, const std::fun
   // Ranks of one host share a clock: a rank has waited for another from when it had posted to when that one had.
   const Array posts(DType::int64, {group_ep.size()});
   all_gather(group_ep, ConstTensor(&since, {1}), posts);
+  const ConstTensor& elastic = options.elastic_info;
+  const bool some_out = !elastic.absent() && elastic.as<std::int32_t>()[0] != 0;
   for (int source = 0; source < group_ep.size(); ++source) {
+    const std::int64_t rank =
+        some_out ? elastic.as<std::int32_t>()[4 + options.performance_info.size(0) + source] : source;
     const std::int64_t waited = std::max<std::int64_t>(posts.as<std::int64_t>()[source] - since, 0);
-    options.performance_info.as<std::int64_t>()[source] += waited / 1000;
+    options.performance_info.as<std::int64_t>()[rank] += waited / 1000;
   }
   return inbox;
 }

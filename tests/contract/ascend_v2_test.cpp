@@ -338,10 +338,17 @@ TEST(Elastic, ranks_that_are_out_are_left_out) {
     rank.domain = even_batch(5, 1, 1, 8, 2, 3).domain(all.rank());
     const std::vector<std::int32_t> info = {1, 4, 1, 6, 0, -1, 1, 2, 3, 0, 2, 3, 4, -1};
     rank.options.elastic_info = ConstTensor(info.data(), Shape{14});
+    const Array waited(DType::int64, {5});
+    rank.options.performance_info = waited;
     rank.expand_x = Array(DType::bf16, {ascend::expand_rows(rank.domain, all.rank(), 3, 2) * 2, batch.h});
     rank.info = Array(DType::int32, {rank.expand_x.view().size(0) * 128});
     rank.expand_scales = Array(DType::f32, {rank.expand_x.view().size(0)});
+    barrier(context);
+    if (all.rank() == 4) std::this_thread::sleep_for(std::chrono::milliseconds(50));
     rank.dispatch();
+    if (all.rank() != 4) {
+      EXPECT_GT(waited.as<std::int64_t>()[4], 25000) << "by its number of old";
+    }
     std::int64_t row = 0;
     for (const auto& of_expert : copies_for(batch, context.rank())) {
       for (const Copy& copy : of_expert) {
