@@ -87,7 +87,7 @@ Work work_of(const Context& context, const ExpertShape& shape, const Plan& plan)
 
 std::int64_t count_wrong_rows(const ExpertShape& shape, const Weights& weights, const Inbox& inbox, const Outbox& y) {
   const Plan& plan = inbox.plan();
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   const std::size_t row_bytes = static_cast<std::size_t>(shape.hidden) * size_of(shape.dtype);
   std::int64_t wrong = 0;
   for (std::int64_t i = 0; i < kChecked && plan.received() > 0; ++i) {

@@ -138,7 +138,7 @@ std::int64_t count_wrong(const Workload& workload, const Inbox& inbox) {
   const std::size_t row_bytes = at(options.hidden) * size_of(options.dtype);
   std::vector<std::byte> wanted(row_bytes);
   std::int64_t wrong = 0;
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   for (std::size_t e = 0; e < workload.arrivals().size(); ++e) {
     const std::vector<Arrival>& arrivals = workload.arrivals()[e];
     if (plan.rows()[e] != static_cast<std::int64_t>(arrivals.size())) {
@@ -152,7 +152,7 @@ std::int64_t count_wrong(const Workload& workload, const Inbox& inbox) {
       fill_row(static_cast<std::uint64_t>(arrivals[i].token), options.dtype, options.hidden, wanted.data());
       const auto* got = static_cast<const std::byte*>(rows.base[ref.base]) + at(ref.row) * row_bytes;
       wrong += count_wrong(got, wanted.data(), options.dtype, options.hidden);
-      wrong += ref.weight != workload.weight(arrivals[i].token, arrivals[i].slot);
+      wrong += inbox.weights()[row] != workload.weight(arrivals[i].token, arrivals[i].slot);
       if (inbox.layout() != Layout::indexed) {
         wrong +=
             count_wrong(inbox.packed().bytes() + packed[i] * row_bytes, wanted.data(), options.dtype, options.hidden);

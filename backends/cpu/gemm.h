@@ -44,7 +44,7 @@ struct Result {
 };
 
 /// What row i's bias is multiplied by.
-inline float bias_weight(const GemmNT& p, std::int64_t i) { return p.weighted_bias ? p.rows.refs[i].weight : 1.0F; }
+inline float bias_weight(const GemmNT& p, std::int64_t i) { return p.bias_weights ? p.bias_weights[i] : 1.0F; }
 
 /// Rows by pointer times one chunk of a panel. ahead(r, tile) tells what to fetch while rows from r on are summed.
 template <class Step, class Ahead>

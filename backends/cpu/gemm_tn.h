@@ -59,8 +59,8 @@ void tn(const GemmTN& p, Pool& pool) {
     const std::int64_t n0 = cut.first(task), n1 = cut.last(task, p.n), outputs = n1 - n0;
     float* const dw = p.dw + (g * p.n + n0) * p.k;
     float* const dbias = p.dbias ? p.dbias + g * p.n + n0 : nullptr;
-    if (!p.accumulate && begin == end) __builtin_memset(dw, 0, static_cast<std::size_t>(outputs * p.k) * 4);
-    if (!p.accumulate && dbias) __builtin_memset(dbias, 0, static_cast<std::size_t>(outputs) * 4);
+    if (begin == end) __builtin_memset(dw, 0, static_cast<std::size_t>(outputs * p.k) * 4);
+    if (dbias) __builtin_memset(dbias, 0, static_cast<std::size_t>(outputs) * 4);
     if (begin == end) return;
     if (dbias) sum_rows(dy + n0, p.n, begin, end, outputs, dbias);
 
@@ -71,7 +71,7 @@ void tn(const GemmTN& p, Pool& pool) {
     Word* const panel = slices.take<Word>(longest * kPanel);
     for (std::int64_t first = begin; first < end; first += kRows) {
       const std::int64_t last = smaller(first + kRows, end), steps = parts(last - first, Step::kPerWord);
-      const bool resume = p.accumulate || first > begin;
+      const bool resume = first > begin;
       pack_outputs(Step{}, dy, p.n, first, last, n0, n1, left);
       for (std::int64_t k = 0; k < p.k; k += kPanel) {
         const std::int64_t columns = smaller(kPanel, p.k - k);

@@ -13,7 +13,7 @@ inline void adamw(const AdamWStep& p, Pool& pool) {
   for_blocks(pool, p.count, 16, [&](std::int64_t first, std::int64_t last) {
 #pragma GCC ivdep
     for (std::int64_t i = first; i < last; ++i) {
-      const float g = p.g[i] * p.grad_scale;
+      const float g = p.g[i];
       const float m = fma(p.beta1, p.m[i], keep1 * g);
       const float v = fma(p.beta2, p.v[i], keep2 * g * g);
       const float step = m * over_c1 / (__builtin_sqrtf(v * over_c2) + p.eps);

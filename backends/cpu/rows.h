@@ -39,8 +39,8 @@ void gather_rows(const Gather& p, std::int64_t first, std::int64_t last) {
   for (std::int64_t i = first; i < last; ++i) {
     const E* const from = row(i);
     E* const to = static_cast<E*>(p.out) + i * width;
-    if (p.scaled && p.rows.refs != nullptr) {
-      const float weight = p.rows.refs[i].weight;
+    if (p.weights != nullptr) {
+      const float weight = p.weights[i];
 #pragma GCC ivdep
       for (std::int64_t h = 0; h < width; ++h) to[h] = narrow<E>(widen(from[h]) * weight);
     } else if (width > 0) {

@@ -9,7 +9,7 @@ namespace expar::reference {
 void adamw(const AdamWStep& p, Pool&) {
   const FloatMode mode;
   for (std::int64_t i = 0; i < p.count; ++i) {
-    const float g = p.g[i] * p.grad_scale;
+    const float g = p.g[i];
     const float m = p.m[i] = p.beta1 * p.m[i] + (1 - p.beta1) * g;
     const float v = p.v[i] = p.beta2 * p.v[i] + (1 - p.beta2) * g * g;
     p.p[i] -= p.lr * (m / p.c1 / (std::sqrt(v / p.c2) + p.eps) + p.decay * p.p[i]);

@@ -31,7 +31,7 @@ void gemm_nt(const GemmNT& p, Pool& pool) {
       for (std::int64_t k = 0; k < p.k; ++k) {
         sum += load(p.rows, i, k) * weight(p.w, g, p.n, p.k, n, k);
       }
-      if (p.bias) sum += (p.weighted_bias ? p.rows.refs[i].weight : 1.0F) * p.bias[g * p.n + n];
+      if (p.bias) sum += (p.bias_weights ? p.bias_weights[i] : 1.0F) * p.bias[g * p.n + n];
       store(p.y, p.y_dtype, i * p.n + n, sum);
     }
   });
@@ -55,18 +55,16 @@ void gemm_tn(const GemmTN& p, Pool& pool) {
     pool.run(p.n, [&](std::int64_t n, int) {
       const FloatMode mode;
       for (std::int64_t k = 0; k < p.k; ++k) {
-        float& dw = p.dw[(g * p.n + n) * p.k + k];
-        float sum = p.accumulate ? dw : 0;
+        float sum = 0;
         for (std::int64_t i = first; i < last; ++i) {
           sum += load(p.dy, p.rows.dtype, i * p.n + n) * load(p.rows, i, k);
         }
-        dw = sum;
+        p.dw[(g * p.n + n) * p.k + k] = sum;
       }
       if (p.dbias == nullptr) return;
-      float& dbias = p.dbias[g * p.n + n];
-      float sum = p.accumulate ? dbias : 0;
+      float sum = 0;
       for (std::int64_t i = first; i < last; ++i) sum += load(p.dy, p.rows.dtype, i * p.n + n);
-      dbias = sum;
+      p.dbias[g * p.n + n] = sum;
     });
   }
 }

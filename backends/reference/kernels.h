@@ -20,7 +20,7 @@ inline void store(void* data, DType dtype, std::int64_t i, float value) {
 }
 
 inline float load(const Rows& rows, std::int64_t row, std::int64_t column) {
-  const RowRef ref = rows.refs ? rows.refs[row] : RowRef{0, static_cast<std::int32_t>(row), 1.0F};
+  const RowRef ref = rows.refs ? rows.refs[row] : RowRef{0, static_cast<std::int32_t>(row)};
   return load(rows.base[ref.base], rows.dtype, ref.row * rows.width + column);
 }
 

@@ -10,11 +10,10 @@ void gather(const Gather& p, Pool& pool) {
   const std::int64_t width = p.rows.width;
   pool.run(p.count, [&](std::int64_t i, int) {
     const FloatMode mode;
-    const float scale = p.scaled && p.rows.refs ? p.rows.refs[i].weight : 1.0F;
     float dot = 0;
     for (std::int64_t h = 0; h < width; ++h) {
       const float value = load(p.rows, i, h);
-      if (p.out) store(p.out, p.rows.dtype, i * width + h, p.scaled ? value * scale : value);
+      if (p.out) store(p.out, p.rows.dtype, i * width + h, p.weights ? value * p.weights[i] : value);
       if (p.other) dot += value * load(p.other, p.rows.dtype, i * width + h);
     }
     if (p.other) p.dot[i] = dot;

@@ -38,10 +38,11 @@ class Inbox {
   const Plan& plan() const;
   /// [U, H] rows of other ranks, source by source, tokens ascending.
   ConstTensor rows() const;
-  /// [R] for each local expert, in order, the row (base 0: x, base 1: rows()) and the weight it came with.
+  /// [R] for each local expert, in order, the row (base 0: x, base 1: rows()), and the weight it came with.
   std::span<const RowRef> refs() const;
-  /// All R rows, gathered by refs(), as the kernels take them.
-  Rows gathered() const;
+  std::span<const float> weights() const;
+  /// All R rows, by refs(), as the kernels take them.
+  Rows expert_rows() const;
   Layout layout() const;
   /// The rows in the shape of layout(); absent where it is indexed.
   ConstTensor packed() const;
@@ -88,7 +89,7 @@ class PendingDispatch {
 
 /// Carries each token once to each other rank that holds one of its experts.
 ///   x       : [T, H]  this rank's tokens, f32 or bf16
-///   weights : [T, K]  f32, travel beside the rows into refs(); absent (`{}`): every weight is 1
+///   weights : [T, K]  f32, travel beside the rows; absent (`{}`): every weight is 1
 ///   plan    : from make_plan; the same plan serves combine and the backward pass. Of a bounded one that is the inbox's
 ///             plan(), complete; x then waits in room for the bound until the other ranks have read it
 ///   returns : inbox [U, H] and a list of rows per local expert

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include <expar/dispatch.h>
 
@@ -39,10 +38,9 @@ struct ExpertWeights {
   ConstTensor down_bias;  // [L, H]
 };
 
-/// f32, in the shapes of the weights. Overwritten, or added to.
+/// f32, in the shapes of the weights.
 struct ExpertGradients {
   Tensor up, down, up_bias, down_bias;
-  bool accumulate = false;
 };
 
 /// What forward leaves for backward. Reuse one object per layer: it keeps its memory.
@@ -50,8 +48,7 @@ struct ExpertsRecord {
   Tensor pre;  // [R, up_rows] before the activation
   Tensor h;    // [R, F] after it
   Buffer pre_memory, h_memory;
-  Buffer weighted;              // room for rows that were weighted before a product
-  std::vector<RowRef> weights;  // of the rows in order
+  Buffer weighted;  // room for rows that were weighted before a product
 };
 
 /// y[i] = expert(row i) for the R rows of the inbox, whose weights count where weights_on says. Not collective.
@@ -64,7 +61,6 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
 /// What backward works in. Reuse one object.
 struct ExpertsScratch {
   Buffer dy, weighted_dy, dh, dpre, x, dx;
-  std::vector<RowRef> weights;
 };
 
 /// The gradient of experts_forward, weighted by the router.

@@ -17,11 +17,10 @@
 
 namespace expar {
 
-/// One row of a grouped GEMM: row `row` of operand `base`, and the router's weight for it.
+/// One row of a grouped GEMM: row `row` of operand `base`.
 struct RowRef {
   std::int32_t base = 0;  // 0: the rank's own x, 1: the inbox
   std::int32_t row = 0;
-  float weight = 1.0F;
 };
 
 /// R rows of `width` elements, gathered by `refs`; without refs, row i is row i of base[0].
@@ -45,16 +44,16 @@ struct GroupWeights {
   bool packed = false;
 };
 
-/// y[i, n] = sum_k rows[i, k] * w[g(i)][n, k] + (weighted_bias ? refs[i].weight : 1) * bias[g(i)][n]
+/// y[i, n] = sum_k rows[i, k] * w[g(i)][n, k] + bias_weights[i] * bias[g(i)][n]
 struct GemmNT {
   Groups groups;
   std::int64_t n = 0, k = 0;
   Rows rows;  // [R, K], dtype of w
   GroupWeights w;
-  const float* bias = nullptr;  // [G, N] or null
-  bool weighted_bias = false;   // with refs
-  void* y = nullptr;            // [R, N]
-  DType y_dtype = DType::f32;   // f32 or the dtype of w
+  const float* bias = nullptr;          // [G, N] or null
+  const float* bias_weights = nullptr;  // [R], or null: all are 1
+  void* y = nullptr;                    // [R, N]
+  DType y_dtype = DType::f32;           // f32 or the dtype of w
 };
 
 /// dx[i, k] = sum_n dy[i, n] * w[g(i)][n, k]
@@ -67,8 +66,8 @@ struct GemmNN {
   DType dx_dtype = DType::f32;
 };
 
-/// dw[g][n, k] = (accumulate ? dw : 0) + sum over the group's rows i, in order, of dy[i, n] * rows[i, k]
-/// dbias[g][n] the same with rows[i, k] = 1. A group without rows gets zeros (or keeps what it has).
+/// dw[g][n, k] = sum over the group's rows i, in order, of dy[i, n] * rows[i, k]
+/// dbias[g][n] the same with rows[i, k] = 1. A group without rows gets zeros.
 struct GemmTN {
   Groups groups;
   std::int64_t n = 0, k = 0;
@@ -76,7 +75,6 @@ struct GemmTN {
   Rows rows;                 // [R, K]
   float* dw = nullptr;       // [G, N, K]
   float* dbias = nullptr;    // [G, N] or null
-  bool accumulate = false;
 };
 
 /// The experts' activation. Gated ones read [R, 2F] (gate g, then up u), plain ones [R, F].
@@ -131,15 +129,15 @@ struct ActivateGrad {
   void* dpre = nullptr;      // shape of pre
 };
 
-/// out[i] = rows[i] (scaled: * refs[i].weight, in f32, rounded once), where given. `dot`, where given, gets the f32
-/// inner product rows[i] . other[i], summed in index order, of the unscaled row.
+/// out[i] = rows[i], or with weights rows[i] * weights[i] in f32, rounded once, where given. `dot`, where given, gets
+/// the f32 inner product rows[i] . other[i], summed in index order, of the row without its weight.
 struct Gather {
   Rows rows;
   std::int64_t count = 0;
-  bool scaled = false;
-  void* out = nullptr;          // [count, width], dtype of rows; or null
-  const void* other = nullptr;  // [count, width], dtype of rows; or null
-  float* dot = nullptr;         // [count]; with `other`
+  const float* weights = nullptr;  // [count] or null
+  void* out = nullptr;             // [count, width], dtype of rows; or null
+  const void* other = nullptr;     // [count, width], dtype of rows; or null
+  float* dot = nullptr;            // [count]; with `other`
 };
 
 /// RMSNorm of a row x: scale = 1 / sqrt(mean(x^2) + epsilon), y = (x * scale) * gain, in f32, each product of y rounded
@@ -186,10 +184,10 @@ struct SoftmaxTopK {
 /// AdamW (Loshchilov & Hutter 2019) on flat arrays, elementwise, f32:
 ///   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
 ///   p = p - lr (m / c1 / (sqrt(v / c2) + eps) + decay p),  c1 = 1 - b1^step, c2 = 1 - b2^step
-/// g is multiplied by grad_scale first. `low`, where given, gets p rounded to bf16 in the same pass.
+/// `low`, where given, gets p rounded to bf16 in the same pass.
 struct AdamWStep {
   std::int64_t count = 0;
-  float lr = 0, beta1 = 0, beta2 = 0, eps = 0, decay = 0, c1 = 1, c2 = 1, grad_scale = 1;
+  float lr = 0, beta1 = 0, beta2 = 0, eps = 0, decay = 0, c1 = 1, c2 = 1;
   const float* g = nullptr;
   float* p = nullptr;
   float* m = nullptr;

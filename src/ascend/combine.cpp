@@ -39,7 +39,7 @@ void moe_distribute_combine_teardown(const Context& group_ep, const Domain& doma
   const Inbox inbox = comm_cmd_info.take();
   const Copies copies = copies_of(domain, in.expert_ids, in.x_active_mask);
   const ConstTensor& posted = in.comm_quant_mode == 2 ? in.quant_expand_x : in.expand_x;
-  if (posted.data() != inbox.gathered().base[0] ||
+  if (posted.data() != inbox.expert_rows().base[0] ||
       posted.size(1) * static_cast<std::int64_t>(size_of(posted.dtype())) != inbox.rows().size(1) * 2)
     refuse("expand_x, quant_expand_x and comm_quant_mode are not those of the setup");
   check_ordinals(copies, in.expand_idx);

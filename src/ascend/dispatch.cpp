@@ -33,7 +33,7 @@ void moe_distribute_dispatch_teardown(const Context& group_ep, const Domain& dom
                                       CommCmdInfo comm_cmd_info, const Dispatched& out) {
   const Inbox inbox = comm_cmd_info.take();
   const Message message = message_of({in.x, in.expert_ids, {}, in.quant_mode, in.y_dtype}, false);
-  if (message.bytes() != inbox.rows().size(1) * 2 || in.y.data() != inbox.gathered().base[0])
+  if (message.bytes() != inbox.rows().size(1) * 2 || in.y.data() != inbox.expert_rows().base[0])
     refuse("x, y and quant_mode are not those of the setup");
   const std::int64_t rows = check_rows(domain, out.expand_x, in.expert_ids);
   require("assist_info_for_combine", out.assist_info_for_combine, DType::int32, {rows * kInfoPerRow});

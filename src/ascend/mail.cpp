@@ -29,7 +29,7 @@ CommCmdInfo post(const Context& group_ep, const std::function<Mail()>& write) {
 }
 
 std::vector<const std::byte*> rows_of(const Inbox& inbox) {
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   const std::size_t row_bytes = at(rows.width) * size_of(rows.dtype);
   std::vector<const std::byte*> found;
   found.reserve(inbox.refs().size());

@@ -143,11 +143,11 @@ TokenUnpermuteGrad moe_token_unpermute_grad(const Context& context, ConstTensor 
   const SlotRows slots(sorted_indices, tokens, rows);
   require("unpermuted_tokens_grad", unpermuted_tokens_grad, permuted_tokens.dtype(), {tokens, width});
   std::vector<RowRef> refs(at(rows));
+  std::vector<float> weights(refs.size(), 1.0F);
   for (std::int64_t i = 0; i < slots.slots(); ++i) {
     if (!slots.is_kept(i)) continue;
-    refs[at(slots[i])] = {.base = 0,
-                          .row = static_cast<std::int32_t>(i / slots.topk()),
-                          .weight = probs.absent() ? 1.0F : number(probs, i)};
+    refs[at(slots[i])].row = static_cast<std::int32_t>(i / slots.topk());
+    if (!probs.absent()) weights[at(slots[i])] = number(probs, i);
   }
   TokenUnpermuteGrad grad{Array(permuted_tokens.dtype(), {rows, width}), {}};
   std::vector<float> dots(at(rows));
@@ -156,7 +156,7 @@ TokenUnpermuteGrad moe_token_unpermute_grad(const Context& context, ConstTensor 
                                      .width = width,
                                      .refs = refs.data()},
                             .count = rows,
-                            .scaled = !probs.absent(),
+                            .weights = probs.absent() ? nullptr : weights.data(),
                             .out = grad.permuted_tokens_grad.view().data(),
                             .other = probs.absent() ? nullptr : permuted_tokens.data(),
                             .dot = dots.data()},

@@ -14,10 +14,11 @@ Inbox& Inbox::operator=(Inbox&&) noexcept = default;
 const Plan& Inbox::plan() const { return data_->plan; }
 ConstTensor Inbox::rows() const { return data_->rows; }
 std::span<const RowRef> Inbox::refs() const { return data_->lists->refs(); }
+std::span<const float> Inbox::weights() const { return data_->lists->weights(); }
 Layout Inbox::layout() const { return data_->layout; }
 ConstTensor Inbox::packed() const { return data_->packed; }
 std::span<const std::int64_t> Inbox::offsets() const { return data_->order->offsets(); }
-Rows Inbox::gathered() const {
+Rows Inbox::expert_rows() const {
   return {.base = {data_->x.data(), data_->rows.data()},
           .dtype = data_->rows.dtype(),
           .width = data_->rows.size(1),

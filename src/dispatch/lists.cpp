@@ -26,9 +26,12 @@ void write_tags(const Plan& plan, int destination, std::span<const std::int32_t>
 }
 
 Lists::Lists(const Context& context, const Plan& plan, const float* weights)
-    : memory_(context.memory()), refs_(memory_.get()) {
-  refs_.reserve(at(context.size() * plan.data().bound * plan.topk()) + 1);  // of one size where there is a bound
-  refs_.assign(at(plan.received()) + 1, RowRef{0, 0, 0.0F});
+    : memory_(context.memory()), refs_(memory_.get()), weights_(memory_.get()) {
+  const std::size_t most = at(context.size() * plan.data().bound * plan.topk()) + 1;  // of one size for a bound
+  refs_.reserve(most);
+  weights_.reserve(most);
+  refs_.resize(at(plan.received()) + 1);
+  weights_.resize(refs_.size());
   const int rank = context.rank();
   const std::size_t nowhere = refs_.size() - 1;
   const std::int64_t tokens = plan.tokens(), topk = plan.topk();
@@ -36,7 +39,8 @@ Lists::Lists(const Context& context, const Plan& plan, const float* weights)
   for (std::int32_t token = 0; token < tokens; ++token) {
     for (std::int64_t k = 0; k < topk; ++k, ++slot) {
       const std::size_t position = slot->rank == rank ? at(slot->row) : nowhere;
-      refs_[position] = {0, token, weights == nullptr ? 1.0F : weights[token * topk + k]};
+      refs_[position] = {0, token};
+      weights_[position] = weights == nullptr ? 1.0F : weights[token * topk + k];
     }
   }
 }
@@ -52,7 +56,9 @@ bool Lists::add(const Plan& plan, int source, const SlotTag* tags) {
   for (std::int64_t row = first; row < end; ++row) {
     for (std::int64_t k = 0; k < topk; ++k, ++tags) {
       std::size_t& position = next[std::min(at(tags->expert), at(local + k))];  // -1 is large here
-      refs_[std::min(position, nowhere)] = {1, static_cast<std::int32_t>(row), tags->weight};
+      const std::size_t place = std::min(position, nowhere);
+      refs_[place] = {1, static_cast<std::int32_t>(row)};
+      weights_[place] = tags->weight;
       ++position;
     }
   }

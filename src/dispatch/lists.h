@@ -20,7 +20,7 @@ struct SlotTag {
 void write_tags(const Plan& plan, int destination, std::span<const std::int32_t> tokens, const float* weights,
                 SlotTag* tags);
 
-/// The list [R] that an inbox's experts gather by.
+/// The lists [R] that an inbox's experts gather by.
 class Lists {
  public:
   /// Begins with the rows that stay on this rank.
@@ -29,10 +29,12 @@ class Lists {
   /// written by a peer is ever followed. False if they are not what its counts said.
   bool add(const Plan& plan, int source, const SlotTag* tags);
   std::span<const RowRef> refs() const { return std::span(refs_).first(refs_.size() - 1); }
+  std::span<const float> weights() const { return std::span(weights_).first(weights_.size() - 1); }
 
  private:
   std::shared_ptr<std::pmr::memory_resource> memory_;
   std::pmr::vector<RowRef> refs_;  // [R + 1], the last for slots that are elsewhere
+  std::pmr::vector<float> weights_;
 };
 
 }  // namespace expar

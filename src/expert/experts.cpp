@@ -30,7 +30,7 @@ void check(const ExpertShape& shape, const ExpertWeights& weights, std::int64_t 
 }
 
 void check(const ExpertShape& shape, const Inbox& inbox) {
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   if (rows.width != shape.hidden) {
     refuse("hidden of the inbox is " + std::to_string(rows.width) + ", of the experts " + std::to_string(shape.hidden));
   }
@@ -59,15 +59,6 @@ const float* data_of(bool present, const ConstTensor& bias) { return present ? b
 float* data_of(bool present, const Tensor& bias) { return present ? bias.as<float>() : nullptr; }
 
 Groups groups_of(const Plan& plan) { return {static_cast<int>(plan.local().count), plan.offsets().data()}; }
-
-/// The weights of the inbox's rows, for rows that stand in order.
-const RowRef* in_order(const Inbox& inbox, std::vector<RowRef>& weights) {
-  weights.resize(inbox.refs().size());
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    weights[i] = {.base = 0, .row = static_cast<std::int32_t>(i), .weight = inbox.refs()[i].weight};
-  }
-  return weights.data();
-}
 
 /// dots[i] += dout[i] . bias of row i's expert: in double, where products of two f32 are exact, and in index order.
 void add_dots_with_bias(const Context& context, const Plan& plan, const ConstTensor& dout, const ConstTensor& bias,
@@ -116,19 +107,19 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
   record.pre = record.pre_memory.view(shape.dtype, {rows, shape.up_rows()});
   record.h = record.h_memory.view(shape.dtype, {rows, shape.inner});
   const Pass pass(context, shape, groups_of(plan));
-  Rows x = inbox.gathered();
+  const float* const by_row = inbox.weights().data();
+  Rows x = inbox.expert_rows();
   if (shape.weights_on == WeightsOn::input) {
     const Tensor weighted = record.weighted.view(shape.dtype, {rows, shape.hidden});
-    pass.weigh(x, weighted);
+    pass.weigh(x, by_row, weighted);
     x = Pass::in_order(weighted);
   }
   pass.nt(x, weights.up, up_bias, record.pre);
   pass.activate(record.pre, record.h);
   if (shape.weights_on != WeightsOn::inner) return pass.nt(Pass::in_order(record.h), weights.down, down_bias, y.rows());
   const Tensor weighted = record.weighted.view(shape.dtype, {rows, shape.inner});
-  const RowRef* const by_row = in_order(inbox, record.weights);
-  pass.weigh(Pass::in_order(record.h, by_row), weighted);
-  pass.nt(Pass::in_order(weighted, by_row), weights.down, down_bias, y.rows(), true);
+  pass.weigh(Pass::in_order(record.h), by_row, weighted);
+  pass.nt(Pass::in_order(weighted), weights.down, down_bias, y.rows(), by_row);
 }
 
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
@@ -151,51 +142,50 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   const Tensor dy = scratch.dy.view(shape.dtype, {rows, shape.hidden});
   const Tensor dh = scratch.dh.view(shape.dtype, {rows, shape.inner});
   const Tensor dpre = scratch.dpre.view(shape.dtype, {rows, shape.up_rows()});
-  Rows dout_rows = dout.gathered();
-  dout_rows.refs = inbox.refs().data();  // the weights came with the forward dispatch
+  const Rows dout_rows = dout.expert_rows();
+  const float* const by_row = inbox.weights().data();  // they came with the forward dispatch
   float* const up_bias = data_of(shape.bias, gradients.up_bias);
   float* const down_bias = data_of(shape.bias, gradients.down_bias);
   const Rows h = Pass::in_order(record.h);
-  const bool accumulate = gradients.accumulate;
 
   const Pass pass(context, shape, groups_of(plan));
   switch (shape.weights_on) {
     case WeightsOn::output:
       require("y", y.rows(), shape.dtype, {rows, shape.hidden});
-      pass.weigh_and_dot(dout_rows, y.rows(), dy, dweights.rows());
-      pass.tn(dy, h, gradients.down, down_bias, accumulate);
+      pass.weigh_and_dot(dout_rows, by_row, y.rows(), dy, dweights.rows());
+      pass.tn(dy, h, gradients.down, down_bias);
       pass.nn(dy, weights.down, dh);
       break;
     case WeightsOn::inner: {
       // y / w may be a division by zero, so the weight's gradient is taken where h meets it.
       const Tensor weighted = scratch.weighted_dy.view(shape.dtype, {rows, shape.hidden});
-      pass.weigh(dout_rows, weighted);
-      pass.tn(weighted, h, gradients.down, down_bias, accumulate);
+      pass.weigh(dout_rows, by_row, weighted);
+      pass.tn(weighted, h, gradients.down, down_bias);
       pass.copy(dout_rows, dy);
       const Tensor dweighted = scratch.dx.view(shape.dtype, {rows, shape.inner});
       pass.nn(dy, weights.down, dweighted);
-      pass.weigh_and_dot(Pass::in_order(dweighted, in_order(inbox, scratch.weights)), record.h, dh, dweights.rows());
+      pass.weigh_and_dot(Pass::in_order(dweighted), by_row, record.h, dh, dweights.rows());
       if (shape.bias) add_dots_with_bias(context, plan, dy, weights.down_bias, dweights.rows());
       break;
     }
     case WeightsOn::input:
       pass.copy(dout_rows, dy);
-      pass.tn(dy, h, gradients.down, down_bias, accumulate);
+      pass.tn(dy, h, gradients.down, down_bias);
       pass.nn(dy, weights.down, dh);
       break;
   }
   pass.activate_grad(record.pre, dh, dpre);
   if (shape.weights_on != WeightsOn::input) {
-    pass.tn(dpre, inbox.gathered(), gradients.up, up_bias, accumulate);
+    pass.tn(dpre, inbox.expert_rows(), gradients.up, up_bias);
     return pass.nn(dpre, weights.up, dx.rows());
   }
   const Tensor x = scratch.x.view(shape.dtype, {rows, shape.hidden});
   const Tensor dweighted = scratch.dx.view(shape.dtype, {rows, shape.hidden});
-  pass.weigh(inbox.gathered(), x);
-  pass.tn(dpre, Pass::in_order(x), gradients.up, up_bias, accumulate);
+  pass.weigh(inbox.expert_rows(), by_row, x);
+  pass.tn(dpre, Pass::in_order(x), gradients.up, up_bias);
   pass.nn(dpre, weights.up, dweighted);
-  pass.dot(inbox.gathered(), dweighted, dweights.rows());
-  pass.weigh(Pass::in_order(dweighted, in_order(inbox, scratch.weights)), dx.rows());
+  pass.dot(inbox.expert_rows(), dweighted, dweights.rows());
+  pass.weigh(Pass::in_order(dweighted), by_row, dx.rows());
 }
 
 }  // namespace expar

@@ -1,8 +1,6 @@
 // The kernels of an expert's two products and its activation, on the rows of consecutive groups.
 #pragma once
 
-#include <vector>
-
 #include <expar/context.h>
 #include <expar/experts.h>
 
@@ -20,13 +18,14 @@ class Pass {
 
   std::int64_t rows() const { return rows_; }
 
-  /// The rows of a tensor as they stand, or with these weights.
-  static Rows in_order(const ConstTensor& tensor, const RowRef* weights = nullptr) {
-    return {.base = {tensor.data(), nullptr}, .dtype = tensor.dtype(), .width = tensor.size(1), .refs = weights};
+  /// The rows of a tensor as they stand.
+  static Rows in_order(const ConstTensor& tensor) {
+    return {.base = {tensor.data(), nullptr}, .dtype = tensor.dtype(), .width = tensor.size(1)};
   }
 
-  /// out = in w^T + bias, the bias of a row times the row's weight where asked.
-  void nt(const Rows& in, const GroupWeights& w, const float* bias, const Tensor& out, bool weighted = false) const {
+  /// out = in w^T + bias, the bias of each row times its weight where there are any.
+  void nt(const Rows& in, const GroupWeights& w, const float* bias, const Tensor& out,
+          const float* bias_weights = nullptr) const {
     if (rows_ == 0) return;
     GemmNT call;
     call.groups = groups_;
@@ -35,7 +34,7 @@ class Pass {
     call.rows = in;
     call.w = w;
     call.bias = bias;
-    call.weighted_bias = weighted;
+    call.bias_weights = bias_weights;
     call.y = out.data();
     call.y_dtype = out.dtype();
     kernels_.gemm_nt(call, pool_);
@@ -56,7 +55,7 @@ class Pass {
   }
 
   /// dw = dout^T in, dbias = the sum of dout; groups without rows get zeros.
-  void tn(const ConstTensor& dout, const Rows& in, const Tensor& dw, float* dbias, bool accumulate) const {
+  void tn(const ConstTensor& dout, const Rows& in, const Tensor& dw, float* dbias) const {
     GemmTN call;
     call.groups = groups_;
     call.n = dout.size(1);
@@ -65,7 +64,6 @@ class Pass {
     call.rows = in;
     call.dw = dw.as<float>();
     call.dbias = dbias;
-    call.accumulate = accumulate;
     kernels_.gemm_tn(call, pool_);
   }
 
@@ -97,25 +95,28 @@ class Pass {
   }
 
   /// out = rows, side by side.
-  void copy(const Rows& rows, const Tensor& out) const { gather(rows, false, out.data(), nullptr, nullptr); }
+  void copy(const Rows& rows, const Tensor& out) const { gather(rows, nullptr, out.data(), nullptr, nullptr); }
   /// out = rows, each times its weight.
-  void weigh(const Rows& rows, const Tensor& out) const { gather(rows, true, out.data(), nullptr, nullptr); }
+  void weigh(const Rows& rows, const float* weights, const Tensor& out) const {
+    gather(rows, weights, out.data(), nullptr, nullptr);
+  }
   /// dot[i] = rows[i] . other[i], without weights.
   void dot(const Rows& rows, const ConstTensor& other, const Tensor& dots) const {
-    gather(rows, false, nullptr, other.data(), dots.as<float>());
+    gather(rows, nullptr, nullptr, other.data(), dots.as<float>());
   }
   /// Both at once: the rows are read once.
-  void weigh_and_dot(const Rows& rows, const ConstTensor& other, const Tensor& out, const Tensor& dots) const {
-    gather(rows, true, out.data(), other.data(), dots.as<float>());
+  void weigh_and_dot(const Rows& rows, const float* weights, const ConstTensor& other, const Tensor& out,
+                     const Tensor& dots) const {
+    gather(rows, weights, out.data(), other.data(), dots.as<float>());
   }
 
  private:
-  void gather(const Rows& rows, bool scaled, void* out, const void* other, float* dots) const {
+  void gather(const Rows& rows, const float* weights, void* out, const void* other, float* dots) const {
     if (rows_ == 0) return;
     Gather call;
     call.rows = rows;
     call.count = rows_;
-    call.scaled = scaled;
+    call.weights = weights;
     call.out = out;
     call.other = other;
     call.dot = dots;

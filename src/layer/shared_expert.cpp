@@ -17,15 +17,6 @@ struct All {
   std::int64_t offsets[2];
 };
 
-/// The gate of each token as the weight of its row.
-const RowRef* by_gate(const Tensor& gate, std::vector<RowRef>& weights) {
-  weights.resize(static_cast<std::size_t>(gate.size(0)));
-  for (std::size_t t = 0; t < weights.size(); ++t) {
-    weights[t] = {.base = 0, .row = static_cast<std::int32_t>(t), .weight = gate.as<float>()[t]};
-  }
-  return weights.data();
-}
-
 /// dx[t] += dz[t] w
 void add_outer(const ConstTensor& dz, const ConstTensor& w, const Tensor& dx, Pool& pool) {
   const std::int64_t hidden = dx.size(1);
@@ -80,16 +71,16 @@ Tensor shared_backward(const Context& context, const ExpertShape& shape, const S
   ConstTensor dy = dout;
   if (gated) {
     const Tensor weighted = scratch.dy.view(shape.dtype, dout.shape());
-    pass.weigh(Pass::in_order(dout, by_gate(record.gate, scratch.weights)), weighted);
+    pass.weigh(Pass::in_order(dout), record.gate.as<float>(), weighted);
     dy = weighted;
   }
   const Tensor dh = scratch.dh.view(shape.dtype, {tokens, shape.inner});
   const Tensor dpre = scratch.dpre.view(shape.dtype, {tokens, shape.up_rows()});
   const Tensor dx = scratch.dx.view(DType::f32, dout.shape());
-  by_shard.tn(dy, Pass::in_order(record.experts.h), gradients.down, nullptr, false);
+  by_shard.tn(dy, Pass::in_order(record.experts.h), gradients.down, nullptr);
   pass.nn(dy, weights.expert.down, dh);
   pass.activate_grad(record.experts.pre, dh, dpre);
-  by_shard.tn(dpre, Pass::in_order(x), gradients.up, nullptr, false);
+  by_shard.tn(dpre, Pass::in_order(x), gradients.up, nullptr);
   pass.nn(dpre, weights.expert.up, dx);
   if (!gated) return dx;
 
@@ -108,7 +99,7 @@ Tensor shared_backward(const Context& context, const ExpertShape& shape, const S
       dz.as<float>()[t] = static_cast<float>(double{dz.as<float>()[t]} * gate * (1 - gate));
     }
   }
-  by_shard.tn(dz, Pass::in_order(wide_x), gradients.gate, nullptr, false);
+  by_shard.tn(dz, Pass::in_order(wide_x), gradients.gate, nullptr);
   add_outer(dz, weights.gate, dx, context.pool());
   return dx;
 }

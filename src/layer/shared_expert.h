@@ -21,7 +21,6 @@ struct SharedGradients {
 /// What backward works in.
 struct SharedScratch {
   Buffer wide_dout, dy, dh, dpre, dgate, dx;
-  std::vector<RowRef> weights;
 };
 
 /// gate [T] = sigmoid(x . w).

@@ -57,7 +57,7 @@ inline std::vector<std::vector<Expected>> rows_by_expert(const Workload& w) {
 
 /// Row i of the inbox's list, as bytes.
 inline const std::byte* row_bytes(const Inbox& inbox, std::int64_t i) {
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   const RowRef ref = rows.refs[i];
   return static_cast<const std::byte*>(rows.base[ref.base]) +
          static_cast<std::size_t>(ref.row * rows.width) * size_of(rows.dtype);
@@ -75,7 +75,7 @@ inline void check_rows(const Workload& w, const Inbox& inbox) {
     for (std::size_t i = 0; i < expected.size(); ++i) {
       const std::int64_t position = plan.offsets()[static_cast<std::size_t>(e)] + static_cast<std::int64_t>(i);
       const auto& [source, token, slot] = expected[i];
-      require_equal(inbox.refs()[static_cast<std::size_t>(position)].weight, w.weight(source, token, slot), "a weight");
+      require_equal(inbox.weights()[static_cast<std::size_t>(position)], w.weight(source, token, slot), "a weight");
       const ConstTensor row(row_bytes(inbox, position), inbox.rows().dtype(), Shape{w.hidden});
       for (std::int64_t h = 0; h < w.hidden; ++h) require_equal(value(row, h), w.x(source, token, h), "an element");
     }

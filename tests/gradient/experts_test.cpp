@@ -187,44 +187,6 @@ TEST(ExpertsGradients, agree_with_finite_differences_wherever_the_weights_count)
   }
 }
 
-TEST_P(ExpertsGradient, is_added_where_asked) {
-  const ExpertShape shape = shape_of(GetParam(), WeightsOn::output, true);
-  Numbers numbers(shape);
-  run_threads(1, [&](const Communicator& communicator) {
-    const Context context(communicator, {.threads = 1, .backend = fastest_backend()});
-    const Plan plan = make_plan(context, ConstTensor(kIds, {kAll, kTopk}), {.experts = kExperts});
-    const ConstTensor x(numbers.at(kX), {kAll, kHidden});
-    const ConstTensor weights(numbers.at(kWeights), {kAll, kTopk});
-    const ConstTensor gradient(numbers.dout.data(), {kAll, kHidden});
-    ExpertWeights w;
-    w.up = {numbers.at(kUp), DType::f32, false};
-    w.down = {numbers.at(kDown), DType::f32, false};
-    w.up_bias = ConstTensor(numbers.at(kUpBias), {kExperts, shape.up_rows()});
-    w.down_bias = ConstTensor(numbers.at(kDownBias), {kExperts, kHidden});
-    const Array up(DType::f32, {kExperts, shape.up_rows(), kHidden});
-    const Array down(DType::f32, {kExperts, kHidden, kInner});
-    const Array up_bias(DType::f32, {kExperts, shape.up_rows()});
-    const Array down_bias(DType::f32, {kExperts, kHidden});
-
-    const Inbox inbox = dispatch(context, x, weights, plan);
-    const Inbox dout = dispatch(context, gradient, {}, plan, {.lists_of = &inbox});
-    Outbox y = make_outbox(context, plan, kHidden, DType::f32);
-    Outbox dx = make_outbox(context, plan, kHidden, DType::f32);
-    Outbox dweights = make_outbox(context, plan, 1, DType::f32);
-    ExpertsRecord record;
-    ExpertsScratch scratch;
-    experts_forward(context, shape, w, inbox, y, record);
-    std::vector<float> once;
-    for (const bool accumulate : {false, true}) {
-      experts_backward(context, shape, w, inbox, dout, y, record, {up, down, up_bias, down_bias, accumulate}, dx,
-                       dweights, scratch);
-      if (!accumulate) once.assign(up.as<float>(), up.as<float>() + up.view().elements());
-    }
-    for (std::size_t i = 0; i < once.size(); ++i)
-      EXPECT_NEAR(up.as<float>()[i], 2 * once[i], 1e-5 + 1e-5 * std::abs(once[i]));
-  });
-}
-
 /// Matrices of zeros leave the biases alone: of each row, whatever it is, remains down_bias; and with a down of ones,
 /// the sum over act(up_bias) as well.
 TEST(Experts, add_both_their_biases) {

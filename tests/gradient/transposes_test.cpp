@@ -54,9 +54,9 @@ struct Rank {
   Outbox gathered(const Inbox& inbox, bool scaled) const {
     Outbox rows = make_outbox(context, plan, kHidden, dtype);
     Gather call;
-    call.rows = inbox.gathered();
+    call.rows = inbox.expert_rows();
     call.count = plan.received();
-    call.scaled = scaled;
+    if (scaled) call.weights = inbox.weights().data();
     call.out = rows.rows().data();
     if (call.count > 0) context.kernels().gather(call, context.pool());
     return rows;

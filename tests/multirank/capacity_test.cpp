@@ -321,7 +321,7 @@ Array numbers(std::int64_t first_row, std::int64_t rows, int step) {
 
 /// Each row of the inbox, as an expert that changes nothing gives it back.
 void copy_rows(const Inbox& inbox, const Outbox& y) {
-  const Rows rows = inbox.gathered();
+  const Rows rows = inbox.expert_rows();
   for (std::int64_t e = 0; e < inbox.plan().local().count; ++e) {
     const std::int64_t first = inbox.plan().offsets()[at(e)];
     for (std::int64_t r = first; r < first + inbox.plan().rows()[at(e)]; ++r) {
@@ -362,7 +362,7 @@ TEST(Capacity, keeps_the_residual_of_what_it_drops) {
         products.rows().as<float>()[r] = 0;
         for (std::int64_t h = 0; h < kHidden; ++h) {
           products.rows().as<float>()[r] += row[h] * y.rows().as<float>()[r * kHidden + h];
-          row[h] *= inbox.refs()[at(r)].weight;
+          row[h] *= inbox.weights()[at(r)];
         }
       }
       combine(context, plan, dy, unweighted, dx);

@@ -164,7 +164,7 @@ void Padded::run(ConstTensor x, ConstTensor dout, const Tensor& out, const Tenso
   const Array dy(DType::f32, {rows, H}), dh(DType::f32, {rows, F}), dpre(DType::f32, {rows, F});
   for (std::int64_t e = 0; e < local; ++e) {
     for (std::int64_t i = 0; i < plan.rows()[at(e)]; ++i) {
-      const float weight = inbox.refs()[at(plan.offsets()[at(e)] + i)].weight;
+      const float weight = inbox.weights()[at(plan.offsets()[at(e)] + i)];
       const std::int64_t row = (e * room + i) * H;
       for (std::int64_t j = row; j < row + H; ++j) dy.as<float>()[j] = weight * gradients.packed().as<float>()[j];
     }

@@ -53,11 +53,14 @@ inline void for_activations(const std::function<void(const ActivationProblem&)>&
 
 struct GatherProblem {
   GatherProblem(DType dtype_, std::int64_t count_, std::int64_t width_)
-      : dtype(dtype_), count(count_), width(width_), other(Operand::random(dtype_, count_ * width_, 23)) {
+      : dtype(dtype_),
+        count(count_),
+        width(width_),
+        other(Operand::random(dtype_, count_ * width_, 23)),
+        weights(Operand::random(DType::f32, count_, 24)) {
     for (unsigned b = 0; b < 2; ++b) base[b] = Operand::random(dtype, (count + 1) * width, 21 + b, 3);
-    const Operand weights = Operand::random(DType::f32, count, 24);
     for (std::int64_t i = 0; i < count; ++i) {
-      refs.push_back({static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count), weights[i]});
+      refs.push_back({static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(i * 7 % count)});
     }
   }
   struct Out {
@@ -67,7 +70,7 @@ struct GatherProblem {
     Out out{Operand(dtype, count * width), Operand(DType::f32, count)};
     kernels.gather({{{base[0].data(), base[1].data()}, dtype, width, listed ? refs.data() : nullptr},
                     count,
-                    scaled,
+                    scaled ? weights.memory.as<float>() : nullptr,
                     copied ? out.rows.data() : nullptr,
                     dotted ? other.data() : nullptr,
                     dotted ? out.dot.f32() : nullptr},
@@ -82,7 +85,7 @@ struct GatherProblem {
 
   DType dtype;
   std::int64_t count, width;
-  Operand base[2], other;
+  Operand base[2], other, weights;
   std::vector<RowRef> refs;
 };
 
@@ -177,7 +180,7 @@ struct TopK {
 struct AdamProblem {
   explicit AdamProblem(std::int64_t count_)
       : count(count_),
-        g(Operand::random(DType::f32, count, 51)),
+        g(Operand::random(DType::f32, count, 51, 0.5F)),
         p(Operand::random(DType::f32, count, 52)),
         m(Operand::random(DType::f32, count, 53, 0.1F)),
         v(Operand::random(DType::f32, count, 54)),
@@ -185,8 +188,19 @@ struct AdamProblem {
     for (std::int64_t i = 0; i < count; ++i) v.set(i, std::abs(v[i]));
   }
   AdamWStep step() {
-    return {count,     0.01F, 0.9F,    0.999F,  1e-8F,   0.1F,    0.271F,
-            0.002997F, 0.5F,  g.f32(), p.f32(), m.f32(), v.f32(), low.memory.as<bf16>()};
+    return {count,
+            0.01F,
+            0.9F,
+            0.999F,
+            1e-8F,
+            0.1F,
+            0.271F,
+            0.002997F,
+            g.f32(),
+            p.f32(),
+            m.f32(),
+            v.f32(),
+            low.memory.as<bf16>()};
   }
   std::string bytes() const { return p.bytes() + m.bytes() + v.bytes() + low.bytes(); }
 

@@ -26,7 +26,7 @@ inline std::ostream& operator<<(std::ostream& out, const GemmShape& s) {
   SCOPED_TRACE(traced_text.str())
 
 struct GemmOptions {
-  bool packed = false, with_bias = true, accumulate = false, weighted_bias = false;
+  bool packed = false, with_bias = true, weighted_bias = false;
   DType out = DType::f32;
 };
 
@@ -40,15 +40,14 @@ class GemmProblem {
     // by side.
     refs.resize(static_cast<std::size_t>(total()));
     for (std::int64_t i = 0; i < total(); ++i) {
-      refs[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(i % 2), static_cast<std::int32_t>(total() - 1 - i),
-                                           0.3F * static_cast<float>(i % 7)};
+      refs[static_cast<std::size_t>(i)] = {static_cast<std::int32_t>(i % 2),
+                                           static_cast<std::int32_t>(total() - 1 - i)};
+      bias_weights.push_back(0.3F * static_cast<float>(i % 7));
     }
     for (unsigned b = 0; b < 2; ++b) x[b] = Operand::random(shape.dtype, total() * shape.k, seed + b);
     w = Operand::random(shape.dtype, groups * shape.n * shape.k, seed + 2);
     dy = Operand::random(shape.dtype, total() * shape.n, seed + 3);
     bias = Operand::random(DType::f32, groups * shape.n, seed + 4);
-    old_dw = Operand::random(DType::f32, groups * shape.n * shape.k, seed + 5);
-    old_dbias = Operand::random(DType::f32, groups * shape.n, seed + 6);
   }
 
   std::int64_t total() const { return offsets.back(); }
@@ -64,9 +63,9 @@ class GemmProblem {
 
   Operand nt(const Kernels& kernels, Pool& pool, const GemmOptions& o = {}) const {
     Operand y(o.out, total() * shape.n);
-    GemmNT p{groups(), shape.n,         shape.k,  rows(), {w.data(), shape.dtype, false},
-             nullptr,  o.weighted_bias, y.data(), o.out};
+    GemmNT p{groups(), shape.n, shape.k, rows(), {w.data(), shape.dtype, false}, nullptr, nullptr, y.data(), o.out};
     if (o.with_bias) p.bias = bias.memory.as<float>();
+    if (o.weighted_bias) p.bias_weights = bias_weights.data();
     Array packed;
     if (o.packed) {
       const std::int64_t bytes = kernels.packed_bytes(shape.dtype, shape.n, shape.k);
@@ -88,14 +87,10 @@ class GemmProblem {
     Operand dw, dbias;
   };
   Gradient tn(const Kernels& kernels, Pool& pool, const GemmOptions& o = {}) const {
-    Gradient out{Operand(DType::f32, old_dw.count()), Operand(DType::f32, old_dbias.count())};
-    if (o.accumulate) {
-      for (std::int64_t i = 0; i < old_dw.count(); ++i) out.dw.set(i, old_dw[i]);
-      for (std::int64_t i = 0; i < old_dbias.count(); ++i) out.dbias.set(i, old_dbias[i]);
-    }
-    kernels.gemm_tn({groups(), shape.n, shape.k, dy.data(), rows(), out.dw.f32(),
-                     o.with_bias ? out.dbias.f32() : nullptr, o.accumulate},
-                    pool);
+    // What stands there is overwritten.
+    Gradient out{Operand::random(DType::f32, w.count(), 5), Operand::random(DType::f32, bias.count(), 6)};
+    kernels.gemm_tn(
+        {groups(), shape.n, shape.k, dy.data(), rows(), out.dw.f32(), o.with_bias ? out.dbias.f32() : nullptr}, pool);
     return out;
   }
 
@@ -118,7 +113,7 @@ class GemmProblem {
       for (std::int64_t n = 0; n < shape.n; ++n) {
         Sum sum;
         for (std::int64_t k = 0; k < shape.k; ++k) sum.add(x_at(i, k) * w[(g * shape.n + n) * shape.k + k]);
-        const double weight = o.weighted_bias ? refs[static_cast<std::size_t>(i)].weight : 1.0F;
+        const double weight = o.weighted_bias ? bias_weights[static_cast<std::size_t>(i)] : 1.0F;
         if (o.with_bias) sum.add(weight * bias[g * shape.n + n]);
         const std::int64_t at = i * shape.n + n;
         worst.see(at, y[at], sum.value, sum.tolerance(shape.k, o.out));
@@ -143,11 +138,7 @@ class GemmProblem {
   }
 
   void check_tn(const Gradient& got, const GemmOptions& o) const {
-    std::vector<Sum> dw(static_cast<std::size_t>(old_dw.count())), dbias(static_cast<std::size_t>(old_dbias.count()));
-    if (o.accumulate) {
-      for (std::int64_t i = 0; i < old_dw.count(); ++i) dw[static_cast<std::size_t>(i)].add(old_dw[i]);
-      for (std::int64_t i = 0; i < old_dbias.count(); ++i) dbias[static_cast<std::size_t>(i)].add(old_dbias[i]);
-    }
+    std::vector<Sum> dw(static_cast<std::size_t>(w.count())), dbias(static_cast<std::size_t>(bias.count()));
     for_rows([&](std::int64_t g, std::int64_t i) {
       for (std::int64_t n = 0; n < shape.n; ++n) {
         const double d = dy[i * shape.n + n];
@@ -164,7 +155,8 @@ class GemmProblem {
   GemmShape shape;
   std::vector<std::int64_t> offsets;
   std::vector<RowRef> refs;
-  Operand x[2], w, dy, bias, old_dw, old_dbias;
+  std::vector<float> bias_weights;
+  Operand x[2], w, dy, bias;
 
  private:
   template <class Body>
