@@ -85,7 +85,7 @@ class Overlap {
       come_late();
       passes.push_back(layer_.start_forward(context_, batch.x, batch.out, {}, {}, batch.record));
     }
-    for (PendingForward& pass : passes) pass.compute();
+    for (PendingForward& pass : passes) pass.run_experts();
     for (PendingForward& pass : passes) pass.finish();
   }
 

@@ -188,7 +188,7 @@ nlohmann::json run_block(const RunFlags& flags, const Communicator& communicator
   barrier(context);  // so that no phase pays for a rank that still reads
   layer.forward(context, x, out);
 
-  const MoeRecord& record = layer.last();
+  const MoeRecord& record = layer.inference_record();
   const auto copies = static_cast<std::size_t>(flags.shared_ranks);  // in the plan they are the first experts
   const std::span<const std::int64_t> load = record.plan.expert_totals().subspan(copies);
   const auto rows = static_cast<double>(std::accumulate(load.begin(), load.end(), std::int64_t{0}));

@@ -84,7 +84,7 @@ TextModel::TextModel(const Parallel& ranks, const TextModelOptions& options, std
   // A replica's losses are means over its own tokens; their sum over replicas is to be a mean too.
   moe.router.balance /= static_cast<float>(ranks_.replica_count());
   moe.router.z /= static_cast<float>(ranks_.replica_count());
-  moe.workspace = std::make_shared<ExpertsWorkspace>();  // blocks run one after another
+  moe.workspace = make_experts_workspace();  // blocks run one after another
   blocks_.reserve(static_cast<std::size_t>(options.layers));
   for (std::size_t layer = 0; layer < blocks_.capacity(); ++layer) {
     Block& block = blocks_.emplace_back(MoeLayer(ranks_.experts, moe), std::vector<Parameter>{}, MoeRecord{});

@@ -68,4 +68,14 @@ Context Context::declining(const Error& error) const {
   return context;
 }
 
+Context Context::attempt(FunctionRef<void()> work) const {
+  if (declines()) return *this;
+  try {
+    work();
+  } catch (...) {
+    return declining(current_error());
+  }
+  return *this;
+}
+
 }  // namespace expar

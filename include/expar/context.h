@@ -39,6 +39,9 @@ class Context {
   /// The same context for a rank that cannot take part, see Communicator::declining.
   Context declining(const Error& error) const;
   bool declines() const { return communicator_.declines(); }
+  /// Runs `work`, which this rank does alone before the ranks meet, unless this context declines already. Returns this
+  /// context, which declines with what `work` threw: every rank throws that where they meet next.
+  Context attempt(FunctionRef<void()> work) const;
   /// The same kernels, threads, memory and limit for a group of these ranks (Communicator::split). Not collective.
   /// Throws Error: bad_argument (this rank is in no group: the handle is empty).
   Context on(const Communicator& group) const;

@@ -17,22 +17,9 @@
 
 namespace expar {
 
-/// What the shared experts leave for backward.
-struct SharedRecord {
-  ExpertsRecord experts;  // of T rows
-  Tensor y;               // [T, H] f32
-  Tensor gate;            // [T] f32, or absent
-  Buffer y_memory, gate_memory;
-};
-
-/// Memory of one pass, none of it needed afterwards.
-struct ExpertsWorkspace {
-  ExpertsRecord record;
-  ExpertsScratch scratch;
-  SharedRecord shared;
-  Buffer wide, wide_dout, special, slot_weights, rerouted_ids, dweights;
-  bool in_use = false;
-};
+/// Memory of one pass of a layer, none of it needed afterwards.
+struct ExpertsWorkspace;
+std::shared_ptr<ExpertsWorkspace> make_experts_workspace();
 
 struct MoeLayerOptions {
   std::int64_t hidden = 0;  // H
@@ -123,30 +110,23 @@ struct ExpertSource {
   ConstTensor up_bias = {}, down_bias = {};  // [2F] or [F]; [H]; absent where the layer has no biases
 };
 
-/// What forward leaves for backward: routing, plan, inbox, results. Reuse one per layer and call in flight.
+/// What a forward pass decided, and what it leaves for backward. Reuse one per layer and call in flight.
 struct MoeRecord {
-  ConstTensor x;
-  std::uint64_t seed = 0;  // what the jitter was drawn by
-  std::string stream;
-  std::int64_t first_token = 0;  // likewise: global number of this rank's first token
-  std::vector<std::int64_t> shards;
   Routing routing;
-  Buffer routed_ids;  // those of routing, without special experts
   Capacity capacity;  // what its bound left of the routing; counts are empty where the layer has none
   RouterLosses losses;
   Plan plan;
-  Inbox inbox;
-  Outbox y;               // empty where the layer recomputes
-  ExpertsRecord experts;  // the same
-  SharedRecord shared;    // the same
+  struct Kept;
+  std::shared_ptr<Kept> kept;  // the rest, which the layer alone reads
 };
 
 /// A forward pass under way: what MoeLayer::start_forward returns. Must end before its layer does.
 class PendingForward {
  public:
   /// Waits for the rows, runs the experts, and starts to bring the results back; finish() does it if nobody has.
-  void compute();
-  /// Completes out.
+  /// Throws Error: as forward, what start_forward has not thrown.
+  void run_experts();
+  /// Completes out, once. Throws Error: likewise.
   void finish();
   ~PendingForward();
   PendingForward(PendingForward&&) noexcept;
@@ -162,7 +142,8 @@ class PendingForward {
 /// has packed weights in place of both.
 class MoeLayer {
  public:
-  /// Collective. Throws Error: bad_argument (naming the option and its value), mismatch.
+  /// Collective. Throws Error: bad_argument (naming the option and its value), no_memory, mismatch, timeout, peer_lost:
+  /// the same on every rank; after the first three the communicator stays usable.
   MoeLayer(const Context& context, const MoeLayerOptions& options);
   ~MoeLayer();
   MoeLayer(MoeLayer&&) noexcept;
@@ -174,12 +155,12 @@ class MoeLayer {
 
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
   /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also
-  /// refreshes the low-precision copies.
+  /// refreshes the low-precision copies. Not collective. Throws Error: no_memory. Cost: one pass over the parameters.
   void initialise(std::uint64_t seed, std::string_view prefix);
 
   /// Write one of this rank's experts, by its global number, or the shared ones: from a file, say, with room for one
-  /// expert at a time. refresh() afterwards. Not collective. Throws Error: bad_argument (not an expert of this rank;
-  /// shapes or dtypes).
+  /// expert at a time. refresh() afterwards. Not collective. Throws Error: bad_argument (not an expert of this rank, or
+  /// no shared ones in this layer; shapes or dtypes), no_memory.
   /// Of the shared ones a rank that does not hold them takes the gate alone.
   void write_expert(std::int64_t expert, const ExpertSource& from);
   void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate = {});
@@ -189,16 +170,19 @@ class MoeLayer {
   /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
   /// weights once, for speed; it reads the plain ones again, with the same bits, from the next expert_parameters() or
   /// backward() on, because an optimizer's step may follow. Whoever steps or writes without these calls refreshes
-  /// again. Nothing to do in a layer for inference alone, whose weights are packed as they are written.
+  /// again. Nothing to do in a layer for inference alone, whose weights are packed as they are written. Not collective.
+  /// Cost: one pass over the experts' weights where dtype is bf16.
   void refresh();
 
   /// experts.up, experts.down and, where there are biases, experts.up_bias and experts.down_bias of this rank's
-  /// experts; gradients are complete after backward. Throws Error: bad_argument (a layer for inference alone has none).
+  /// experts; gradients are complete after backward. Not collective. Throws Error: bad_argument (a layer for inference
+  /// alone has none), no_memory (room for the gradients, at the first call).
   std::vector<Parameter> expert_parameters(std::string_view prefix);
   /// What all ranks hold alike, of these what there is, in this order: router.weight [E, H], router.bias [E]; shared.up
   /// [2F, H] or [F, H], shared.down [H, F], shared.gate [H]; special.mix [C, 2, H], special.value [C, H] of the C
   /// constant experts. Their gradients are to be summed over shards and ranks by the caller. Where the layer is for
-  /// inference alone, shared.up and shared.down are packed and not among them, and there are no gradients.
+  /// inference alone, shared.up and shared.down are packed and not among them, and there are no gradients. Not
+  /// collective. Throws Error: no_memory.
   std::vector<Parameter> dense_parameters(std::string_view prefix);
   /// [S, ...] f32, the gradient of each of dense_parameters() for each of this rank's shards, after backward and until
   /// the next one.
@@ -211,15 +195,20 @@ class MoeLayer {
   /// out = moe(x) + shared(x) + residual, for inference: nothing is kept.
   ///   x, out : [T, H] of dtype
   ///   residual : [T, H] or absent
-  /// Collective. Throws Error: bad_argument (shapes; NaN logits; rows beyond the capacity, where that is an error),
-  /// mismatch, timeout, peer_lost. Cost: with bounded plans, between mapped ranks and without a capacity, no allocation
-  /// after the first calls, but where more rows come than ever before.
+  /// Collective. Throws Error, the same on every rank: bad_argument (shapes or dtypes; a context of other ranks or, in
+  /// a layer for inference alone, other kernels; NaN logits; more tokens than the bound; rows beyond the capacity,
+  /// where that is an error), no_memory, mismatch, timeout, peer_lost, internal. What a rank finds wrong up to its plan
+  /// leaves the communicator usable; what goes wrong between operations after that ends the job.
+  ///
+  /// Cost: with bounded plans, between mapped ranks and without a capacity, no allocation after the first calls, but
+  /// where more rows come than ever before.
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual = {},
                const MoeInputs& inputs = {});
   /// Routing, capacity and plan of the last such pass, until the next one; nothing else of it is kept.
-  const MoeRecord& last() const;
+  const MoeRecord& inference_record() const;
 
-  /// The same for training. Throws Error: bad_argument also where the layer is for inference alone; so does backward.
+  /// The same for training. Throws Error: as above, and bad_argument where the layer is for inference alone, out is x,
+  /// or the shards do not ascend from 0 to T.
   ///   shards : this rank's micro-shards of the global batch, [S + 1] from 0 to T (see router_losses)
   ///   record : keeps what backward needs; x must stay unchanged until then, so out must not be x
   void forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
@@ -229,7 +218,7 @@ class MoeLayer {
   /// the shared experts. While other ranks are late this rank works on another batch:
   ///
   ///   a = start_forward(.. batch 1 ..); b = start_forward(.. batch 2 ..);
-  ///   a.compute(); b.compute();
+  ///   a.run_experts(); b.run_experts();
   ///   a.finish(); b.finish();
   ///
   /// Results are the bytes of one call after the other. It pays where ranks wait for each other, see docs/numbers.md;
@@ -237,8 +226,8 @@ class MoeLayer {
   ///   shards : as above, or absent: for inference; there is then no backward pass
   ///   record : of this batch alone until finish(), and until backward() if there is one
   /// A pass that is destroyed unfinished, as by an exception, leaves the others waiting for this rank.
-  /// Collective; compute() and, of slices (`tensor`), finish() too: those of all passes in the same order on all ranks.
-  /// Throws as forward; what a bounded plan finds wrong, compute() throws.
+  /// Collective; run_experts() and, of slices (`tensor`), finish() too: those of all passes in the same order on all
+  /// ranks. Throws as forward; what a bounded plan finds wrong, run_experts() throws.
   PendingForward start_forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
                                std::optional<std::span<const std::int64_t>> shards, MoeRecord& record,
                                const MoeInputs& inputs = {});
@@ -247,7 +236,9 @@ class MoeLayer {
   /// gradients. The losses of the router count with their coefficients; dout belongs to a loss that is a mean over the
   /// global batch.
   ///   dout, dx : [T, H] of dtype; in bf16 the router's part of dx is rounded before it is added to the experts'
-  /// Collective. Throws Error: bad_argument (shapes; a record without a forward pass), mismatch, timeout, peer_lost.
+  /// Collective. Throws Error, the same on every rank: bad_argument (shapes or dtypes; a record without a forward pass;
+  /// a layer for inference alone), no_memory, mismatch, timeout, peer_lost, internal. What a rank finds wrong before
+  /// its dispatch leaves the communicator usable; what goes wrong later ends the job.
   void backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx);
 
   /// Since the last call; resets them.

@@ -5,7 +5,6 @@
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
 #include "src/layer/state.h"
-#include "src/util/attempt.h"
 
 namespace expar {
 namespace {
@@ -14,7 +13,12 @@ namespace {
 class BackwardPass {
  public:
   BackwardPass(MoeLayer::State& layer, const Context& context, MoeRecord& record, ConstTensor dout)
-      : layer_(layer), context_(context), record_(record), dout_(dout), workspace_(layer.workspaces.borrow()) {}
+      : layer_(layer),
+        context_(context),
+        record_(record),
+        kept_(kept_of(record)),
+        dout_(dout),
+        workspace_(layer.workspaces.borrow()) {}
 
   void run(Tensor dx);
 
@@ -28,6 +32,7 @@ class BackwardPass {
   MoeLayer::State& layer_;
   Context context_;
   MoeRecord& record_;
+  MoeRecord::Kept& kept_;
   ConstTensor dout_;
   Workspaces::Loan workspace_;
   Tensor own_dx_;  // [T, H] f32, of what each rank computed for its own tokens; absent: nothing
@@ -55,14 +60,14 @@ void BackwardPass::run(Tensor dx) {
 /// Between start and end the part of dx of this rank's own tokens is computed.
 Inbox BackwardPass::dispatch_gradients(Tensor dx) {
   DispatchOptions options;
-  options.lists_of = &record_.inbox;
+  options.lists_of = &kept_.inbox;
   options.payload = layer_.options.gradient_payload;
-  attempt(context_, [&] {
+  context_ = context_.attempt([&] {
     layer_.check_trains();
     if (!record_.plan) throw Error(ErrorCode::bad_argument, "the record holds no forward pass for training");
     layer_.check_context(context_);
-    layer_.check_rows("dout", dout_, record_.x.size(0));
-    layer_.check_rows("dx", dx, record_.x.size(0));
+    layer_.check_rows("dout", dout_, kept_.x.size(0));
+    layer_.check_rows("dx", dx, kept_.x.size(0));
   });
   const Phase phase(context_.trace(), "dispatch");
   PendingDispatch rows = start_dispatch(context_, dout_, {}, record_.plan, options);
@@ -76,11 +81,11 @@ Inbox BackwardPass::dispatch_gradients(Tensor dx) {
 void BackwardPass::differentiate_own_part() {
   if (layer_.shares_here()) {
     const SharedWeights weights = layer_.parameters->shared();
-    SharedRecord& made = recomputes() ? workspace_->shared : record_.shared;
-    if (recomputes()) layer_.shared.forward(context_, weights, record_.x, record_.routing.mask, made);
+    SharedRecord& made = recomputes() ? workspace_->shared : kept_.shared;
+    if (recomputes()) layer_.shared.forward(context_, weights, kept_.x, record_.routing.mask, made);
     own_dx_ = layer_.shared.backward(context_, weights, record_, dout_, made);
   } else {
-    own_dx_ = workspace_->special.view(DType::f32, record_.x.shape());
+    own_dx_ = workspace_->special.view(DType::f32, kept_.x.shape());
     std::memset(own_dx_.data(), 0, own_dx_.byte_size());
   }
 }
@@ -93,13 +98,13 @@ void BackwardPass::differentiate_experts(const Inbox& gradients) {
   const ExpertWeights weights = layer_.parameters->plain();
   dx_rows_ = make_outbox(context_, plan, hidden, dtype);
   dweights_rows_ = make_outbox(context_, plan, 1, DType::f32);
-  ExpertsRecord& made = recomputes() ? workspace_->record : record_.experts;
+  ExpertsRecord& made = recomputes() ? workspace_->record : kept_.experts;
   Outbox again;
   if (recomputes()) {
     again = make_outbox(context_, plan, hidden, dtype);
-    experts_forward(context_, layer_.shape, weights, record_.inbox, again, made);
+    experts_forward(context_, layer_.shape, weights, kept_.inbox, again, made);
   }
-  experts_backward(context_, layer_.shape, weights, record_.inbox, gradients, recomputes() ? again : record_.y, made,
+  experts_backward(context_, layer_.shape, weights, kept_.inbox, gradients, recomputes() ? again : kept_.y, made,
                    layer_.parameters->gradients(), dx_rows_, dweights_rows_, workspace_->scratch);
   dweights_ = workspace_->dweights.view(DType::f32, {plan.tokens(), plan.topk(), 1});
 }
@@ -109,10 +114,10 @@ ConstTensor BackwardPass::differentiate_router() {
   const Tensor by_slot(dweights_.data(), DType::f32, record_.routing.weights.shape());
   if (layer_.special) {
     Pool& pool = context_.pool();
-    const ConstTensor x = in_f32(record_.x, workspace_->wide, pool);
+    const ConstTensor x = in_f32(kept_.x, workspace_->wide, pool);
     const SpecialPass pass = layer_.special.pass(record_.routing, x, *layer_.parameters);
     const ConstTensor dout = in_f32(dout_, workspace_->wide_dout, pool);
-    layer_.special.backward(context_, pass, record_.shards, dout, own_dx_, by_slot);
+    layer_.special.backward(context_, pass, kept_.shards, dout, own_dx_, by_slot);
   }
   return layer_.router.backward(context_, *layer_.parameters, record_, by_slot,
                                 layer_.jitter_of(record_, record_.routing.mask));

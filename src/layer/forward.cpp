@@ -6,7 +6,6 @@
 
 #include "src/layer/agree.h"
 #include "src/layer/convert.h"
-#include "src/util/attempt.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -26,18 +25,19 @@ PendingForward::State::State(MoeLayer::State& layer, const Context& context, Con
     : layer_(layer),
       context_(context),
       record_(record),
+      kept_(kept_of(record)),
       out_(out),
       trains_(shards.has_value()),
       keeps_(trains_ && !layer.options.recompute),
       workspace_(layer.workspaces.borrow()),
       added_{.residual = residual, .norm = inputs.norm, .sum_over = layer.options.tensor} {
   record_.plan = {};  // until this pass has succeeded there is nothing to go backward from
-  record_.inbox = {};
-  record_.y = {};
+  kept_.inbox = {};
+  kept_.y = {};
   PhaseTimes& times = layer_.times;
   {
     const Phase phase(context_.trace(), "route", &times.route);
-    attempt(context_, [&] { check(x, residual, shards, inputs); });
+    context_ = context_.attempt([&] { check(x, residual, shards, inputs); });
     choose(x, inputs);
   }
   {
@@ -47,7 +47,7 @@ PendingForward::State::State(MoeLayer::State& layer, const Context& context, Con
   {
     const Phase phase(context_.trace(), "route", &times.route);
     if (trains_) {
-      record_.x = x;
+      kept_.x = x;
       count_losses(*shards, inputs);
     }
     if (layer_.options.capacity.policy == CapacityPolicy::reroute) weigh_rerouted(inputs);
@@ -86,7 +86,7 @@ RouteInputs PendingForward::State::route_inputs(const MoeInputs& inputs) const {
     read.tokens = inputs.tokens;
     read.token_table = layer_.parameters->token_table();
   }
-  read.first_token = record_.first_token;
+  read.first_token = kept_.first_token;
   return read;
 }
 
@@ -95,12 +95,12 @@ void PendingForward::State::choose(ConstTensor x, const MoeInputs& inputs) {
   const RouterOptions router = router_for(layer_.options, trains_);
   LayerParameters& parameters = *layer_.parameters;
   const bool shakes = trains_ && router.jitter > 0.0F;
-  record_.seed = inputs.seed;
-  record_.stream = inputs.stream;
+  kept_.seed = inputs.seed;
+  kept_.stream = inputs.stream;
   if (shakes || router.choice == Choice::round_robin) {
-    record_.first_token = tokens_before(context_, x, inputs.mask);
+    kept_.first_token = tokens_before(context_, x, inputs.mask);
   }
-  attempt(context_, [&] {
+  context_ = context_.attempt([&] {
     const Kernels& kernels = context_.kernels();
     weights_ = trains_ ? parameters.plain() : parameters.for_inference(kernels, context_.pool());
     shared_weights_ = trains_ ? parameters.shared() : parameters.shared_for_inference(kernels, context_.pool());
@@ -111,21 +111,21 @@ void PendingForward::State::choose(ConstTensor x, const MoeInputs& inputs) {
   if (is_collective(router.choice) && inputs.ids.absent()) {
     go();
   } else {
-    attempt(context_, go);
+    context_ = context_.attempt(go);
   }
 }
 
 void PendingForward::State::make_plan_of_choice() {
   const MoeLayerOptions& options = layer_.options;
   Tensor routed;  // neither capacity nor plan knows special experts
-  attempt(context_, [&] { routed = layer_.special.routed(record_.routing.ids, record_.routed_ids); });
+  context_ = context_.attempt([&] { routed = layer_.special.routed(record_.routing.ids, kept_.routed_ids); });
   bound_rows(context_, options.capacity, options.routed_experts(), routed, record_.routing, record_.capacity);
   ConstTensor ids = record_.capacity.ids;
   PlanOptions plan_options{.experts = options.routed_experts()};
   if (layer_.apart) {
     plan_options.experts = layer_.apart->experts();
     plan_options.first_experts = layer_.apart->first_experts();
-    attempt(context_, [&] { ids = layer_.apart->ids(ids, record_.routing.mask); });
+    context_ = context_.attempt([&] { ids = layer_.apart->ids(ids, record_.routing.mask); });
   }
   plan_ = trains_ || options.bound == 0 ? make_plan(context_, ids, plan_options)
                                         : make_bounded_plan(context_, ids, options.bound, plan_options);
@@ -133,7 +133,7 @@ void PendingForward::State::make_plan_of_choice() {
 
 /// They look at what the router wanted, dropped or not.
 void PendingForward::State::count_losses(std::span<const std::int64_t> shards, const MoeInputs& inputs) {
-  record_.shards.assign(shards.begin(), shards.end());
+  kept_.shards.assign(shards.begin(), shards.end());
   const std::vector<std::int64_t>& chosen = record_.capacity.chosen;
   const auto counts = chosen.empty() ? plan_.expert_totals() : std::span<const std::int64_t>(chosen);
   const std::vector<std::int64_t> wanted = layer_.special.counts(context_, record_.routing, counts);
@@ -178,32 +178,32 @@ void PendingForward::State::compute_own_part(ConstTensor x) {
   }
 }
 
-void PendingForward::State::compute() {
+void PendingForward::State::run_experts() {
   PhaseTimes& times = layer_.times;
   {
     const Phase phase(context_.trace(), "dispatch", &times.dispatch);
-    record_.inbox = rows_->finish();
-    plan_ = record_.inbox.plan();
+    kept_.inbox = rows_->finish();
+    plan_ = kept_.inbox.plan();
   }
   {
     const Phase phase(context_.trace(), "experts", &times.experts);
     alone(context_, [&] {
       const ExpertWeights& weights = layer_.serves_shared() ? shared_weights_.expert : weights_;
-      record_.y = make_outbox(context_, plan_, layer_.options.hidden, layer_.options.dtype);
-      experts_forward(context_, layer_.shape, weights, record_.inbox, record_.y, made());
+      kept_.y = make_outbox(context_, plan_, layer_.options.hidden, layer_.options.dtype);
+      experts_forward(context_, layer_.shape, weights, kept_.inbox, kept_.y, made());
     });
   }
   const Phase phase(context_.trace(), "combine", &times.combine);
   std::optional<ConstTensor> weights = unweighted;
   if (layer_.options.weights_on == WeightsOn::output) weights = weights_by_slot_;
-  results_.emplace(start_combine(context_, plan_, record_.y, weights, out_, added_));
+  results_.emplace(start_combine(context_, plan_, kept_.y, weights, out_, added_));
 }
 
 void PendingForward::State::finish() {
-  if (!results_) compute();
+  if (!results_) run_experts();
   const Phase phase(context_.trace(), "combine", &layer_.times.combine);
   results_->finish();
-  if (!keeps_) record_.y = {};
+  if (!keeps_) kept_.y = {};
   record_.plan = std::move(plan_);
 }
 

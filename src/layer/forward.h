@@ -16,7 +16,7 @@ struct PendingForward::State {
   /// Collective.
   State(MoeLayer::State& layer, const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
         std::optional<std::span<const std::int64_t>> shards, const MoeInputs& inputs, MoeRecord& record);
-  void compute();
+  void run_experts();
   void finish();
 
  private:
@@ -30,12 +30,13 @@ struct PendingForward::State {
   void add_shared_slot(ConstTensor x);
   void compute_own_part(ConstTensor x);
   RouteInputs route_inputs(const MoeInputs& inputs) const;
-  ExpertsRecord& made() { return keeps_ ? record_.experts : workspace_->record; }
-  SharedRecord& shared_made() { return keeps_ ? record_.shared : workspace_->shared; }
+  ExpertsRecord& made() { return keeps_ ? kept_.experts : workspace_->record; }
+  SharedRecord& shared_made() { return keeps_ ? kept_.shared : workspace_->shared; }
 
   MoeLayer::State& layer_;
   Context context_;  // declines where this rank cannot go on
   MoeRecord& record_;
+  MoeRecord::Kept& kept_;
   Tensor out_;
   bool trains_, keeps_;  // keeps: what the experts make is left for backward
   Workspaces::Loan workspace_;

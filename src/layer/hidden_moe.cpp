@@ -8,7 +8,6 @@
 #include <expar/operation.h>
 
 #include "src/layer/agree.h"
-#include "src/util/attempt.h"
 #include "src/util/check.h"
 
 namespace expar {
@@ -123,7 +122,7 @@ ConstTensor HiddenMoe::State::bias_rows(ConstTensor bias, std::int64_t tokens, s
 void HiddenMoe::State::forward(Context c, const HiddenMoeInputs& inputs, Layout layout, bool weighted,
                                FunctionRef<Outbox(const Inbox&)> experts, Tensor out) {
   const bool routed = !inputs.logits.absent();
-  if (routed) attempt(c, [&] { choose(c, inputs.logits); });
+  if (routed) c = c.attempt([&] { choose(c, inputs.logits); });
   const ConstTensor ids = routed ? ConstTensor(routing.ids) : inputs.ids;
   const ConstTensor weights = routed ? ConstTensor(routing.weights) : inputs.weights;
 
@@ -161,8 +160,7 @@ std::int64_t HiddenMoe::width() const { return state_->width; }
 const Routing& HiddenMoe::routing() const { return state_->routing; }
 
 void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertKernel& kernel, Tensor out) {
-  Context taking_part = context;
-  attempt(taking_part, [&] {
+  const Context asked = context.attempt([&] {
     state_->check(inputs, out);
     if (!kernel) refuse("there is no expert kernel");
   });
@@ -174,13 +172,12 @@ void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, c
         {.rows = inbox.packed(), .group_list = cumulative ? plan.offsets().subspan(1) : plan.rows(), .out = y.rows()});
     return y;
   };
-  state_->forward(taking_part, inputs, Layout::expert_major, true, experts, out);
+  state_->forward(asked, inputs, Layout::expert_major, true, experts, out);
 }
 
 void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, const ExpertShape& shape,
                         const ExpertWeights& weights, Tensor out) {
-  Context taking_part = context;
-  attempt(taking_part, [&] {
+  const Context asked = context.attempt([&] {
     state_->check(inputs, out);
     validate(shape);
     const std::int64_t width = state_->width;
@@ -193,7 +190,7 @@ void HiddenMoe::forward(const Context& context, const HiddenMoeInputs& inputs, c
     experts_forward(context, shape, weights, inbox, y, state_->record);
     return y;
   };
-  state_->forward(taking_part, inputs, Layout::indexed, shape.weights_on == WeightsOn::output, experts, out);
+  state_->forward(asked, inputs, Layout::indexed, shape.weights_on == WeightsOn::output, experts, out);
 }
 
 }  // namespace expar

@@ -11,6 +11,8 @@
 
 namespace expar {
 
+std::shared_ptr<ExpertsWorkspace> make_experts_workspace() { return std::make_shared<ExpertsWorkspace>(); }
+
 MoeLayer::MoeLayer(const Context& context, const MoeLayerOptions& options)
     : state_(std::make_unique<State>(context, options)) {}
 MoeLayer::~MoeLayer() = default;
@@ -61,7 +63,7 @@ void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstT
                        const MoeInputs& inputs) {
   MoeRecord& record = state_->inference;
   PendingForward::State(*state_, context, x, out, residual, std::nullopt, inputs, record).finish();
-  record.inbox = {};  // nothing is kept but memory
+  record.kept->inbox = {};  // nothing is kept but memory
 }
 
 void MoeLayer::forward(const Context& context, ConstTensor x, Tensor out, ConstTensor residual,
@@ -79,14 +81,14 @@ PendingForward MoeLayer::start_forward(const Context& context, ConstTensor x, Te
 PendingForward::PendingForward(std::shared_ptr<State> state) : state_(std::move(state)) {}
 PendingForward::PendingForward(PendingForward&&) noexcept = default;
 PendingForward::~PendingForward() = default;
-void PendingForward::compute() { state_->compute(); }
+void PendingForward::run_experts() { state_->run_experts(); }
 void PendingForward::finish() { std::exchange(state_, nullptr)->finish(); }
 
 void MoeLayer::backward(const Context& context, MoeRecord& record, ConstTensor dout, Tensor dx) {
   state_->backward(context, record, dout, dx);
 }
 
-const MoeRecord& MoeLayer::last() const { return state_->inference; }
+const MoeRecord& MoeLayer::inference_record() const { return state_->inference; }
 
 PhaseTimes MoeLayer::take_times() { return std::exchange(state_->times, {}); }
 

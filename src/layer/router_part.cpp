@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "src/layer/convert.h"
+#include "src/layer/record.h"
 
 namespace expar {
 
@@ -35,20 +36,20 @@ ConstTensor RouterPart::score(const Context& context, const LayerParameters& par
 
 ConstTensor RouterPart::backward(const Context& context, const LayerParameters& parameters, const MoeRecord& record,
                                  ConstTensor by_slot, const std::optional<Jitter>& jitter) {
-  const std::int64_t tokens = record.x.size(0);
+  const std::int64_t tokens = record.kept->x.size(0);
   const std::int64_t experts = options_.router.experts;
   const Tensor dz = dlogits_.view(DType::f32, {tokens, experts});
   route_backward(context, options_.router, record.routing, record.losses, by_slot, dz);
 
-  const auto shards = static_cast<int>(record.shards.size()) - 1;
+  const auto shards = static_cast<int>(record.kept->shards.size()) - 1;
   weight_gradients_ = weight_memory_.view(DType::f32, {shards, experts, options_.hidden});
   GemmTN to_weight;
-  to_weight.groups = {shards, record.shards.data()};
+  to_weight.groups = {shards, record.kept->shards.data()};
   to_weight.n = experts;
   to_weight.k = options_.hidden;
   to_weight.dy = dz.data();
   to_weight.rows = {
-      .base = {read(context, record.x, jitter).data(), nullptr}, .dtype = DType::f32, .width = options_.hidden};
+      .base = {read(context, record.kept->x, jitter).data(), nullptr}, .dtype = DType::f32, .width = options_.hidden};
   to_weight.dw = weight_gradients_.as<float>();
   if (options_.router.bias) {
     bias_gradients_ = bias_memory_.view(DType::f32, {shards, experts});

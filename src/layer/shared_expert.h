@@ -2,7 +2,8 @@
 #pragma once
 
 #include <expar/context.h>
-#include <expar/layer.h>
+
+#include "src/layer/record.h"
 
 namespace expar {
 

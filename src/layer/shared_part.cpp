@@ -36,12 +36,12 @@ void SharedPart::forward(const Context& context, const SharedWeights& weights, C
 Tensor SharedPart::backward(const Context& context, const SharedWeights& weights, const MoeRecord& record,
                             ConstTensor dout, const SharedRecord& made) {
   const ConstTensor& mask = record.routing.mask;
-  const ConstTensor rows = without_padding(record.x, mask, x_);
-  const auto shards = static_cast<std::int64_t>(record.shards.size()) - 1;
+  const ConstTensor rows = without_padding(record.kept->x, mask, x_);
+  const auto shards = static_cast<std::int64_t>(record.kept->shards.size()) - 1;
   gradients_.up = up_.view(DType::f32, {shards, shape_.up_rows(), shape_.hidden});
   gradients_.down = down_.view(DType::f32, {shards, shape_.hidden, shape_.inner});
   if (gate_) gradients_.gate = gate_memory_.view(DType::f32, {shards, shape_.hidden});
-  return shared_backward(context, shape_, weights, rows, for_gate(context, rows), record.shards,
+  return shared_backward(context, shape_, weights, rows, for_gate(context, rows), record.kept->shards,
                          without_padding(dout, mask, dout_), made, gradients_, scratch_);
 }
 

@@ -31,7 +31,8 @@ MoeLayer::State::State(const Context& c, const MoeLayerOptions& o)
 
 std::optional<Jitter> MoeLayer::State::jitter_of(const MoeRecord& record, ConstTensor mask) const {
   if (options.router.jitter == 0.0F) return {};
-  return Jitter{Random(record.seed, record.stream), options.router.jitter, record.first_token, mask};
+  const MoeRecord::Kept& kept = *record.kept;
+  return Jitter{Random(kept.seed, kept.stream), options.router.jitter, kept.first_token, mask};
 }
 
 void MoeLayer::State::check_context(const Context& c) const {

@@ -5,9 +5,17 @@
 #include <utility>
 #include <vector>
 
-#include <expar/layer.h>
+#include "src/layer/record.h"
 
 namespace expar {
+
+struct ExpertsWorkspace {
+  ExpertsRecord record;
+  ExpertsScratch scratch;
+  SharedRecord shared;
+  Buffer wide, wide_dout, special, slot_weights, rerouted_ids, dweights;
+  bool in_use = false;
+};
 
 class Workspaces {
  public:

@@ -8,7 +8,6 @@
 
 #include "src/route/check.h"
 #include "src/route/loss_terms.h"
-#include "src/util/attempt.h"
 #include "src/util/processor.h"
 
 namespace expar {
@@ -149,14 +148,13 @@ RouterLosses router_losses(const Context& context, const RouterOptions& options,
                            std::span<const std::int64_t> counts, std::span<const std::int64_t> shards,
                            const LossInputs& inputs) {
   const FloatMode mode;
-  Context all_ranks = context;
   Array sums;
-  attempt(all_ranks, [&] {
+  const Context asked = context.attempt([&] {
     check(options, routing, counts, shards, inputs);
     sums = shard_sums(options, routing, shards);
   });
   Array total(DType::f32, {width_of(options)});
-  all_reduce(all_ranks, sums, total);
+  all_reduce(asked, sums, total);
   const std::int64_t experts = options.experts;
   const float* all = total.as<float>();
   const float* rest = all + experts;

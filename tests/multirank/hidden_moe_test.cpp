@@ -96,7 +96,7 @@ TEST_P(Hidden, gathered_slices_are_together_the_bytes_of_the_plain_layer_on_one_
       c.fill(plain);
       const Array x = array_of(c.x, spec.dtype, {c.tokens(), spec.hidden}), wanted(spec.dtype, x.view().shape());
       plain.forward(alone, x, wanted);
-      const Routing& routing = plain.last().routing;
+      const Routing& routing = plain.inference_record().routing;
 
       const Part part = part_of(spec.hidden, context.rank(), context.size());
       const Array slice = columns(x, part), out(spec.dtype, slice.view().shape());

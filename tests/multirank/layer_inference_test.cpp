@@ -97,7 +97,7 @@ TEST_P(Inference, gives_a_training_layers_bytes_from_packed_weights_alone) {
       layer.refresh();
       layer.forward(context, packed.x, packed.out);
       expect_same(usual.out, packed.out);
-      EXPECT_EQ(layer.last().plan.tokens(), packed.x.view().size(0));
+      EXPECT_EQ(layer.inference_record().plan.tokens(), packed.x.view().size(0));
 
       training.initialise(5, "drawn");
       layer.initialise(5, "drawn");

@@ -77,8 +77,8 @@ TEST_P(Overlap, gives_the_bytes_of_one_batch_after_the_other) {
         return layer.start_forward(context, batch.x, batch.out, batch.residual, {}, batch.record);
       };
       PendingForward a = start(early), b = start(late);
-      a.compute();
-      b.compute();
+      a.run_experts();
+      b.run_experts();
       b.finish();
       a.finish();
       expect_same(early.out, first.out, spec.name() + ", first batch");
@@ -104,7 +104,7 @@ TEST(OverlapOfSlices, gives_the_bytes_of_one_batch_after_the_other) {
       for (Batch* batch : {&early, &late}) {
         passes.push_back(layer.start_forward(context, batch->x, batch->out, batch->residual, {}, batch->record));
       }
-      for (PendingForward& pass : passes) pass.compute();
+      for (PendingForward& pass : passes) pass.run_experts();
       for (PendingForward& pass : passes) pass.finish();
       expect_same(early.out, first.out, "first batch");
       expect_same(late.out, second.out, "second batch");

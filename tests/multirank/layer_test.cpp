@@ -9,6 +9,7 @@
 
 #include <expar/layer.h>
 
+#include "src/layer/record.h"
 #include "tests/fastest_backend.h"
 #include "tests/multirank/layer_case.h"
 #include "tests/multirank/processes.h"
@@ -163,7 +164,7 @@ TEST(Layer, keeps_nothing_of_the_experts_where_it_recomputes) {
   const LayerCase c({.recompute = true});
   run(2, [&](const Context& context) {
     MoeLayerOptions options = c.options();
-    options.workspace = std::make_shared<ExpertsWorkspace>();
+    options.workspace = make_experts_workspace();
     MoeLayer first(context, options), second(context, options);
     c.fill(first), c.fill(second);
     Tokens a(c, context), b(c, context), alone(c, context);
@@ -173,9 +174,9 @@ TEST(Layer, keeps_nothing_of_the_experts_where_it_recomputes) {
     first.forward(context, a.x, a.out, {}, a.shards, a.record);
     for (std::size_t i = 0; i < b.x.view().byte_size(); ++i) b.x.view().bytes()[i] = std::byte{0};
     second.forward(context, b.x, b.out, {}, b.shards, b.record);
-    EXPECT_TRUE(a.record.experts.pre.absent());
-    EXPECT_TRUE(a.record.experts.h.absent());
-    EXPECT_TRUE(a.record.y.rows().absent());
+    EXPECT_TRUE(a.record.kept->experts.pre.absent());
+    EXPECT_TRUE(a.record.kept->experts.h.absent());
+    EXPECT_TRUE(a.record.kept->y.rows().absent());
     second.backward(context, b.record, b.dout, b.dx);
     first.backward(context, a.record, a.dout, a.dx);
     EXPECT_TRUE(same_bytes(a.out, alone.out));

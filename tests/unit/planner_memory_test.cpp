@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include "planner/planner.h"
+#include "src/layer/record.h"
 #include "tests/unit/planner_testing.h"
 
 namespace expar::planner {
@@ -45,11 +46,11 @@ Held held_by_a_layer(const Question& question, const MoeLayerOptions& given) {
     layer.forward(context, x, out, {}, shards, record, {.ids = ids});
     Held& held = all[static_cast<std::size_t>(communicator.rank())];
     held.activations = bytes_of(x.view(), record.routing.ids, record.routing.weights, record.routing.scores,
-                                record.routing.top, record.routing.logsumexp, record.experts.pre, record.experts.h,
-                                record.shared.experts.pre, record.shared.experts.h);
-    if (options.shared_inner > 0) held.activations += bytes_of(record.shared.y);
-    if (options.shared_gate) held.activations += bytes_of(record.shared.gate);
-    held.arena = bytes_of(record.inbox.rows(), record.y.rows());
+                                record.routing.top, record.routing.logsumexp, record.kept->experts.pre,
+                                record.kept->experts.h, record.kept->shared.experts.pre, record.kept->shared.experts.h);
+    if (options.shared_inner > 0) held.activations += bytes_of(record.kept->shared.y);
+    if (options.shared_gate) held.activations += bytes_of(record.kept->shared.gate);
+    held.arena = bytes_of(record.kept->inbox.rows(), record.kept->y.rows());
     layer.backward(context, record, out, dx);
     std::vector<Parameter> parameters = layer.expert_parameters("moe");
     for (const Parameter& parameter : layer.dense_parameters("moe")) parameters.push_back(parameter);
