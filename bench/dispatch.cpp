@@ -163,7 +163,7 @@ std::vector<Row> measure_dispatch(const Parallel& ranks, const Options& options)
   }
   const Times times = measure_rounds(ranks.all, options.seconds, steps);
   wrong += count_wrong(workload, inbox);
-  const std::int64_t bytes = sum_over_ranks(ranks.all, plan.bytes(options.hidden, options.dtype));
+  const std::int64_t bytes = sum_over_ranks(ranks.all, plan.sent_bytes(options.hidden, options.dtype));
   return {make_row("dispatch", times, bytes, sum_over_ranks(ranks.all, wrong))};
 }
 

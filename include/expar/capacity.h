@@ -70,8 +70,10 @@ struct Capacity {
 /// Reroute goes in rounds: what an expert has no room for asks for its token's next choice, all at once, again by
 /// position. A slot is dropped for good only if no expert of the token's groups is left that has room and that the
 /// token does not use. Collective, except for policy none, which only returns the router's choice (with chosen, dropped
-/// and rerouted empty). Throws Error: bad_argument (options; "expert 3 is given 41 rows, its capacity is 32", policy
-/// error), mismatch, timeout, peer_lost. The same on every rank. Cost: one exchange of E + 1 integers per rank; of the
+/// and rerouted empty).
+/// Throws Error: bad_argument (options; shapes or dtypes; an id that is no expert; with policy error "expert 3 is given
+/// 41 rows, its capacity is 32"), no_memory, mismatch, timeout, peer_lost, internal: the same on every rank, and after
+/// the first three the communicator stays usable. Cost: one exchange of E + 1 integers per rank; of the
 /// scores of overfull experts besides (drop_by_score); of E more integers for each round, and once at the end
 /// (reroute). Source: by position as GShard (Lepikhin et al. 2020), by score as V-MoE (Riquelme et al. 2021).
 void bound_rows(const Context& context, const CapacityOptions& options, std::int64_t experts, Tensor ids,

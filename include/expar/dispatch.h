@@ -25,7 +25,8 @@ enum class Layout : std::uint8_t {
 inline constexpr Layout kLayouts[] = {Layout::indexed, Layout::expert_major, Layout::padded, Layout::rank_major};
 std::string_view name(Layout layout);
 
-/// What arrived at this rank. Move-only; its memory goes back to the arena with it.
+/// What arrived at this rank. Move-only; its memory goes back to the arena with it. Nothing here throws; an inbox that
+/// was moved from may only be destroyed or assigned to.
 /// The rank's own rows are read where they lie (but for a payload): x must neither move nor change while the inbox is
 /// in use.
 class Inbox {
@@ -74,7 +75,8 @@ struct DispatchOptions {
 
 class PendingDispatch {
  public:
-  /// Copies what is still to copy, waits for all rows, returns them. Operations may finish in any order.
+  /// Copies what is still to copy, waits for all rows, returns them. Operations may finish in any order. Throws Error:
+  /// as dispatch.
   Inbox finish();
   ~PendingDispatch();
   PendingDispatch(PendingDispatch&&) noexcept;
@@ -95,8 +97,9 @@ class PendingDispatch {
 ///   returns : inbox [U, H] and a list of rows per local expert
 /// Of a replicated plan x is the same bytes on all ranks; nothing is sent, and the lists take rows from x alone.
 /// Collective: H, dtype, payload, layout and capacity are the same on all ranks.
-/// Throws Error: bad_argument (x or weights disagree with the plan; more rows than the capacity), mismatch, timeout,
-/// peer_lost.
+/// Throws Error: bad_argument (x or weights disagree with the plan, lists_of is of another; a payload that is none; a
+/// layout that the plan cannot have; more rows than the capacity; what a plan made alone was refused for), no_memory,
+/// mismatch, timeout, peer_lost, internal.
 /// Waits: exact, until all have started and again until their rows have come; bounded, once.
 /// Cost: one read and one write of each row that leaves, bounded of each of the T rows and of each that comes; no
 /// allocation after the first call. A payload is read and written once more on arrival, and so are own rows. Packing
@@ -124,7 +127,8 @@ class Outbox {
   Layout layout_ = Layout::indexed;
 };
 
-/// Room for R rows of `width` elements in this rank's arena. Not collective. Throws Error: no_memory.
+/// Room for R rows of `width` elements in this rank's arena. Not collective.
+/// Throws Error: bad_argument (a width below 0; an open plan), no_memory.
 Outbox make_outbox(const Context& context, const Plan& plan, std::int64_t width, DType dtype);
 /// The same in the layout of `inbox`, in the shape of its packed() but for the width: a kernel that reads row i there
 /// writes row i here, and combine finds it. What stands in rows of padding is never read.
@@ -153,7 +157,7 @@ struct CombineOptions {
 
 class PendingCombine {
  public:
-  /// Waits until the other ranks' results are there and sums them into `out`.
+  /// Waits until the other ranks' results are there and sums them into `out`. Throws Error: as combine.
   void finish();
   ~PendingCombine();
   PendingCombine(PendingCombine&&) noexcept;
@@ -174,7 +178,9 @@ class PendingCombine {
 ///   out     : [T, H]  dtype of y; may be the residual itself
 /// Of a replicated plan every rank gets all of out, or its columns of it (CombineOptions::slice).
 /// Collective, with sum_over in finish() over its ranks too: those then finish in the same order, and throw each
-/// other's errors. Throws Error: bad_argument, mismatch, timeout, peer_lost.
+/// other's errors.
+/// Throws Error: bad_argument (a shape or dtype that disagrees with plan or y; a slice of another plan than a
+/// replicated one, with a norm, or with sum_over; an open plan), no_memory, mismatch, timeout, peer_lost, internal.
 /// Cost: one read of each of the T K rows where they lie, one write of T rows. Over S ranks of sum_over besides
 /// 2 (S - 1) / S of T rows to each of them, every row being summed by one rank, and one more meeting.
 void combine(const Context& context, const Plan& plan, Outbox& y, std::optional<ConstTensor> weights, Tensor out,
@@ -183,7 +189,9 @@ PendingCombine start_combine(const Context& context, const Plan& plan, Outbox& y
                              Tensor out, const CombineOptions& options = {});
 
 /// Brings one row per slot home, unsummed: out [T, K, W] from values [R, W]; zeros where a slot is -1. dtype f32.
-/// With W = 1: the gradient of the weights. Collective. Cost: one read of each row.
+/// With W = 1: the gradient of the weights. Collective.
+/// Throws Error: bad_argument (shapes or dtypes; an open plan), no_memory, mismatch, timeout, peer_lost, internal.
+/// Cost: one read of each row where it lies, one write of each slot.
 void fetch_slots(const Context& context, const Plan& plan, Outbox& values, Tensor out);
 
 }  // namespace expar

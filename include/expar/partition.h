@@ -23,7 +23,8 @@ namespace expar {
 ///   slices : [T, H_r]  columns part_of(H, rank, P) of all tokens, f32 or bf16
 ///   x      : [T, H]  rows of tokens that go to no expert here are left as they are
 /// Collective: H and dtype are the same on all ranks.
-/// Throws Error: bad_argument, mismatch, timeout, peer_lost.
+/// Throws Error: bad_argument (a plan that is not replicated, or what it was refused for; a shape or dtype), no_memory,
+/// mismatch, timeout, peer_lost, internal.
 /// Cost: one read and one write of each slice on either side; it goes once to each other rank that needs its row.
 void join_slices(const Context& context, const Plan& plan, ConstTensor slices, Tensor x);
 

@@ -1,4 +1,10 @@
 // Who sends which row where: made once from the router's choice, used by dispatch, combine and both their gradients.
+//
+// Errors of collectives, here and in dispatch.h: what a rank finds wrong before rows move (bad_argument, no_memory),
+// every rank throws, that of the lowest such rank, and so with `mismatch`, where ranks disagree; the communicator stays
+// usable. timeout, peer_lost, and internal (a rank sent what cannot be), end the job. What comes in two calls,
+// start_... and finish(), throws all that in finish(), start_... only what has ended the job; unfinished it must not
+// go, or the job ends.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +22,7 @@ struct ExpertRange {
   std::int64_t count = 0;
 };
 ExpertRange experts_of(int rank, int ranks, std::int64_t experts);
+/// The rank that holds `expert` there.
 int owner_of(std::int64_t expert, int ranks, std::int64_t experts);
 
 struct PlanOptions {
@@ -35,9 +42,8 @@ struct SlotRow {
 
 /// A value: cheap to move and to copy, safe to keep. Every rank derives the same offsets from the same counts.
 /// The rows of an expert stand in (source rank, token, slot) order: the global token order, whatever P is.
-/// A bounded plan is open at first: what follows from exchanged counts throws Error bad_argument. The inbox of its
-/// dispatch has the complete one. What its ids were refused for, or a replicated plan's, the accessors of experts and
-/// tokens to send throw.
+/// A bounded plan is open at first; the inbox of its dispatch has the complete one. Accessors throw Error bad_argument
+/// where they need counts that an open plan lacks, and what a bounded or replicated plan was refused for.
 class Plan {
  public:
   struct Data;
@@ -75,7 +81,7 @@ class Plan {
   /// Bytes of the rows that this rank writes to other ranks in a dispatch of rows of `width` elements that travel as
   /// `dtype`: of their values alone, without scales or tags. Replicated: in join_slices, of slices of `width` elements;
   /// a dispatch writes none.
-  std::int64_t bytes(std::int64_t width, DType dtype) const;
+  std::int64_t sent_bytes(std::int64_t width, DType dtype) const;
   /// The same on every rank: ties a plan to the operations that use it. 0 while it is open.
   std::uint64_t id() const;
   /// For the library's own use.
@@ -87,6 +93,7 @@ class Plan {
 
 class PendingPlan {
  public:
+  /// Waits for the counts of all ranks. Pending operations may finish in any order. Throws Error: as make_plan.
   Plan finish();
   ~PendingPlan();
   PendingPlan(PendingPlan&&) noexcept;
@@ -102,7 +109,8 @@ class PendingPlan {
 ///   ids : [T, K] int32 in [-1, E); -1 is not routed; the same expert twice in one token is two rows. T may differ per
 ///   rank.
 /// Collective: K, E, first_experts and the alignment are the same on all ranks.
-/// Throws Error: bad_argument ("ids[17,2] = 64 is not below num_experts 64"), mismatch, timeout, peer_lost.
+/// Throws Error: bad_argument (an option that cannot be; the shape or dtype of ids; "ids[17,2] = 64 is not below
+/// num_experts 64"), no_memory, mismatch, timeout, peer_lost, internal.
 /// Cost: one exchange of P x (E + P) integers.
 Plan make_plan(const Context& context, ConstTensor ids, const PlanOptions& options);
 PendingPlan start_plan(const Context& context, ConstTensor ids, const PlanOptions& options);

@@ -111,9 +111,10 @@ struct Routing {
 
 /// Scores, then K experts per token and their weights (Shazeer et al. 2017; Fedus et al. 2021; DeepSeek-V3 2024).
 ///   logits  : [T, E] f32, this rank's tokens
-/// Collective where is_collective(options.choice) and no ids are given; then every rank throws the same error.
+/// Collective where is_collective(options.choice) and no ids are given; then every rank throws the error of the lowest
+/// rank that found one, and the communicator stays usable.
 /// Throws Error: bad_argument (shape or dtype; an input that is missing or of no use; with nan = error also
-/// "logits[3,5] is nan"); where it is collective also mismatch, timeout, peer_lost.
+/// "logits[3,5] is nan"); where it is collective also no_memory, mismatch, timeout, peer_lost, internal.
 /// Cost: one pass over the logits. A collective choice meets once, in which every rank reads the rows [E] f32 of all
 /// tokens, and then works through all of them, each rank the same: for sinkhorn two multiplications per number and
 /// round (some ten rounds, at most 1000), for experts one selection per column; ten milliseconds for 8,192 tokens of 64
@@ -182,7 +183,8 @@ struct LossInputs {
 /// are summed shard by shard over all ranks, so that they do not depend on which rank holds a shard.
 ///   counts : [E] slots per expert over the global batch (Plan::expert_totals, or Capacity::chosen)
 /// Sequences count the slots of Routing::ids. Nothing depends on P.
-/// Collective. Throws Error: bad_argument (shapes, sequences or options), mismatch, timeout, peer_lost.
+/// Collective. Throws Error: bad_argument (shapes, shards, sequences or options), no_memory, mismatch, timeout,
+/// peer_lost: the same on every rank, as all_reduce.
 /// Cost: one all_reduce of a row of E numbers per shard, of 2 E with `load`; with `sequence_balance` a second one.
 RouterLosses router_losses(const Context& context, const RouterOptions& options, const Routing& routing,
                            std::span<const std::int64_t> counts, std::span<const std::int64_t> shards,
@@ -190,7 +192,8 @@ RouterLosses router_losses(const Context& context, const RouterOptions& options,
 
 /// dlogits [T, E] f32 of (weights . dweights) + losses: their segments, dscores and dlogsumexp.
 ///   dweights : [T, K] f32, the gradient of the weights; 0 where a slot was dropped
-/// Not collective.
+/// Not collective. Throws Error: bad_argument (shapes or dtypes, also of routing and losses). Cost: one pass over the
+/// scores.
 void route_backward(const Context& context, const RouterOptions& options, const Routing& routing,
                     const RouterLosses& losses, ConstTensor dweights, Tensor dlogits);
 

@@ -176,7 +176,7 @@ std::span<const std::int32_t> Plan::sends(int rank) const {
 std::int64_t Plan::send_row(int rank) const { return complete_only(data_).send_row[at(rank)]; }
 std::span<const std::int32_t> Plan::ids() const { return data_->ids; }
 std::span<const SlotRow> Plan::slots() const { return complete_only(data_).slots; }
-std::int64_t Plan::bytes(std::int64_t width, DType dtype) const {
+std::int64_t Plan::sent_bytes(std::int64_t width, DType dtype) const {
   return static_cast<std::int64_t>(data_->send_tokens.size() * size_of(dtype)) * width;
 }
 std::uint64_t Plan::id() const { return data_->id; }

@@ -109,7 +109,7 @@ TEST_P(ReplicatedPlan, plans_alone_and_counts_each_row_once) {
     require_equal(received, plan.tokens() * plan.topk(), "rows of all ranks");
     std::int64_t sent = 0;
     for (int r = 0; r < context.size(); ++r) sent += static_cast<std::int64_t>(plan.sends(r).size());
-    require_equal(plan.bytes(5, DType::bf16), sent * 10, "bytes of slices");
+    require_equal(plan.sent_bytes(5, DType::bf16), sent * 10, "bytes of slices");
   });
 }
 
