@@ -1,8 +1,11 @@
 // The split-phase operators of npu_moe_distribute, against plain loops over all ranks' tokens.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <latch>
+#include <thread>
 
 #include <expar/collectives.h>
 #include <expar/registry.h>
@@ -275,6 +278,45 @@ TEST(DistributeExample, has_the_rows_and_sums_that_the_semantics_give) {
       EXPECT_TRUE(same(rank.expand_idx.as<std::int32_t>(), ordinals[r]));
       EXPECT_TRUE(same(rank.info.as<std::int32_t>(), prefix[r]));
       EXPECT_TRUE(same(rank.nums.as<std::int64_t>(), nums_type == 0 ? sums[r] : counts[r]));
+    });
+  }
+}
+
+// However late a rank is, the other works meanwhile: its setup returns before the late one has begun, and its teardown
+// takes what that has posted, whatever it does next. No clock is needed to see it.
+TEST(DistributeOverlap, a_setup_waits_for_nobody_and_a_teardown_for_setups_alone) {
+  const auto wait = [](const std::latch& latch) {
+    const auto since = std::chrono::steady_clock::now();
+    while (!latch.try_wait()) {
+      require(std::chrono::steady_clock::now() - since < std::chrono::seconds(20), "the ranks wait for each other");
+      std::this_thread::yield();
+    }
+  };
+  for (const int late : {0, 1}) {
+    std::latch posted_early(1), posted_late(1), unpacked_early(1), returned_early(1), returned_late(1);
+    run({.ranks = 2}, [&](const Context& context) {
+      const AscendRank rank(context, even_batch(2, 0, 1, 4, 2, 8), {.quant_mode = 2});
+      if (context.rank() == late) {
+        wait(posted_early);
+        ascend::CommCmdInfo posted = rank.dispatch_setup();
+        posted_late.count_down();
+        wait(unpacked_early);
+        rank.dispatch_teardown(std::move(posted));
+        wait(returned_early);
+        posted = rank.combine_setup();
+        returned_late.count_down();
+        rank.combine_teardown(std::move(posted));
+      } else {
+        ascend::CommCmdInfo posted = rank.dispatch_setup();
+        posted_early.count_down();
+        wait(posted_late);  // own work, as long as the other rank is late
+        rank.dispatch_teardown(std::move(posted));
+        unpacked_early.count_down();
+        posted = rank.combine_setup();
+        returned_early.count_down();
+        wait(returned_late);
+        rank.combine_teardown(std::move(posted));
+      }
     });
   }
 }

@@ -87,6 +87,15 @@ TEST(Domain, has_rows_of_whole_512_bytes) {
   EXPECT_EQ(quant_expand_bytes(7168), 7168 + 7168 / 8 * 4);
 }
 
+TEST(Domain, sends_about_half_the_bytes_in_int8) {
+  const auto part = [](std::int64_t h) {
+    return static_cast<double>(message_bytes(h, DType::bf16, 2)) /
+           static_cast<double>(message_bytes(h, DType::bf16, 0));
+  };
+  EXPECT_LT(part(7168), 0.54);
+  EXPECT_EQ(part(1024), 0.75) << "the scale takes another 512";
+}
+
 TEST(Domain, knows_the_buffer_that_the_pages_ask_for) {
   Domain domain;
   domain.ep_world_size = 16;
