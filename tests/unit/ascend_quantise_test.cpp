@@ -188,6 +188,20 @@ TEST(AscendQuantise, multiplies_by_the_callers_scale_in_static_mode) {
   EXPECT_EQ(fp8.q(2), 57344);
 }
 
+TEST(AscendQuantise, gives_ties_to_the_even_code) {
+  for (const DType dtype : {DType::int8, DType::fp8_e4m3, DType::fp8_e5m2}) {
+    const std::vector<Code>& codes = codes_of(dtype);
+    std::vector<float> ties;
+    for (std::size_t i = 0; i + 1 < codes.size(); ++i) {
+      ties.push_back(static_cast<float>((codes[i].value + codes[i + 1].value) / 2));
+    }
+    const Row row({QuantMode::static_scale, dtype}, ties, {1});
+    for (std::size_t i = 0; i < ties.size(); ++i) {
+      EXPECT_EQ(row.q(static_cast<std::int64_t>(i)), nearest(dtype, static_cast<double>(ties[i]))) << ties[i];
+    }
+  }
+}
+
 TEST(AscendQuantise, gives_zeros_for_rows_of_zeros) {
   for (const Quantisation& q : scaled_modes()) {
     const Row row(q, std::vector<float>(300, -0.0F));
