@@ -58,6 +58,12 @@ class Inbox {
   std::shared_ptr<Data> data_;
 };
 
+struct NamedNumber {
+  std::string_view name;  // of a constant
+  std::int64_t value = 0;
+  friend bool operator==(const NamedNumber&, const NamedNumber&) = default;
+};
+
 struct DispatchOptions {
   Layout layout = Layout::indexed;
   /// Rows per local expert in Layout::padded, the same on all ranks. An expert that has more, wherever, is an error.
@@ -69,8 +75,8 @@ struct DispatchOptions {
   /// The inbox of an earlier dispatch with the same plan: the same rows go the same way, so its lists serve again and
   /// only rows travel. For gradients and replays.
   const Inbox* lists_of = nullptr;
-  /// Numbers of the caller's own that must be the same on all ranks, as his modes. Read in start_dispatch.
-  std::span<const std::int64_t> alike = {};
+  /// Numbers of the caller's own, as his modes, that must be the same on all ranks. Read in start_dispatch.
+  std::span<const NamedNumber> alike = {};
 };
 
 class PendingDispatch {

@@ -38,20 +38,21 @@ void moe_distribute_combine_teardown(const Context& group_ep, const Domain& doma
                                      CommCmdInfo comm_cmd_info, Tensor out) {
   const Inbox inbox = comm_cmd_info.take();
   const Copies copies = copies_of(domain, in.expert_ids, in.x_active_mask);
-  const ConstTensor& posted = in.comm_quant_mode == 2 ? in.quant_expand_x : in.expand_x;
-  if (posted.data() != inbox.expert_rows().base[0] ||
-      posted.size(1) * static_cast<std::int64_t>(size_of(posted.dtype())) != inbox.rows().size(1) * 2)
-    refuse("expand_x, quant_expand_x and comm_quant_mode are not those of the setup");
+  require_axes("expand_x", in.expand_x, 2);
+  comm_cmd_info.check(numbers_of({in.expand_x, in.expert_ids, {}, in.comm_quant_mode}));
+  comm_cmd_info.check(own_numbers(domain, copies.tokens));
+  const bool quantised = in.comm_quant_mode == 2;
+  if ((quantised ? in.quant_expand_x : in.expand_x).data() != inbox.expert_rows().base[0])
+    refuse(std::string(quantised ? "quant_expand_x" : "expand_x") + " is not that of the setup");
   check_ordinals(copies, in.expand_idx);
   require("expert_scales", in.expert_scales, DType::f32, {copies.tokens, copies.topk});
   require("out", out, in.expand_x.dtype(), {copies.tokens, in.expand_x.size(1)});
-  if (!in.shared_expert_x.absent()) {
+  if (!in.shared_expert_x.absent())
     require_range("shared_expert_num beside shared_expert_x", domain.shared_expert_num, 0, 0);
-    require("shared_expert_x", in.shared_expert_x, out.dtype(), out.shape());
-  }
+  const ConstTensor shared_expert_x = flat("shared_expert_x", in.shared_expert_x, out);
   check_results(domain, copies, inbox);
-  sum_results(group_ep, domain, copies, inbox, in.comm_quant_mode,
-              {in.expert_ids, in.expert_scales, in.shared_expert_x}, out);
+  sum_results(group_ep, domain, copies, inbox, in.comm_quant_mode, {in.expert_ids, in.expert_scales, shared_expert_x},
+              out);
 }
 
 }  // namespace expar::ascend

@@ -1,6 +1,7 @@
 // moe_distribute_combine_v2, and with the norm that follows.
 #include <functional>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include <expar/collectives.h>
@@ -48,8 +49,8 @@ void combine(const Context& group_ep, const Domain& domain, const V2Options& opt
             require("tp_send_counts", in.tp_send_counts, DType::int32, {tp});
             require_axes("expand_x", in.expand_x, 2);
             const auto* const counts = in.tp_send_counts.as<std::int32_t>();
-            require_range("tp_send_counts", 0, counts[0], 0, in.expand_x.size(0));
-            require_range("tp_send_counts", 1, counts[1], 0, in.expand_x.size(0) - counts[0]);
+            for (std::int64_t part = 0; part < tp; ++part)
+              require_range("tp_send_counts", part, counts[part], 0, in.expand_x.size(0) / tp);
             require_numbers("expand_x", in.expand_x);
             summed_parts = Array(in.expand_x.dtype(), {in.expand_x.size(0) / tp, in.expand_x.size(1)});
           },
@@ -62,6 +63,7 @@ void combine(const Context& group_ep, const Domain& domain, const V2Options& opt
 
   Left left;
   Copies copies;
+  ConstTensor shared_expert_x;
   Array quant;
   const NoRank own{options.zero_expert_num, options.copy_expert_num, options.const_expert_num, in.ori_x,
                    in.const_expert_alpha_1, in.const_expert_alpha_2, in.const_expert_v};
@@ -76,10 +78,9 @@ void combine(const Context& group_ep, const Domain& domain, const V2Options& opt
     require("out", out, expand_x.dtype(), {copies.tokens, expand_x.size(1)});
     if (!in.expert_scales.absent())
       require("expert_scales", in.expert_scales, DType::f32, {copies.tokens, copies.topk});
-    if (!in.shared_expert_x.absent()) {
+    if (!in.shared_expert_x.absent())
       require_range("shared_expert_rank_num beside shared_expert_x", d.shared_expert_rank_num, 0, 0);
-      require("shared_expert_x", in.shared_expert_x, out.dtype(), out.shape());
-    }
+    shared_expert_x = flat("shared_expert_x", in.shared_expert_x, out);
     check_no_rank(own, out.shape(), out.dtype());
     if (in.comm_quant_mode == 2) quant = Array(DType::int8, {expand_x.size(0), quant_expand_bytes(expand_x.size(1))});
     const ConstTensor counts = in.ep_send_counts.rows(tp > 1 ? options.tp_rank_id * blocks : 0, blocks);
@@ -87,7 +88,7 @@ void combine(const Context& group_ep, const Domain& domain, const V2Options& opt
   });
   check_results(left.domain, copies, inbox);
   sum_results(group_ep, left.domain, copies, inbox, in.comm_quant_mode,
-              {in.expert_ids, in.expert_scales, in.shared_expert_x, residual, own}, out);
+              {in.expert_ids, in.expert_scales, shared_expert_x, residual, own}, out);
 }
 
 }  // namespace
@@ -110,6 +111,7 @@ void moe_distribute_combine_add_rms_norm(const Context& group_ep, const Domain& 
     require("gamma", norm.gamma, DType::bf16, {rows[1]});
     require("x", x, DType::bf16, each);
     require("y", y, DType::bf16, each);
+    if (!(norm.norm_eps >= 0)) refuse("norm_eps is " + std::to_string(norm.norm_eps) + ", should be at least 0");
     require("rstd", rstd, DType::f32, {rows[0], 1, 1});
   });
   const Array gain(DType::f32, norm.gamma.shape());

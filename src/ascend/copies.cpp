@@ -9,23 +9,6 @@
 namespace expar::ascend {
 namespace {
 
-void check_ids(const Domain& domain, ConstTensor expert_ids, std::int64_t experts) {
-  if (expert_ids.dtype() != DType::int32 || expert_ids.shape().rank() != 2)
-    refuse("expert_ids is " + shown(expert_ids) + ", should be int32 [BS, K]");
-  const std::int64_t topk = expert_ids.size(1);
-  require_range("BS", expert_ids.size(0), 1,
-                domain.global_bs == 0 ? 512 : std::min<std::int64_t>(512, domain.max_bs(0)));
-  require_range("K", topk, 1, std::min<std::int64_t>(16, experts));
-  require_experts("expert_ids", expert_ids, experts, 0);
-  const auto* ids = expert_ids.as<std::int32_t>();
-  for (std::int64_t t = 0; t < expert_ids.size(0); ++t, ids += topk) {
-    for (std::int64_t k = 1; k < topk; ++k) {
-      if (std::find(ids, ids + k, ids[k]) != ids + k)
-        refuse("expert_ids[" + std::to_string(t) + "] has expert " + std::to_string(ids[k]) + " twice");
-    }
-  }
-}
-
 /// [BS, K] slots that the mask leaves.
 std::vector<std::int8_t> counted_of(ConstTensor mask, std::int64_t tokens, std::int64_t topk, bool slot_masks) {
   std::vector<std::int8_t> counted(at(tokens * topk), 1);
@@ -43,6 +26,23 @@ std::vector<std::int8_t> counted_of(ConstTensor mask, std::int64_t tokens, std::
 }
 
 }  // namespace
+
+void check_ids(const Domain& domain, ConstTensor expert_ids, std::int64_t experts) {
+  if (expert_ids.dtype() != DType::int32 || expert_ids.shape().rank() != 2)
+    refuse("expert_ids is " + shown(expert_ids) + ", should be int32 [BS, K]");
+  const std::int64_t topk = expert_ids.size(1);
+  require_range("BS", expert_ids.size(0), 1,
+                domain.global_bs == 0 ? 512 : std::min<std::int64_t>(512, domain.max_bs(0)));
+  require_range("K", topk, 1, std::min<std::int64_t>(16, experts));
+  require_experts("expert_ids", expert_ids, experts, 0);
+  const auto* ids = expert_ids.as<std::int32_t>();
+  for (std::int64_t t = 0; t < expert_ids.size(0); ++t, ids += topk) {
+    for (std::int64_t k = 1; k < topk; ++k) {
+      if (std::find(ids, ids + k, ids[k]) != ids + k)
+        refuse("expert_ids[" + std::to_string(t) + "] has expert " + std::to_string(ids[k]) + " twice");
+    }
+  }
+}
 
 std::int64_t experts_of(const Domain& domain) { return domain.shared_expert_rank_num + domain.moe_expert_num; }
 

@@ -29,6 +29,10 @@ struct Copies {
   std::int64_t of_shared(std::int64_t j, std::int64_t token) const { return tokens * topk + j * shared_step + token; }
 };
 
+/// Throws Error: bad_argument (no int32 [BS, K], BS or K out of its range, an id twice in a row or not below
+/// `experts`).
+void check_ids(const Domain& domain, ConstTensor expert_ids, std::int64_t experts);
+
 /// Slots of experts from moe_expert_num on, up to `special` more, do not travel.
 ///   x_active_mask : int8; [BS], 1s before 0s; where `slot_masks` also [BS, K], of any pattern; absent: all travel
 /// Throws Error: bad_argument (shapes, an id twice in a row or out of its range, a mask of tokens with a 1 after a 0).

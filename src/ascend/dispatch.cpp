@@ -1,6 +1,5 @@
 // moe_distribute_dispatch_setup and its teardown.
 #include <algorithm>
-#include <cstdint>
 
 #include <expar/ascend/distribute.h>
 
@@ -21,8 +20,6 @@ CommCmdInfo moe_distribute_dispatch_setup(const Context& group_ep, const Domain&
     require("y", y, dtype,
             {copies.tokens * (copies.topk + domain.shared_expert_num),
              message.bytes() / static_cast<std::int64_t>(size_of(dtype))});
-    if (reinterpret_cast<std::uintptr_t>(y.data()) % alignof(float) != 0)
-      refuse("y does not begin at a multiple of 4 bytes");
     require("expand_idx", expand_idx, DType::int32, {copies.tokens * copies.topk});
     std::copy_n(copies.ordinal.begin(), copies.tokens * copies.topk, expand_idx.as<std::int32_t>());
     return write_messages(group_ep, domain, copies, sent, message, y);
@@ -32,14 +29,17 @@ CommCmdInfo moe_distribute_dispatch_setup(const Context& group_ep, const Domain&
 void moe_distribute_dispatch_teardown(const Context& group_ep, const Domain& domain, const DispatchTeardown& in,
                                       CommCmdInfo comm_cmd_info, const Dispatched& out) {
   const Inbox inbox = comm_cmd_info.take();
-  const Message message = message_of({in.x, in.expert_ids, {}, in.quant_mode, in.y_dtype}, false);
-  if (message.bytes() != inbox.rows().size(1) * 2 || in.y.data() != inbox.expert_rows().base[0])
-    refuse("x, y and quant_mode are not those of the setup");
+  const Sent sent{in.x, in.expert_ids, {}, in.quant_mode, in.y_dtype};
+  require_axes("expert_ids", in.expert_ids, 2);
+  const Message message = message_of(sent, false);
+  comm_cmd_info.check(numbers_of(sent, message));
+  comm_cmd_info.check(own_numbers(domain, in.expert_ids.size(0)));
+  if (in.y.data() != inbox.expert_rows().base[0]) refuse("y is not that of the setup");
   const std::int64_t rows = check_rows(domain, out.expand_x, in.expert_ids);
   require("assist_info_for_combine", out.assist_info_for_combine, DType::int32, {rows * kInfoPerRow});
-  const std::vector<std::int32_t> prefix =
-      unpack(group_ep, domain, inbox, message,
-             {out.expand_x, out.dynamic_scales, out.expert_token_nums, in.expert_token_nums_type});
+  const Unpacked unpacked{out.expand_x, out.dynamic_scales, out.expert_token_nums, in.expert_token_nums_type};
+  check_unpacked(domain, message, unpacked);
+  const std::vector<std::int32_t> prefix = unpack(group_ep, domain, inbox, message, unpacked);
   std::copy(prefix.begin(), prefix.end(), out.assist_info_for_combine.as<std::int32_t>());
 }
 

@@ -24,6 +24,11 @@ void require_multiple(const std::string& what, std::int64_t value, const std::st
 constexpr std::string_view kNoChoice[] = {""};
 constexpr std::string_view kWays[] = {"", "fullmesh", "fullmesh_v1", "fullmesh_v2", "hierarchy"};
 
+}  // namespace
+
+const Limits kTwoPhases = {384, 512, true, kNoChoice};
+const Limits kOnePhase = {768, 1024, false, kWays};
+
 void check_values(const Domain& d, const Limits& limits) {
   require_range("ep_world_size", d.ep_world_size, 2, limits.ranks);
   require_range("ep_rank_id", d.ep_rank_id, 0, d.ep_world_size - 1);
@@ -35,7 +40,7 @@ void check_values(const Domain& d, const Limits& limits) {
   require_multiple("shared_expert_rank_num", d.shared_expert_rank_num, "shared_expert_num", d.shared_expert_num);
   require_multiple("moe_expert_num", d.moe_expert_num, "ep_world_size - shared_expert_rank_num",
                    d.ep_world_size - d.shared_expert_rank_num);
-  require_range("global_bs", d.global_bs, 0, kMost);
+  require_range("global_bs", d.global_bs, 0, 512 * d.ep_world_size);
   require_multiple("global_bs", d.global_bs, "ep_world_size", d.ep_world_size);
   require_range("comm_type", d.comm_type, 0, 0);
   if (std::find(limits.comm_algs.begin(), limits.comm_algs.end(), d.comm_alg) == limits.comm_algs.end()) {
@@ -45,11 +50,6 @@ void check_values(const Domain& d, const Limits& limits) {
     refuse("comm_alg is \"" + std::string(d.comm_alg) + "\", should be one of " + known);
   }
 }
-
-}  // namespace
-
-const Limits kTwoPhases = {384, 512, true, kNoChoice};
-const Limits kOnePhase = {768, 1024, false, kWays};
 
 void Domain::check() const { check_values(*this, kTwoPhases); }
 
@@ -71,13 +71,11 @@ std::int64_t check_rows(const Domain& domain, ConstTensor expand_x, ConstTensor 
 }
 
 std::int64_t expand_rows(const Domain& domain, std::int64_t rank, std::int64_t bs, std::int64_t k) {
-  const std::int64_t sources = domain.ep_world_size, most = domain.max_bs(bs);
-  if (!domain.holds_shared(rank)) {
-    const std::int64_t experts = domain.experts_per_rank();
-    return std::max(most * sources * std::min(experts, k), (experts * sources + kInfoPerRow - 1) / kInfoPerRow);
-  }
-  const std::int64_t ranks = domain.ranks_per_shared_expert();
-  return most * ((sources + ranks - 1) / ranks);
+  const std::int64_t sources = domain.ep_world_size, most = domain.max_bs(bs), experts = domain.local_expert_num(rank);
+  const std::int64_t ranks = std::max<std::int64_t>(domain.ranks_per_shared_expert(), 1);
+  const std::int64_t come =
+      domain.holds_shared(rank) ? most * ((sources + ranks - 1) / ranks) : most * sources * std::min(experts, k);
+  return std::max(come, (experts * sources + kInfoPerRow - 1) / kInfoPerRow);
 }
 
 std::int64_t message_bytes(std::int64_t h, DType x, std::int64_t quant_mode, std::optional<DType> y_dtype) {

@@ -16,8 +16,12 @@ struct Mail {
   std::vector<std::int32_t> experts;  // [n] or -1: the row stays
   std::vector<std::int64_t> first_experts;  // [W + 1]
   std::int64_t bound = 0;                   // the most rows of any rank, the same on all
-  std::vector<std::int64_t> alike;          // what else must be the same on all ranks
+  std::vector<NamedNumber> alike;           // what else must be the same on all ranks
+  std::vector<NamedNumber> own;             // what the teardown must be told again, besides those
 };
+
+/// What a teardown must be told as its setup was: the domain's numbers, and BS.
+std::vector<NamedNumber> own_numbers(const Domain& domain, std::int64_t bs);
 
 /// Posts what `write` returns. What it throws becomes an error of the teardown, on every rank.
 CommCmdInfo post(const Context& group_ep, const std::function<Mail()>& write);

@@ -21,9 +21,11 @@ class Smooth {
       return;
     }
     if (sent.quant_mode == 0) refuse("scales is " + shown(scales) + ", should be absent: quant_mode = 0");
-    shared_ = domain.shared_expert_rank_num == 0 ? 0 : domain.shared_expert_num;
     const Shape& shape = scales.shape();
     const bool common = sent.quant_mode == 1 && (shape == Shape{1} || shape == Shape{h});
+    // Without ranks of shared experts their rows may be left out.
+    const bool without_shared = domain.shared_expert_rank_num == 0 && shape == Shape{domain.moe_expert_num, h};
+    shared_ = without_shared ? 0 : domain.shared_expert_num;
     require("scales", scales, DType::f32, common ? shape : Shape{shared_ + domain.moe_expert_num, h});
     values_ = std::span(scales.as<float>(), at(scales.elements()));
     per_expert_ = common ? 0 : h;
@@ -71,8 +73,7 @@ Mail write_messages(const Context& group_ep, const Domain& domain, const Copies&
                  row + scales_at(message.quantisation, message.h));
     if (!message.with_sender) return;
     const bool weighted = k < copies.topk && !sent.weights.absent();
-    const Sender sender = {static_cast<std::int32_t>(group_ep.rank()), static_cast<std::int32_t>(token),
-                           static_cast<std::int32_t>(k),
+    const Sender sender = {static_cast<std::int32_t>(token), static_cast<std::int32_t>(k),
                            weighted ? sent.weights.as<float>()[copies.of_slot(token, k)] : 1.0F};
     std::memcpy(row + message.sender_at(), &sender, sizeof sender);
   };
@@ -90,22 +91,35 @@ Mail write_messages(const Context& group_ep, const Domain& domain, const Copies&
           .experts = copies.expert,
           .first_experts = first_experts_of(domain),
           .bound = domain.max_bs(copies.tokens) * copies.per_token(),
-          .alike = {sent.quant_mode, static_cast<std::int64_t>(message.quantisation.dtype), domain.shared_expert_num,
-                    copies.topk, domain.global_bs}};
+          .alike = numbers_of(sent, message),
+          .own = own_numbers(domain, copies.tokens)};
 }
 
-std::vector<std::int32_t> unpack(const Context& group_ep, const Domain& domain, const Inbox& inbox,
-                                 const Message& message, const Unpacked& out) {
+std::vector<NamedNumber> numbers_of(const Sent& sent, const Message& message) {
+  return {{"H", message.h},
+          {"x", static_cast<std::int64_t>(sent.x.dtype())},
+          {"quant_mode", sent.quant_mode},
+          {"y_dtype", static_cast<std::int64_t>(message.quantisation.dtype)},
+          {"K", sent.expert_ids.size(1)}};
+}
+
+void check_unpacked(const Domain& domain, const Message& message, const Unpacked& out) {
   const Quantisation& quantisation = message.quantisation;
   const std::int64_t room = out.expand_x.size(0), with = scales_of_row(quantisation, message.h);
   require("expand_x", out.expand_x, quantisation.dtype, {room, message.h});
   if (with > 0)
     require("dynamic_scales", out.dynamic_scales, scale_dtype(quantisation),
             with == 1 ? Shape{room} : Shape{room, with});
-  require("expert_token_nums", out.expert_token_nums, DType::int64, {inbox.plan().local().count});
+  require("expert_token_nums", out.expert_token_nums, DType::int64, {domain.local_expert_num(domain.ep_rank_id)});
   require_range("expert_token_nums_type", out.expert_token_nums_type, 0, 1);
+}
 
+std::vector<std::int32_t> unpack(const Context& group_ep, const Domain& domain, const Inbox& inbox,
+                                 const Message& message, const Unpacked& out) {
+  const Quantisation& quantisation = message.quantisation;
   const std::vector<const std::byte*> rows = rows_of(inbox);
+  if (std::ssize(rows) > out.expand_x.size(0))
+    refuse(std::to_string(rows.size()) + " rows came, expand_x has room for " + std::to_string(out.expand_x.size(0)));
   group_ep.pool().run(std::ssize(rows), [&](std::int64_t i, int) {
     const std::byte* const row = rows[at(i)];
     const std::size_t values = at(value_bytes(quantisation, message.h)),
@@ -116,8 +130,10 @@ std::vector<std::int32_t> unpack(const Context& group_ep, const Domain& domain, 
     if (!message.with_sender) return;
     Sender sender;
     std::memcpy(&sender, row + message.sender_at(), sizeof sender);
-    const std::int32_t address[] = {sender.rank, sender.token, sender.slot};
-    if (!out.senders.absent()) std::memcpy(out.senders.as<std::int32_t>() + 3 * i, address, sizeof address);
+    if (!out.senders.absent()) {
+      out.senders.as<std::int32_t>()[3 * i + 1] = sender.token;
+      out.senders.as<std::int32_t>()[3 * i + 2] = sender.slot;
+    }
     if (!out.weights.absent()) out.weights.as<float>()[i] = sender.weight;
   });
 
@@ -127,8 +143,12 @@ std::vector<std::int32_t> unpack(const Context& group_ep, const Domain& domain, 
   std::int32_t sum = 0;
   for (std::int64_t e = 0; e < local.count; ++e) {
     const std::int32_t before = sum;
-    for (std::int64_t s = 0; s < domain.ep_world_size; ++s)
+    for (std::int64_t s = 0; s < domain.ep_world_size; ++s) {
+      const std::int32_t from = sum;
       prefix.push_back(sum += plan.counts()[at(s * plan.experts() + local.first + e)]);
+      for (std::int32_t i = from; i < sum && !out.senders.absent(); ++i)
+        out.senders.as<std::int32_t>()[3 * i] = static_cast<std::int32_t>(s);
+    }
     out.expert_token_nums.as<std::int64_t>()[e] = out.expert_token_nums_type == 0 ? sum : sum - before;
   }
   return prefix;

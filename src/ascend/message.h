@@ -15,9 +15,9 @@
 
 namespace expar::ascend {
 
-/// Whose row a message is: slot K + j where it goes to shared expert j.
+/// Which of its source's rows a message is: slot K + j where it goes to shared expert j.
 struct Sender {
-  std::int32_t rank, token, slot;
+  std::int32_t token, slot;
   float weight;
 };
 
@@ -54,14 +54,20 @@ struct Unpacked {
   Tensor expand_x;           // [A, H]
   Tensor dynamic_scales;     // [A] or [A, scales]
   Tensor expert_token_nums;  // [LE] int64
-  std::int64_t expert_token_nums_type;
+  std::int64_t expert_token_nums_type = 1;
   Tensor senders = {};  // [3 A or more] int32: rank, token and slot at 3 i
   Tensor weights = {};  // [A] f32
 };
 
-/// Throws Error: bad_argument (shapes; expand_x has at least as many rows as can come). Returns [LE, W] the rows of
-/// each source for each local expert, summed up to and with each.
+/// Throws Error: bad_argument (shapes).
+void check_unpacked(const Domain& domain, const Message& message, const Unpacked& out);
+
+/// Returns [LE, W] the rows of each source for each local expert, summed up to and with each. Throws Error:
+/// bad_argument (more rows than expand_x has).
 std::vector<std::int32_t> unpack(const Context& group_ep, const Domain& domain, const Inbox& inbox,
                                  const Message& message, const Unpacked& out);
+
+/// What is compared between ranks and between setup and teardown.
+std::vector<NamedNumber> numbers_of(const Sent& sent, const Message& message);
 
 }  // namespace expar::ascend

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "src/ascend/comm_quant.h"
@@ -85,6 +86,7 @@ Mail write_results(const Context& group_ep, const Domain& domain, const Returned
   const ConstTensor& expand_x = returned.expand_x;
   if (returned.comm_quant_mode != 0 && returned.comm_quant_mode != 2)
     refuse("comm_quant_mode is " + std::to_string(returned.comm_quant_mode) + ", should be 0 or 2");
+  check_ids(domain, returned.expert_ids, std::numeric_limits<std::int32_t>::max());
   const std::int64_t rows = check_rows(domain, expand_x, returned.expert_ids), h = expand_x.size(1);
   if (expand_x.dtype() != DType::f16 && expand_x.dtype() != DType::bf16)
     refuse("expand_x is " + shown(expand_x) + ", should be f16 or bf16 [A, H]");
@@ -94,6 +96,8 @@ Mail write_results(const Context& group_ep, const Domain& domain, const Returned
   ConstTensor posted = expand_x;
   if (returned.comm_quant_mode == 2) {
     require("quant_expand_x", quant, DType::int8, {rows, quant_expand_bytes(h)});
+    if (reinterpret_cast<std::uintptr_t>(quant.data()) % alignof(bf16) != 0)
+      refuse("quant_expand_x begins at an odd address");
     comm_quantise(group_ep.pool(), expand_x.rows(0, sent), quant);
     posted = quant;
   }
@@ -102,12 +106,27 @@ Mail write_results(const Context& group_ep, const Domain& domain, const Returned
   const auto most = [&](std::int64_t rank) {
     return expand_rows(domain, rank, returned.expert_ids.size(0), returned.expert_ids.size(1));
   };
-  return {
-      .rows = posted.rows(0, sent),
-      .experts = std::move(sources),
-      .first_experts = std::move(first_experts),
-      .bound = std::max(most(0), most(domain.ep_world_size - 1)),
-      .alike = {returned.comm_quant_mode, static_cast<std::int64_t>(expand_x.dtype()), returned.expert_ids.size(1)}};
+  return {.rows = posted.rows(0, sent),
+          .experts = std::move(sources),
+          .first_experts = std::move(first_experts),
+          .bound = std::max(most(0), most(domain.ep_world_size - 1)),
+          .alike = numbers_of(returned),
+          .own = own_numbers(domain, returned.expert_ids.size(0))};
+}
+
+std::vector<NamedNumber> numbers_of(const Returned& returned) {
+  return {{"H", returned.expand_x.size(1)},
+          {"expand_x", static_cast<std::int64_t>(returned.expand_x.dtype())},
+          {"comm_quant_mode", returned.comm_quant_mode},
+          {"K", returned.expert_ids.size(1)}};
+}
+
+ConstTensor flat(const char* name, ConstTensor tensor, ConstTensor out) {
+  if (tensor.absent()) return {};
+  const Shape& shape = tensor.shape();
+  const bool folded = shape.rank() == 3 && shape[0] * shape[1] == out.size(0) && shape[2] == out.size(1);
+  require(name, tensor, out.dtype(), folded ? shape : out.shape());
+  return {tensor.data(), tensor.dtype(), out.shape()};
 }
 
 void check_results(const Domain& domain, const Copies& copies, const Inbox& inbox) {

@@ -20,6 +20,9 @@ struct Returned {
   std::int64_t comm_quant_mode;
 };
 
+/// What is compared between ranks and between setup and teardown.
+std::vector<NamedNumber> numbers_of(const Returned& returned);
+
 /// The results and where each came from; with comm_quant_mode 2 as int8 in quant [A, quant_expand_bytes].
 /// `name` is that of prefix. Throws Error: bad_argument.
 Mail write_results(const Context& group_ep, const Domain& domain, const Returned& returned, const char* name,
@@ -34,6 +37,10 @@ struct NoRank {
 
   std::int64_t count() const { return zero + copy + constant; }
 };
+
+/// `tensor` [BS, H] or [a, b, H] with a b = BS, of out's dtype, as [BS, H]; absent where it is. Throws Error:
+/// bad_argument.
+ConstTensor flat(const char* name, ConstTensor tensor, ConstTensor out);
 
 /// What is summed besides the results of other ranks.
 struct Summed {

@@ -18,6 +18,7 @@ std::int64_t now() { return std::chrono::steady_clock::now().time_since_epoch() 
 /// elastic_info in words.
 Left left_of(const Domain& domain, ConstTensor elastic_info) {
   const std::int64_t ranks = domain.ep_world_size;
+  check_values(domain, kOnePhase);
   require("elastic_info", elastic_info, DType::int32, {4 + 2 * ranks});
   const auto* const info = elastic_info.as<std::int32_t>();
   require_range("elastic_info", 0, info[0], 0, 1);
@@ -30,6 +31,8 @@ Left left_of(const Domain& domain, ConstTensor elastic_info) {
     require_range("elastic_info", 4 + ranks + number, ranks_of[number], 0, ranks - 1);
     require_range("elastic_info", 4 + ranks_of[number], numbers[ranks_of[number]], number, number);
   }
+  const auto left_count = std::count_if(numbers, numbers + ranks, [](std::int32_t number) { return number >= 0; });
+  require_range("ranks of elastic_info that have a number", left_count, info[1], info[1]);
   require_range("elastic_info", 4 + domain.ep_rank_id, numbers[domain.ep_rank_id], 0, info[1] - 1);
   Left left{domain, {ranks_of, ranks_of + info[1]}};
   left.domain.ep_world_size = info[1];
@@ -37,6 +40,9 @@ Left left_of(const Domain& domain, ConstTensor elastic_info) {
   left.domain.moe_expert_num = info[3];
   left.domain.ep_rank_id = numbers[domain.ep_rank_id];
   left.domain.global_bs = domain.global_bs / ranks * info[1];
+  check_values(left.domain, kOnePhase);
+  require_range("experts of a rank by elastic_info", left.domain.experts_per_rank(), domain.experts_per_rank(),
+                domain.experts_per_rank());
   return left;
 }
 
@@ -60,6 +66,8 @@ void check_hierarchy(const Domain& domain, const V2Options& options) {
   require_range("tp_world_size under comm_alg \"hierarchy\"", options.tp_world_size, 0, 1);
   require_range("shared_expert_rank_num under comm_alg \"hierarchy\"", domain.shared_expert_rank_num, 0, 0);
   require_range("axes of x_active_mask under comm_alg \"hierarchy\"", options.x_active_mask.shape().rank(), 0, 1);
+  require_range("experts of a rank times ep_world_size under comm_alg \"hierarchy\"",
+                domain.experts_per_rank() * domain.ep_world_size, 1, 2048);
   require_range("special experts under comm_alg \"hierarchy\"",
                 options.zero_expert_num + options.copy_expert_num + options.const_expert_num, 0, 0);
   if (!options.performance_info.absent()) refuse("performance_info is given, comm_alg \"hierarchy\" has none");
@@ -87,8 +95,11 @@ Copies copies_of(const Domain& domain, const V2Options& options, ConstTensor exp
 Inbox exchange(const Context& group_ep, const V2Options& options, const std::function<Mail()>& write) {
   CommCmdInfo posted = post(group_ep, [&] {
     Mail mail = write();
-    mail.alike.insert(mail.alike.end(), {options.zero_expert_num, options.copy_expert_num, options.const_expert_num,
-                                         options.tp_world_size, options.performance_info.absent()});
+    const std::int64_t special =
+        options.zero_expert_num << 40 | options.copy_expert_num << 20 | options.const_expert_num;
+    mail.alike.insert(mail.alike.end(), {{"special_experts", special},
+                                         {"tp_world_size", options.tp_world_size},
+                                         {"performance_info", !options.performance_info.absent()}});
     return mail;
   });
   const std::int64_t since = now();
@@ -109,13 +120,13 @@ Inbox exchange(const Context& group_ep, const V2Options& options, const std::fun
 }
 
 void with_tp(const V2Options& options, const std::function<void()>& work, const std::function<void()>& share) {
-  if (options.group_tp == nullptr || options.tp_world_size != 2) return work();
+  if (options.group_tp == nullptr || options.group_tp->size() == 1) return work();
   try {
     work();
   } catch (...) {
     barrier(options.group_tp->declining(current_error()));  // throws, here and wherever `share` begins
   }
-  share();
+  if (options.tp_world_size == 2) share();
 }
 
 }  // namespace expar::ascend

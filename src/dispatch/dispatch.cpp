@@ -39,7 +39,7 @@ Signature signature_of(ConstTensor x, const Plan& plan, const DispatchOptions& o
   signature.with("lists", options.lists_of == nullptr);
   signature.with("layout", static_cast<std::int64_t>(options.layout)).with("capacity", options.capacity);
   signature.with("payload", static_cast<std::int64_t>(options.payload.value_or(x.dtype())));
-  signature.with_list("alike", options.alike);
+  for (const NamedNumber& number : options.alike) signature.with(number.name, number.value);
   signature.with("plan", plan ? static_cast<std::int64_t>(plan.id()) : 0);
   if (plan && plan.open()) {
     signature.with("bound", plan.data().bound).with("topk", plan.topk()).with("experts", plan.experts());

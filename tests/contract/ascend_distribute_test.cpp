@@ -203,8 +203,70 @@ TEST_P(Distribute, tells_every_rank_what_one_of_them_did_wrong) {
     const Error error = error_of([&] {
       differs.dispatch_teardown(differs.dispatch_setup(context.rank() == 1 ? ConstTensor(scale) : ConstTensor()));
     });
-    require(error.code() == ErrorCode::mismatch, error.what());
+    require(error.code() == ErrorCode::mismatch && error.message().find("quant_mode") != std::string::npos,
+            error.what());
     rank.dispatch_teardown(rank.dispatch_setup());  // the domain is as good as before
+  });
+}
+
+TEST_P(Distribute, multiplies_by_the_scales_of_the_caller) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    Batch batch = even_batch(context.size(), 0, 1, context.size(), 2, 2);
+    batch.global_bs = false;
+    const AscendRank rank(context, batch, {.quant_mode = 1});
+    // One for all; of each value; of each expert and value, the shared expert's first, though no rank holds it;
+    // without.
+    const Shape shapes[] = {{1}, {batch.h}, {1 + batch.experts, batch.h}, {batch.experts, batch.h}};
+    for (const Shape& shape : shapes) {
+      const Array scales(DType::f32, shape);
+      for (std::int64_t i = 0; i < shape.elements(); ++i)
+        scales.as<float>()[i] = 20 + static_cast<float>(i % 1531) / 64;
+      rank.dispatch_teardown(rank.dispatch_setup(scales));
+      const std::int64_t first = shape.rank() == 1 ? 0 : shape[0] - batch.experts;
+      check_dispatched(rank, batch, [&](const Copy& copy, std::int64_t row) {
+        const std::int64_t expert = batch.ids(copy.source)[at(copy.token * batch.topk + copy.k)];
+        const std::vector<float> x = batch.x(copy.source, copy.token);
+        for (std::int64_t i = 0; i < batch.h; ++i) {
+          const std::int64_t which = shape.rank() == 1 ? i % shape[0] : (first + expert) * batch.h + i;
+          const float product = static_cast<float>(bf16(x[at(i)])) * scales.as<float>()[which];
+          const float wanted = std::clamp(std::nearbyint(product), -128.0F, 127.0F);
+          require_near(element(rank.expand_x, row * batch.h + i), wanted, 0, [&] { return batch.str() + ": a value"; });
+        }
+      });
+    }
+  });
+}
+
+TEST_P(Distribute, refuses_a_teardown_that_is_not_its_setups) {
+  run(GetParam(), [](const Context& context) {
+    if (context.size() < 2) return;
+    const Batch batch = even_batch(context.size(), 0, 1, 2 * context.size(), 2, 3);
+    AscendRank rank(context, batch, {.quant_mode = 2});
+    const auto expect = [&](const std::string& message) {
+      const std::string says = refusal_of([&] { rank.dispatch_teardown(rank.dispatch_setup()); });
+      require(says == message, says);
+    };
+    const auto teardown_with = [&](const auto& change, const std::string& message) {
+      ascend::CommCmdInfo posted = rank.dispatch_setup();
+      const Domain domain = rank.domain;
+      const Modes modes = rank.modes;
+      change();
+      const std::string says = refusal_of([&] { rank.dispatch_teardown(std::move(posted)); });
+      rank.domain = domain;
+      rank.modes = modes;
+      require(says == message, says);
+    };
+    teardown_with([&] { rank.modes.quant_mode = 3; }, "quant_mode is 3, in the setup it was 2");
+    teardown_with([&] { rank.domain.ep_world_size *= 2; }, "ep_world_size is " + std::to_string(2 * batch.ranks) +
+                                                               ", in the setup it was " + std::to_string(batch.ranks));
+    teardown_with([&] { rank.domain.global_bs = 0; },
+                  "global_bs is 0, in the setup it was " + std::to_string(3 * batch.ranks));
+    teardown_with([&] { rank.modes.nums_type = 2; }, "expert_token_nums_type is 2, should be from 0 to 1");
+    rank.mask.as<std::int8_t>()[1] = 0;
+    expect("x_active_mask[2] is 1 after a 0: tokens that travel come before those that do not");
+    rank.mask.as<std::int8_t>()[1] = 1;
+    rank.dispatch_teardown(rank.dispatch_setup());
   });
 }
 
@@ -321,15 +383,37 @@ TEST(DistributeOverlap, a_setup_waits_for_nobody_and_a_teardown_for_setups_alone
   }
 }
 
-TEST(DistributeSizes, grow_to_the_largest_domain) {
-  // 384 ranks on threads, of which 6 hold two shared experts.
-  const Batch batch = even_batch(384, 6, 2, 378, 2, 1);
-  run({.ranks = 384, .patience = std::chrono::seconds(300)}, [&](const Context& context) {
-    const AscendRank rank(context, batch, {.quant_mode = 2});
-    rank.dispatch_teardown(rank.dispatch_setup());
-    const auto mine = copies_for(batch, context.rank());
-    EXPECT_EQ(rank.nums.as<std::int64_t>()[0], std::ssize(mine[0]));
-  });
+TEST(DistributeSizes, may_be_any_number_of_ranks) {
+  for (const int ranks : {11, 33, 60}) {
+    Batch batch = random_batch(ranks, static_cast<std::uint64_t>(ranks), 2);
+    std::vector<std::vector<std::int32_t>> drawn;
+    for (int rank = 0; rank < ranks; ++rank) drawn.push_back(batch.ids(rank));
+    batch.chosen = drawn;
+    run({.ranks = ranks}, [&](const Context& context) {
+      const AscendRank rank(context, batch, {});
+      rank.dispatch_teardown(rank.dispatch_setup());
+      check_dispatched(rank, batch, [&](const Copy& copy, std::int64_t row) {
+        for (std::int64_t i = 0; const float x : batch.x(copy.source, copy.token))
+          require_near(element(rank.expand_x, row * batch.h + i++), static_cast<float>(bf16(x)), 0,
+                       [&] { return batch.str() + ": a row"; });
+      });
+    });
+  }
 }
+
+#ifndef __SANITIZE_THREAD__  // which takes a minute for so many threads
+TEST(DistributeSizes, grow_to_the_largest_domain) {
+  // 384 ranks on threads; 6 of them hold two shared experts, and half of them one, whose ranks get two rows each.
+  for (const Batch& batch : {even_batch(384, 6, 2, 378, 2, 1), even_batch(384, 192, 1, 192, 1, 1)}) {
+    run({.ranks = 384, .patience = std::chrono::seconds(300)}, [&](const Context& context) {
+      const AscendRank rank(context, batch, {.quant_mode = 2});
+      rank.dispatch_teardown(rank.dispatch_setup());
+      const auto mine = copies_for(batch, context.rank());
+      EXPECT_EQ(rank.nums.as<std::int64_t>()[0], std::ssize(mine[0]));
+      rank.combine_teardown(rank.combine_setup());
+    });
+  }
+}
+#endif
 }  // namespace
 }  // namespace expar::test

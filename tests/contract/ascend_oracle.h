@@ -22,6 +22,7 @@ struct Batch {
   std::uint64_t seed = 1;
   std::vector<std::vector<std::int32_t>> chosen = {};  // ids of each rank instead of drawn ones
   std::int64_t special = 0;                            // experts without a rank, behind the others
+  bool global_bs = true;                               // 0 if not, where all ranks have as many tokens
   bool slot_masks = false;                             // slots are masked one by one instead of tokens
 
   std::int64_t most() const {
@@ -36,7 +37,7 @@ struct Batch {
     domain.moe_expert_num = experts;
     domain.shared_expert_num = shared;
     domain.shared_expert_rank_num = shared_ranks;
-    domain.global_bs = ranks * most();
+    if (global_bs) domain.global_bs = ranks * most();
     return domain;
   }
   std::string str() const {
@@ -90,21 +91,22 @@ inline Batch even_batch(std::int64_t ranks, std::int64_t shared_ranks, std::int6
   return batch;
 }
 
-/// Any that the pages allow, of a few ranks, with ragged batches and some tokens inactive.
-inline Batch random_batch(int ranks, std::uint64_t seed) {
+/// Any that the pages allow, with ragged batches of `most` tokens at the most, some of them inactive.
+inline Batch random_batch(int ranks, std::uint64_t seed, std::int64_t most = 6) {
   const Random random(seed, "batch");
   std::uint64_t drawn = 0;
-  const auto pick = [&](std::int64_t least, std::int64_t most) {
-    return least + static_cast<std::int64_t>(random.uniform(drawn++) * static_cast<double>(most - least + 1));
+  const auto pick = [&](std::int64_t first, std::int64_t last) {
+    return first + static_cast<std::int64_t>(random.uniform(drawn++) * static_cast<double>(last - first + 1));
   };
   Batch batch{ranks, 0, pick(0, 4), 0, 0};
   if (batch.shared > 0) batch.shared_ranks = batch.shared * pick(0, ranks / 2 / batch.shared);
-  batch.experts = (ranks - batch.shared_ranks) * pick(1, 5);
+  const std::int64_t holders = ranks - batch.shared_ranks;
+  batch.experts = holders * pick(1, std::min<std::int64_t>(5, 512 / holders));
   batch.topk = pick(1, std::min<std::int64_t>(batch.experts, 8));
   batch.h = 1024 + 8 * pick(0, 3);
   batch.seed = seed;
   for (int rank = 0; rank < ranks; ++rank) {
-    batch.tokens.push_back(pick(1, 6));
+    batch.tokens.push_back(pick(1, most));
     batch.active.push_back(pick(0, batch.tokens.back()));
   }
   return batch;

@@ -326,6 +326,36 @@ TEST(TensorParallel, errors_reach_the_tp_ranks_and_theirs) {
   }
 }
 
+TEST(TensorParallel, ranks_that_quantise_differently_are_refused) {
+  const auto ends = run_all({.ranks = 4}, [](const Context& all) {
+    const Context ep = all.on(all.communicator().split(all.rank() % 2, all.rank()));
+    const Context tp = all.on(all.communicator().split(all.rank() / 2, all.rank()));
+    V2Rank rank(ep, even_batch(2, 0, 1, 2, 1, 2), 2);
+    rank.options.group_tp = &tp;
+    rank.options.tp_world_size = 2;
+    rank.options.tp_rank_id = tp.rank();
+    if (all.rank() % 2 == 1) rank.batch.h += 8;
+    rank.expand_x = Array(DType::bf16, {rank.expand_x.view().size(0), rank.batch.h});
+    rank.x = Array(DType::bf16, {2, rank.batch.h});
+    rank.dispatch();
+  });
+  for (const Outcome& end : ends) {
+    ASSERT_TRUE(end.error.has_value());
+    EXPECT_EQ(end.error->message(), "the tp ranks differ in H: 1024 and 1032");
+  }
+}
+
+TEST(Hierarchy, gives_the_same_rows_and_sums) {
+  run({.ranks = 16}, [](const Context& context) {
+    V2Rank rank(context, even_batch(16, 0, 1, 32, 3, 2));
+    rank.domain.comm_alg = "hierarchy";
+    rank.dispatch();
+    run_experts(rank);
+    ascend::moe_distribute_combine_v2(context, rank.domain, rank.options, rank.combining(), rank.out);
+    expect_sums(rank, no_special);
+  });
+}
+
 TEST(Elastic, ranks_that_are_out_are_left_out) {
   // Of five ranks 1 is out; 0 held a shared expert and still does, the experts are on three ranks then.
   run({.ranks = 5}, [](const Context& all) {
@@ -344,7 +374,7 @@ TEST(Elastic, ranks_that_are_out_are_left_out) {
     rank.info = Array(DType::int32, {rank.expand_x.view().size(0) * 128});
     rank.expand_scales = Array(DType::f32, {rank.expand_x.view().size(0)});
     barrier(context);
-    if (all.rank() == 4) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    if (all.rank() == 4) std::this_thread::sleep_for(std::chrono::milliseconds(150));
     rank.dispatch();
     if (all.rank() != 4) {
       EXPECT_GT(waited.as<std::int64_t>()[4], 25000) << "by its number of old";
@@ -372,7 +402,7 @@ TEST(Performance, shows_who_was_waited_for) {
     waited.as<std::int64_t>()[1] = 1000000;
     rank.options.performance_info = waited;
     barrier(context);
-    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    if (context.rank() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(150));
     rank.dispatch();
     if (context.rank() == 1) return;
     EXPECT_GT(waited.as<std::int64_t>()[1], 1000000 + 25000) << "microseconds, added to what was there";

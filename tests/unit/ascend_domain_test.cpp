@@ -40,7 +40,7 @@ TEST(Domain, refuses_each_value_that_the_pages_do_not_allow) {
       {[](Domain& d) { d.shared_expert_rank_num = 3; },
        "shared_expert_rank_num is 3, should be a multiple of shared_expert_num, 2"},
       {[](Domain& d) { d.shared_expert_rank_num = 6; }, "shared_expert_rank_num is 6, should be from 0 to 4"},
-      {[](Domain& d) { d.global_bs = -8; }, "global_bs is -8, should be from 0 to 2147483647"},
+      {[](Domain& d) { d.global_bs = -8; }, "global_bs is -8, should be from 0 to 4096"},
       {[](Domain& d) { d.global_bs = 12; }, "global_bs is 12, should be a multiple of ep_world_size, 8"},
       {[](Domain& d) { d.comm_type = 2; }, "comm_type is 2, should be 0"},
       {[](Domain& d) { d.comm_alg = "fullmesh"; }, "comm_alg is \"fullmesh\", should be one of \"\""},

@@ -8,7 +8,9 @@
 // caller's memory, of the shapes that domain.h gives. All are collective: every rank of the domain calls all four in
 // this order, with the same domain, K, H, dtypes and modes.
 //
-// An argument that is wrong on one rank is an error of the next teardown on every rank, since a setup waits for nobody.
+// An argument of a setup that is wrong on one rank is an error of the teardown on every rank, since a setup waits for
+// nobody; the domain is as good as before. What is wrong with a teardown's own arguments is thrown on that rank alone,
+// after all rows have come.
 // Throws Error, all teardowns: bad_argument (naming the parameter, its value and its range), mismatch, timeout,
 // peer_lost.
 #pragma once
@@ -19,24 +21,30 @@
 
 namespace expar::ascend {
 
-/// What a setup has posted, for its teardown: the pages' opaque comm_cmd_info. Move-only. One that is dropped leaves
-/// the other ranks to time out.
+/// What a setup has posted, for its teardown: the pages' opaque comm_cmd_info. Move-only. One that is dropped before
+/// ends the job.
 class CommCmdInfo {
  public:
   CommCmdInfo() = default;
-  explicit CommCmdInfo(PendingDispatch posted) : posted_(std::make_unique<PendingDispatch>(std::move(posted))) {}
-  /// Waits for the rows of all ranks. Throws Error: bad_argument (nothing was posted, or it was taken before).
+  /// For the library's own use.
+  CommCmdInfo(PendingDispatch posted, std::vector<NamedNumber> numbers)
+      : posted_(std::make_unique<PendingDispatch>(std::move(posted))), numbers_(std::move(numbers)) {}
+  /// For the library's own use. Waits for the rows of all ranks. Throws Error: bad_argument (nothing was posted, or it
+  /// was taken before).
   Inbox take();
+  /// Throws Error: bad_argument (a number is not the setup's; names it).
+  void check(std::span<const NamedNumber> numbers) const;
 
  private:
   std::unique_ptr<PendingDispatch> posted_;
+  std::vector<NamedNumber> numbers_;
 };
 
 struct DispatchSetup {
   ConstTensor x;           // [BS, H] f16 or bf16: this rank's tokens
   ConstTensor expert_ids;  // [BS, K] int32 in [0, E), different ones in a row
-  /// Smooth scales [SN + E, H] f32 (SN = 0 where no rank holds a shared expert); absent: 1. With quant_mode 1, where it
-  /// is needed, [1], [H] or as that.
+  /// Smooth scales [SN + E, H] f32, those of shared experts first, or [E, H] where no rank holds one; absent: 1. With
+  /// quant_mode 1, where it is needed, [1], [H] or as that.
   ConstTensor scales = {};
   /// [BS] int8, 1s before 0s; absent: all ones. As many tokens travel as there are ones.
   ConstTensor x_active_mask = {};

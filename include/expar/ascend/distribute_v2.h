@@ -2,7 +2,8 @@
 // dispatch and combine in one phase each, with slots masked one by one, experts that need no rank, groups of
 // tensor-parallel ranks, and ranks that are out.
 //
-// As distribute.h, but for: errors of a rank are thrown on every rank by the call itself; W to 768, E to 1024, and any
+// As distribute.h, but for: errors of a rank are thrown on every rank by the call itself, except that results which are
+// not those of expert_ids are found by the rank that they came to; W to 768, E to 1024, and any
 // number of ranks but all may hold shared experts. comm_alg may be any of "", "fullmesh", "fullmesh_v1", "fullmesh_v2"
 // and "hierarchy": all give the same bytes here.
 #pragma once
@@ -24,7 +25,8 @@ struct V2Options {
   /// [4 + 2 W] int32: whether ranks are out; how many are left, how many of those hold shared experts, E of those;
   /// [W] each rank's number among those left, or -1; [W] the rank of each number. group_ep has those left alone.
   ConstTensor elastic_info = {};
-  /// [W] int64: microseconds that this rank waited for each source are added to it. On all ranks or none.
+  /// [W] int64: microseconds that this rank waited for each source are added to it. On all ranks or none; the ranks
+  /// share the clock of one host.
   Tensor performance_info = {};
   /// Experts that need no rank: ids from E on, zeros, then copies, then constants. Their slots do not travel.
   std::int64_t zero_expert_num = 0, copy_expert_num = 0, const_expert_num = 0;
@@ -59,13 +61,14 @@ void moe_distribute_dispatch_v2(const Context& group_ep, const Domain& domain, c
                                 const DispatchV2& in, const DispatchedV2& out);
 
 struct CombineV2 {
-  ConstTensor expand_x;              // [A, H] f16 or bf16; with TP [tp A, H]: a part of the result of each row
-  ConstTensor expert_ids;            // [BS, K]
-  ConstTensor ep_send_counts;        // dispatch's ep_recv_counts
-  ConstTensor tp_send_counts = {};   // dispatch's tp_recv_counts
-  ConstTensor expert_scales = {};    // [BS, K] f32; absent: 1
-  ConstTensor shared_expert_x = {};  // [BS, H], without ranks of shared experts
-  ConstTensor ori_x = {};            // [BS, H]: what copy experts give back, and constants mix with
+  ConstTensor expand_x;        // [A, H] f16 or bf16; with TP [tp A, H]: a part of the result of each row
+  ConstTensor expert_ids;      // [BS, K]
+  ConstTensor ep_send_counts;  // dispatch's ep_recv_counts
+  ConstTensor assist_info_for_combine = {}, expand_scales = {};  // dispatch's; not needed here, and not read
+  ConstTensor tp_send_counts = {};                               // dispatch's tp_recv_counts
+  ConstTensor expert_scales = {};                                // [BS, K] f32; absent: 1
+  ConstTensor shared_expert_x = {};                              // [BS, H], without ranks of shared experts
+  ConstTensor ori_x = {};  // [BS, H]: what copy experts give back, and constants mix with
   ConstTensor const_expert_alpha_1 = {}, const_expert_alpha_2 = {}, const_expert_v = {};  // [constants, H]
   std::int64_t comm_quant_mode = 0;                                                       // as CombineSetup
 };

@@ -46,6 +46,8 @@ struct Domain {
 /// assist_info_for_combine has so many numbers for each row of expand_x.
 inline constexpr std::int64_t kInfoPerRow = 128;
 
+/// The sizes below are those of a domain that check() passes.
+///
 /// A: rows of expand_x on `rank`. Of a shared expert's rank: those of all sources that it serves, max_bs each (the
 /// pages' formula where the ranks of a shared expert divide W, and enough where they do not). Else max_bs W min(LE, K),
 /// or more where assist_info_for_combine needs it.
