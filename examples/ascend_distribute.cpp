@@ -22,7 +22,7 @@ double run_rank(const expar::Context& group_ep) {
                               .ep_rank_id = group_ep.rank(),
                               .moe_expert_num = moe_expert_num,
                               .global_bs = bs * ep_world_size};
-  const Sample in({.bs = bs, .h = h, .k = k, .experts = moe_expert_num}, group_ep.rank());
+  const Sample in({.bs = bs, .h = h, .k = k, .experts = moe_expert_num, .shared_rows = 1}, group_ep.rank());
 
   const Array y(DType::int8, {bs * (k + domain.shared_expert_num), ascend::message_bytes(h, DType::bf16, quant_mode)});
   const Array expand_idx(DType::int32, {bs * k});

@@ -14,7 +14,8 @@
 
 struct Sizes {
   std::int64_t bs, h, k, experts;
-  std::int64_t shared = 0;  // shared experts on ranks of their own
+  std::int64_t shared = 0;            // shared experts on ranks of their own
+  std::int64_t shared_rows = shared;  // of scales: the page has one even where no rank holds a shared expert
 };
 
 /// One rank's inputs of a dispatch with quant_mode 2.
@@ -24,7 +25,7 @@ struct Sample {
         x(expar::DType::bf16, {of.bs, of.h}),
         expert_ids(expar::DType::int32, {of.bs, of.k}),
         expert_scales(expar::DType::f32, {of.bs, of.k}),
-        scales(expar::DType::f32, {of.shared + of.experts, of.h}) {
+        scales(expar::DType::f32, {of.shared_rows + of.experts, of.h}) {
     const auto draw = [](const std::string& what, const auto& to, std::int64_t count) {
       const expar::Random random(0, what);
       for (std::int64_t i = 0; i < count; ++i)
@@ -33,7 +34,7 @@ struct Sample {
     const std::string of_rank = " of rank " + std::to_string(rank);
     draw("x" + of_rank, x.as<expar::bf16>(), sizes.bs * sizes.h);
     draw("expert_scales" + of_rank, expert_scales.as<float>(), sizes.bs * sizes.k);
-    draw("scales", scales.as<float>(), (sizes.shared + sizes.experts) * sizes.h);
+    draw("scales", scales.as<float>(), (sizes.shared_rows + sizes.experts) * sizes.h);
     for (std::int64_t t = 0; t < sizes.bs; ++t) {  // K different experts: those with the least numbers
       const expar::Random random(0, "token " + std::to_string(t) + of_rank);
       std::vector<std::int32_t> experts(static_cast<std::size_t>(sizes.experts));
@@ -60,14 +61,14 @@ inline expar::Array to_bf16(const expar::Array& int8) {
 /// The largest error of out [BS, H], in units of what rounding may do; at most 1 is right. With s the scales of the
 /// expert, out[t] = the sum over all copies of token t of weight * round(127 x[t] s / max |x[t] s|).
 inline double worst_error(const Sample& sample, const expar::Array& out) {
-  const auto& [bs, h, k, experts, shared] = sample.sizes;
+  const auto& [bs, h, k, experts, shared, shared_rows] = sample.sizes;
   double worst = 0;
   for (std::int64_t t = 0; t < bs; ++t) {
     std::vector<double> sum(static_cast<std::size_t>(h)), allowed(sum);
     for (std::int64_t copy = 0; copy < k + shared; ++copy) {
       const std::int64_t slot = t * k + copy;
       const double weight = copy < k ? sample.expert_scales.as<float>()[slot] : 1;
-      const std::int64_t row = copy < k ? shared + sample.expert_ids.as<std::int32_t>()[slot] : copy - k;
+      const std::int64_t row = copy < k ? shared_rows + sample.expert_ids.as<std::int32_t>()[slot] : copy - k;
       std::vector<double> v(static_cast<std::size_t>(h));
       double most = 0;
       for (std::size_t i = 0; i < v.size(); ++i) {

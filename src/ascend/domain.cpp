@@ -82,6 +82,14 @@ std::int64_t message_bytes(std::int64_t h, DType x, std::int64_t quant_mode, std
   return message_bytes(checked_quantisation(quant_mode, x, y_dtype), h);
 }
 
+std::int64_t token_msg_size(std::int64_t h, std::int64_t quant_mode) {
+  require_range("quant_mode", quant_mode, 0, 4);
+  const std::int64_t sizes[] = {align(h, 256), align(h, 512), align(align(h, 32) + 4, 512),
+                                align(align(h, 128) + (h + 127) / 128, 512),
+                                align(align(h, 128) + align((h + 31) / 32, 2), 512)};
+  return sizes[quant_mode];
+}
+
 std::int64_t quant_expand_bytes(std::int64_t h) { return align(align(h, 32) + align(h, 8) / 8 * 4, 512); }
 
 std::int64_t hccl_buffer_bytes(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k) {

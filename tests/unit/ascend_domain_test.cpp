@@ -96,6 +96,15 @@ TEST(Domain, sends_about_half_the_bytes_in_int8) {
   EXPECT_EQ(part(1024), 0.75) << "the scale takes another 512";
 }
 
+TEST(Domain, knows_the_pages_own_sizes_of_a_row) {
+  const std::int64_t at_1032[] = {1280, 1536, 1536, 1536, 1536}, at_7168[] = {7168, 7168, 7680, 7680, 7680};
+  for (std::int64_t mode = 0; mode < 5; ++mode) {
+    EXPECT_EQ(token_msg_size(1032, mode), at_1032[mode]);
+    EXPECT_EQ(token_msg_size(7168, mode), at_7168[mode]);
+  }
+  EXPECT_EQ(test::refusal_of([] { token_msg_size(7168, 5); }), "quant_mode is 5, should be from 0 to 4");
+}
+
 TEST(Domain, knows_the_buffer_that_the_pages_ask_for) {
   Domain domain;
   domain.ep_world_size = 16;

@@ -58,6 +58,10 @@ std::int64_t expand_rows(const Domain& domain, std::int64_t rank, std::int64_t b
 /// such mode, or not of this y_dtype).
 std::int64_t message_bytes(std::int64_t h, DType x, std::int64_t quant_mode, std::optional<DType> y_dtype = {});
 
+/// Elements of a row of y as the page gives them, for programs that will run on the device; expar's own rows are
+/// message_bytes. Throws Error: bad_argument (quant_mode not from 0 to 4).
+std::int64_t token_msg_size(std::int64_t h, std::int64_t quant_mode);
+
 /// Bytes of a row of quant_expand_x: H int8 and a scale for each 8 of them.
 std::int64_t quant_expand_bytes(std::int64_t h);
 
