@@ -43,6 +43,12 @@ class Smooth {
   std::int64_t shared_ = 0, per_expert_ = 0;
 };
 
+/// What a token's last copy became; the next one is the same where its scales are.
+struct Row {
+  const std::byte* bytes = nullptr;
+  const float* scales = nullptr;
+};
+
 }  // namespace
 
 std::int64_t Message::sender_at() const { return align(scales_at(quantisation, h) + scale_bytes(quantisation, h), 32); }
@@ -66,11 +72,19 @@ Mail write_messages(const Context& group_ep, const Domain& domain, const Copies&
                     const Message& message, Tensor y) {
   const std::int64_t bytes = message.bytes();
   const Smooth smooth(domain, sent, message.h);
-  const auto write = [&](std::int64_t copy, std::int64_t token, std::int64_t k, std::span<const float> scales) {
+  const std::size_t values_and_scales =
+      at(scales_at(message.quantisation, message.h) + scale_bytes(message.quantisation, message.h));
+  const auto write = [&](std::int64_t copy, std::int64_t token, std::int64_t k, std::span<const float> scales,
+                         Row& last) {
     if (copies.expert[at(copy)] < 0) return;
     std::byte* const row = y.bytes() + at(copy * bytes);
-    quantise_row(message.quantisation, sent.x.rows(token, 1), scales, row,
-                 row + scales_at(message.quantisation, message.h));
+    if (last.bytes != nullptr && last.scales == scales.data()) {
+      std::memcpy(row, last.bytes, values_and_scales);
+    } else {
+      quantise_row(message.quantisation, sent.x.rows(token, 1), scales, row,
+                   row + scales_at(message.quantisation, message.h));
+    }
+    last = {row, scales.data()};
     if (!message.with_sender) return;
     const bool weighted = k < copies.topk && !sent.weights.absent();
     const Sender sender = {static_cast<std::int32_t>(token), static_cast<std::int32_t>(k),
@@ -80,12 +94,13 @@ Mail write_messages(const Context& group_ep, const Domain& domain, const Copies&
   const auto* const ids = sent.expert_ids.as<std::int32_t>();
   group_ep.pool().run(copies.tokens, [&](std::int64_t token, int) {
     if (copies.active[at(token)] == 0) return;
+    Row last;
     for (std::int64_t k = 0; k < copies.topk; ++k) {
       const std::int64_t slot = copies.of_slot(token, k);
-      if (copies.expert[at(slot)] >= 0) write(slot, token, k, smooth.of_expert(ids[slot]));
+      if (copies.expert[at(slot)] >= 0) write(slot, token, k, smooth.of_expert(ids[slot]), last);
     }
     for (std::int64_t j = 0; j < copies.shared; ++j)
-      write(copies.of_shared(j, token), token, copies.topk + j, smooth.of_shared(j));
+      write(copies.of_shared(j, token), token, copies.topk + j, smooth.of_shared(j), last);
   });
   return {.rows = y.rows(0, std::ssize(copies.expert)),
           .experts = copies.expert,
