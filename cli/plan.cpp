@@ -207,8 +207,7 @@ AscendMemory ascend_memory(const planner::AscendSizes& sizes) {
   for (std::int64_t mode = 0; mode <= 4; ++mode)
     memory.message_bytes.push_back(ascend::message_bytes(sizes.hidden, DType::bf16, mode));
   memory.buffer_bytes = ascend::hccl_buffer_bytes(domain, sizes.tokens, sizes.hidden, sizes.topk);
-  constexpr std::int64_t kMega = std::int64_t{1} << 20;
-  memory.hccl_buffsize = (memory.buffer_bytes + kMega - 1) / kMega;
+  memory.hccl_buffsize = ascend::hccl_buffsize(domain, sizes.tokens, sizes.hidden, sizes.topk);
   return memory;
 }
 

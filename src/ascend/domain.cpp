@@ -98,9 +98,17 @@ std::int64_t hccl_buffer_bytes(const Domain& domain, std::int64_t bs, std::int64
               (k + domain.shared_expert_num) * most * align(2 * h, 512));
 }
 
+std::int64_t hccl_buffsize(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k) {
+  const std::int64_t megabyte = std::int64_t{1} << 20;
+  return std::max<std::int64_t>((hccl_buffer_bytes(domain, bs, h, k) + megabyte - 1) / megabyte, 2);
+}
+
 void check_hccl_buffer(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k, std::int64_t megabytes) {
-  const std::int64_t needed = hccl_buffer_bytes(domain, bs, h, k), megabyte = std::int64_t{1} << 20;
-  require_range("HCCL_BUFFSIZE", megabytes, (needed + megabyte - 1) / megabyte, kMost);
+  domain.check();
+  require_range("BS", bs, 1, 512);
+  require_range("H", h, 1024, 8192);
+  require_range("K", k, 1, 16);
+  require_range("HCCL_BUFFSIZE", megabytes, hccl_buffsize(domain, bs, h, k), kMost);
 }
 
 }  // namespace expar::ascend

@@ -5,6 +5,7 @@
 #include <expar/ascend/permutation.h>
 
 #include "src/ascend/elements.h"
+#include "src/ascend/order.h"
 #include "src/util/ranges.h"
 
 namespace expar::ascend {
@@ -26,9 +27,9 @@ class FinalSlots {
     require("expanded_src_to_dst_row", places, DType::int32, places.shape());
     check_scales(places.size(0));
     check_added();
-    const std::int64_t count = drops() ? rows.size(0) * rows.size(1) : rows.size(0);
+    count_ = drops() ? rows.size(0) * rows.size(1) : rows.size(0);
     for (std::int64_t i = 0; i < places.size(0); ++i) {
-      require_range("expanded_src_to_dst_row", i, places.as<std::int32_t>()[i], drops() ? -1 : 0, count - 1);
+      require_range("expanded_src_to_dst_row", i, places.as<std::int32_t>()[i], -1, drops() ? count_ - 1 : kMaxSlots);
     }
   }
 
@@ -37,7 +38,8 @@ class FinalSlots {
   std::int64_t width() const { return width_; }
   std::int64_t row(std::int64_t n, std::int64_t k) const {
     const std::int64_t place = inputs_.drop_pad_mode < 2 ? k * tokens_ + n : n * topk_ + k;
-    return inputs_.expanded_src_to_dst_row.as<std::int32_t>()[place];
+    const std::int64_t row = inputs_.expanded_src_to_dst_row.as<std::int32_t>()[place];
+    return row < count_ ? row : -1;
   }
   float scale(std::int64_t n, std::int64_t k) const {
     return inputs_.scales.absent() ? 1.0F : number(inputs_.scales, n * topk_ + k);
@@ -81,6 +83,7 @@ class FinalSlots {
 
   const FinalizeRoutingInputs& inputs_;
   std::int64_t tokens_ = 0, topk_ = 1, width_ = 0;
+  std::int64_t count_ = 0;  // rows
 };
 
 template <class T>

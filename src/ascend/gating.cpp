@@ -2,6 +2,7 @@
 #include <expar/ascend/gating.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 #include <vector>
@@ -80,7 +81,8 @@ class Choice {
   void token(const float* scores, std::int32_t* ids) {
     for (std::size_t e = 0; e < values_.size(); ++e) {
       const float bias = options_.bias.absent() ? 0.0F : number(options_.bias, static_cast<std::int64_t>(e));
-      values_[e] = scores[e] + bias;
+      const float value = scores[e] + bias;
+      values_[e] = std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;
     }
     TopK best_groups(options_.k_group, groups_.data(), best_.data());
     for (std::int32_t g = 0; g < options_.group_count; ++g) best_groups.offer(g, double{worth(g)});

@@ -176,6 +176,7 @@ class Routed {
   std::span<const float> smooth_of(const Row& row) const {
     if (options_.quant_mode < 0 || options_.scale.absent()) return {};
     const std::int64_t width = options_.scale.elements() == 1 ? 1 : this->width();
+    if (width == 0) return {};
     const std::int64_t rows = options_.scale.elements() / width;
     return {options_.scale.as<float>() + (rows == 1 ? 0 : (row.expert - first_) * width), at(width)};
   }

@@ -15,19 +15,21 @@
 namespace expar::ascend {
 namespace {
 
-/// The row of each slot of N tokens, from `rows` on dropped. Throws unless they are each of 0 to N K - 1 once.
+/// The row of each slot of N tokens, from `rows` on dropped. Throws unless they are of 0 to N K - 1, where they are
+/// `all` each of them once.
 class SlotRows {
  public:
-  SlotRows(const ConstTensor& sorted_indices, std::int64_t tokens, std::int64_t rows)
+  SlotRows(const ConstTensor& sorted_indices, std::int64_t tokens, std::int64_t rows, bool all)
       : rows_(sorted_indices.as<std::int32_t>()), slots_(sorted_indices.elements()), kept_(rows) {
     if (tokens == 0 ? slots_ != 0 : slots_ % tokens != 0) {
       refuse("sorted_indices has " + std::to_string(slots_) + " elements, no multiple of the " +
              std::to_string(tokens) + " tokens");
     }
-    require_range("the rows of permuted_tokens", rows, 0, slots_);
-    std::vector<bool> seen(at(slots_));
+    if (all) require_range("the rows of permuted_tokens", rows, 0, slots_);
+    std::vector<bool> seen(at(all ? slots_ : 0));
     for (std::int64_t i = 0; i < slots_; ++i) {
       require_range("sorted_indices", i, rows_[i], 0, slots_ - 1);
+      if (!all) continue;
       if (seen[at(rows_[i])]) {
         refuse("sorted_indices[" + std::to_string(i) + "] is " + std::to_string(rows_[i]) + ", which is there already");
       }
@@ -122,7 +124,7 @@ Array moe_token_permute_grad(const Context& context, ConstTensor permuted_tokens
                              std::int64_t num_tokens) {
   check_rows("permuted_tokens_grad", permuted_tokens_grad, sorted_indices);
   require_range("num_tokens", num_tokens, 0, kMaxSlots);
-  const SlotRows slots(sorted_indices, num_tokens, permuted_tokens_grad.size(0));
+  const SlotRows slots(sorted_indices, num_tokens, permuted_tokens_grad.size(0), true);
   return sum_of_rows(context, permuted_tokens_grad, slots, num_tokens, nullptr);
 }
 
@@ -130,7 +132,7 @@ Array moe_token_unpermute(const Context& context, ConstTensor permuted_tokens, C
                           ConstTensor probs) {
   check_rows("permuted_tokens", permuted_tokens, sorted_indices);
   const std::int64_t tokens = tokens_of(sorted_indices, probs);
-  const SlotRows slots(sorted_indices, tokens, permuted_tokens.size(0));
+  const SlotRows slots(sorted_indices, tokens, permuted_tokens.size(0), false);
   return sum_of_rows(context, permuted_tokens, slots, tokens, probs.absent() ? nullptr : numbers(probs).data());
 }
 
@@ -140,7 +142,7 @@ TokenUnpermuteGrad moe_token_unpermute_grad(const Context& context, ConstTensor 
   check_rows("permuted_tokens", permuted_tokens, sorted_indices);
   const std::int64_t tokens = tokens_of(sorted_indices, probs);
   const std::int64_t rows = permuted_tokens.size(0), width = permuted_tokens.size(1);
-  const SlotRows slots(sorted_indices, tokens, rows);
+  const SlotRows slots(sorted_indices, tokens, rows, true);
   require("unpermuted_tokens_grad", unpermuted_tokens_grad, permuted_tokens.dtype(), {tokens, width});
   std::vector<RowRef> refs(at(rows));
   std::vector<float> weights(refs.size(), 1.0F);
@@ -182,12 +184,13 @@ ReRouting moe_re_routing(ConstTensor tokens, ConstTensor expert_token_num_per_ra
   for (std::int64_t i = 0; i < counts.elements(); ++i) {
     require_range("expert_token_num_per_rank", i / counts.size(1), i % counts.size(1), numbers[at(i)], 0, kMaxSlots);
   }
-  const ExpertMajor order = expert_major(numbers, static_cast<int>(counts.size(0)));
-  const auto rows = static_cast<std::int64_t>(order.indices.size());
+  std::int64_t rows = 0;
+  for (const std::int64_t count : numbers) rows = std::min(rows + count, kMaxSlots);
   if (tokens.size(0) != rows) {
     refuse("tokens is " + shown(tokens) + ", should have the " + std::to_string(rows) +
            " rows that expert_token_num_per_rank counts");
   }
+  const ExpertMajor order = expert_major(numbers, static_cast<int>(counts.size(0)));
   ReRouting routing;
   routing.permute_tokens = Array(tokens.dtype(), tokens.shape());
   permute_rows(tokens, order.indices, routing.permute_tokens);
@@ -214,19 +217,17 @@ ReRouting moe_re_routing(ConstTensor tokens, ConstTensor expert_token_num_per_ra
   return routing;
 }
 
-Array moe_compute_expert_tokens(ConstTensor sorted_experts, std::int64_t num_expert) {
-  require_axes("sorted_experts", sorted_experts, 1);
-  require("sorted_experts", sorted_experts, DType::int32, sorted_experts.shape());
+Array moe_compute_expert_tokens(ConstTensor sorted_expert_for_source_row, std::int64_t num_expert) {
+  const ConstTensor& sorted = sorted_expert_for_source_row;
+  require_axes("sorted_expert_for_source_row", sorted, 1);
+  require("sorted_expert_for_source_row", sorted, DType::int32, sorted.shape());
+  require_range("the rows of sorted_expert_for_source_row", sorted.size(0), 0, kMaxSlots);
   require_range("num_expert", num_expert, 1, kMaxSlots);
-  const std::int32_t* const experts = sorted_experts.as<std::int32_t>();
+  const std::int32_t* const experts = sorted.as<std::int32_t>();
   Array counts(DType::int32, {num_expert});
-  for (std::int64_t i = 0; i < sorted_experts.size(0); ++i) {
-    require_range("sorted_experts", i, experts[i], 0, num_expert - 1);
-    if (i > 0 && experts[i] < experts[i - 1]) {
-      refuse("sorted_experts[" + std::to_string(i) + "] is " + std::to_string(experts[i]) + ", below the " +
-             std::to_string(experts[i - 1]) + " before it; they should ascend");
-    }
-    ++counts.as<std::int32_t>()[experts[i]];
+  for (std::int64_t i = 0; i < sorted.size(0); ++i) {
+    require_range("sorted_expert_for_source_row", i, experts[i], i == 0 ? 0 : experts[i - 1], kMaxSlots);
+    if (experts[i] < num_expert) ++counts.as<std::int32_t>()[experts[i]];
   }
   std::partial_sum(counts.as<std::int32_t>(), counts.as<std::int32_t>() + num_expert, counts.as<std::int32_t>());
   return counts;

@@ -114,6 +114,10 @@ TEST(Domain, knows_the_buffer_that_the_pages_ask_for) {
   EXPECT_NO_THROW(check_hccl_buffer(domain, 64, 1024, 8, 200));
   EXPECT_EQ(test::refusal_of([&] { check_hccl_buffer(domain, 64, 1024, 8, 7); }),
             "HCCL_BUFFSIZE is 7, should be from 8 to 2147483647");
+  EXPECT_EQ(test::refusal_of([&] { check_hccl_buffer(domain, 64, 1 << 24, 8, 7); }),
+            "H is 16777216, should be from 1024 to 8192");
+  domain.global_bs = 16;
+  EXPECT_EQ(hccl_buffsize(domain, 1, 1024, 1), 2) << "the least there is";
 }
 
 }  // namespace

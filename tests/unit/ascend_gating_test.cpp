@@ -206,5 +206,18 @@ TEST(AscendGating, refuses_what_is_out_of_its_range) {
   });
 }
 
+TEST(AscendGating, prefers_every_number_to_nan) {
+  on_one_rank([](const Context& context) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const std::vector<float> x{nan, -3, nan, 2}, bias{0, 0, nan, nan};
+    const Gating plain = moe_gating_top_k(context, ConstTensor(x.data(), Shape{1, 4}), 2, {.norm_type = 1});
+    EXPECT_EQ(plain.expert_idx.as<std::int32_t>()[0], 3);
+    EXPECT_EQ(plain.expert_idx.as<std::int32_t>()[1], 1);
+    const Gating biased = moe_gating_top_k(context, ConstTensor(x.data(), Shape{1, 4}), 1,
+                                           {.bias = ConstTensor(bias.data(), Shape{4}), .norm_type = 1});
+    EXPECT_EQ(biased.expert_idx.as<std::int32_t>()[0], 1);
+  });
+}
+
 }  // namespace
 }  // namespace expar::ascend

@@ -226,6 +226,34 @@ TEST(AscendPermutation, counts_the_rows_up_to_each_expert) {
             (std::vector<int>{2, 2, 5, 5, 6, 6}));
 }
 
+TEST(AscendPermutation, counts_experts_beyond_the_last_nowhere) {
+  const std::vector<std::int32_t> experts{3, 3, 4, 5, 6, 7};
+  const Array sums = moe_compute_expert_tokens({experts.data(), {6}}, 5);
+  const auto* const from = sums.as<std::int32_t>();
+  EXPECT_EQ(std::vector<std::int32_t>(from, from + 5), (std::vector<std::int32_t>{0, 0, 0, 2, 3}));
+}
+
+TEST(AscendPermutation, takes_the_rows_of_another_routing) {
+  on_one_rank([](const Context& context) {
+    // Of four slots two have rows; the others name a row there already, and one beyond the last.
+    const std::vector<float> rows{1, 2, 10, 20}, weights{1, 0, 0.5F, 1};
+    const std::vector<std::int32_t> places{1, 1, 0, 3};
+    const Array out =
+        moe_token_unpermute(context, ConstTensor(rows.data(), Shape{2, 2}), ConstTensor(places.data(), Shape{4}),
+                            ConstTensor(weights.data(), Shape{2, 2}));
+    const auto* const sums = out.as<float>();
+    EXPECT_EQ(std::vector<float>(sums, sums + 4), (std::vector<float>{10, 20, 0.5F, 1}));
+    // Slot (n, k) is the (k N + n)th: the first token has row 1 and none, the second row 0 and none.
+    const std::vector<std::int32_t> columns{1, 0, -1, 3};
+    const Array final_rows =
+        moe_finalize_routing(context, {.expanded_permuted_rows = ConstTensor(rows.data(), Shape{2, 2}),
+                                       .scales = ConstTensor(weights.data(), Shape{2, 2}),
+                                       .expanded_src_to_dst_row = ConstTensor(columns.data(), Shape{4})});
+    const auto* const finals = final_rows.as<float>();
+    EXPECT_EQ(std::vector<float>(finals, finals + 4), (std::vector<float>{10, 20, 0.5F, 1}));
+  });
+}
+
 TEST(AscendPermutation, refuses_what_does_not_fit) {
   on_one_rank([](const Context& context) {
     const Array x(DType::f32, {4, 3}), half(DType::f16, {4, 3}), flat(DType::f32, {12}), ids(DType::int32, {2, 2});
@@ -240,7 +268,7 @@ TEST(AscendPermutation, refuses_what_does_not_fit) {
     EXPECT_EQ(refusal([&] { moe_token_unpermute(context, half, good); }),
               "permuted_tokens is f16, neither f32 nor bf16");
     EXPECT_EQ(refusal([&] {
-                moe_token_unpermute(context, x, {twice.data(), {4}});
+                moe_token_permute_grad(context, x, {twice.data(), {4}}, 4);
               }),
               "sorted_indices[2] is 1, which is there already");
     EXPECT_EQ(refusal([&] {
@@ -252,7 +280,7 @@ TEST(AscendPermutation, refuses_what_does_not_fit) {
               }),
               "probs is f32 [2, 2], should have the 2 elements of sorted_indices");
     EXPECT_EQ(refusal([&] {
-                moe_token_unpermute(context, x, {order.data(), {2}});
+                moe_token_permute_grad(context, x, {order.data(), {2}}, 2);
               }),
               "the rows of permuted_tokens is 4, should be from 0 to 2");
     EXPECT_EQ(refusal([&] { moe_token_permute_grad(context, x, good, 3); }),
@@ -273,11 +301,7 @@ TEST(AscendPermutation, refuses_what_does_not_fit) {
     EXPECT_EQ(refusal([&] {
                 moe_compute_expert_tokens({falling.data(), {3}}, 3);
               }),
-              "sorted_experts[2] is 1, below the 2 before it; they should ascend");
-    EXPECT_EQ(refusal([&] {
-                moe_compute_expert_tokens({falling.data(), {3}}, 2);
-              }),
-              "sorted_experts[1] is 2, should be from 0 to 1");
+              "sorted_expert_for_source_row[2] is 1, should be from 2 to 2147483647");
     EXPECT_EQ(refusal([&] {
                 moe_compute_expert_tokens({falling.data(), {3}}, 0);
               }),
@@ -314,7 +338,9 @@ TEST(AscendPermutation, refuses_to_finalize_what_does_not_fit) {
     EXPECT_EQ(refusal([&](I& i) { i.bias = bias, i.expert_for_source_row = ids; }),
               "expert_for_source_row[1,1] is 5, should be from 0 to 4");
     places.as<std::int32_t>()[1] = -1;
-    EXPECT_EQ(refusal([](I&) {}), "expanded_src_to_dst_row[1] is -1, should be from 0 to 3");
+    EXPECT_EQ(refusal([](I& i) { i.drop_pad_mode = 4; }), "drop_pad_mode is 4, should be from 0 to 3");
+    places.as<std::int32_t>()[1] = -2;
+    EXPECT_EQ(refusal([](I&) {}), "expanded_src_to_dst_row[1] is -2, should be from -1 to 2147483647");
     places.as<std::int32_t>()[1] = 4;
     EXPECT_EQ(refusal([&](I& i) { i.expanded_permuted_rows = cube, i.drop_pad_mode = 3; }),
               "expanded_src_to_dst_row[1] is 4, should be from -1 to 3");

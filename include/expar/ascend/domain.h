@@ -69,7 +69,10 @@ std::int64_t quant_expand_bytes(std::int64_t h);
 /// for programs that will run on the device.
 ///   bs : tokens of this rank; with global_bs any
 std::int64_t hccl_buffer_bytes(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k);
-/// Throws Error: bad_argument (a buffer of so many megabytes is too small; names what is needed).
+/// The least HCCL_BUFFSIZE, in megabytes: 2, or as many as that takes.
+std::int64_t hccl_buffsize(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k);
+/// Throws Error: bad_argument (a size out of the pages' ranges; a buffer of so many megabytes is too small, with what
+/// is needed).
 void check_hccl_buffer(const Domain& domain, std::int64_t bs, std::int64_t h, std::int64_t k, std::int64_t megabytes);
 
 }  // namespace expar::ascend

@@ -37,8 +37,9 @@ struct InitRoutingOptions {
   std::int64_t quant_mode = -1;             // -1 none, 0 int8 by scale and offset, 1 int8 with a scale per row,
                                             // 2 fp8_e5m2 and 3 fp8_e4m3 with a scale per 32 values (MX)
   std::optional<std::array<std::int64_t, 2>> active_expert_range = {};  // [first, end); none: [0, E)
-  std::int64_t row_idx_type =
-      0;  // expanded_row_idx has 0: the place of each slot, -1 nowhere; 1: the slot of each place
+  /// expanded_row_idx has 0: the place of each slot, -1 if its expert is out of the range or has no room left, and what
+  /// its place would be if it is beyond active_num; 1: the slot of each place.
+  std::int64_t row_idx_type = 0;
 };
 
 struct InitRoutingV2 {
@@ -46,7 +47,7 @@ struct InitRoutingV2 {
   Array expanded_row_idx;              // [N K] int32, by slots n K + k
   Array expert_token_cumsum_or_count;  // int64 [experts of the range], for pairs [E, 2], then zeros; with the flag;
                                        // before anything is dropped
-  Array expanded_scale;                // quant_mode -1 with scale, and 1: [rows] or [E C] f32; 2, 3: [..., S] fp8_e8m0
+  Array expanded_scale;  // quant_mode -1 with scale, and 1: [rows] or [E C] f32; 2, 3: [rows or E C, S] fp8_e8m0
 };
 
 /// A row for each slot whose expert is in the range, sorted by expert, quantised; slots of one expert keep their order.

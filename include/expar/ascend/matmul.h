@@ -28,11 +28,11 @@ struct GroupedMatmulOptions {
 ///   x       : [K, M]  f32, bf16 or f16: what torch's transposed x has in memory
 ///   weight  : [K, N]  dtype of x
 ///   returns : [E, M, N], zeros of a group without rows
-/// Summed in index order, in f32, rounded once; products of int8 exactly. Not collective.
-/// Throws Error: bad_argument (shapes, dtypes, a group_list of another E or of more rows than there are, an option out
-/// of its range, missing, or of no use). Cost: that of the grouped GEMM kernels; f16 is converted to f32 for them,
-/// int8 to bf16, in which its products are exact.
-/// Source: npu_grouped_matmul.
+/// Summed in f32, rounded once: in index order, of bf16 two by two, the odd one first, with subnormals as zeros;
+/// products of int8 exactly. Not collective. Throws Error: bad_argument (shapes, dtypes, a group_list of another E or
+/// of more rows than there are, an option out of its range, missing, or of no use). Cost: that of the grouped GEMM
+/// kernels; f16 is converted to f32 for them, int8 to bf16, in which its products are exact. Source:
+/// npu_grouped_matmul.
 Array grouped_matmul(const Context& context, ConstTensor x, ConstTensor weight, const GroupedMatmulOptions& options);
 
 }  // namespace expar::ascend

@@ -30,10 +30,10 @@ Array moe_token_permute_grad(const Context& context, ConstTensor permuted_tokens
 
 /// out[n] = sum_k probs[n, k] * permuted_tokens[sorted_indices[n K + k]], in f32, rounded once; dropped rows are zero.
 ///   permuted_tokens : [rows, H]  f32 or bf16
-///   sorted_indices  : [N K]      int32, of moe_token_permute; from `rows` on: dropped
+///   sorted_indices  : [N K]      int32 from 0 to N K - 1, of moe_token_permute or another; from `rows` on: dropped
 ///   probs           : [N, K]     f32, bf16 or f16; absent: K is 1 and each weight is one
 ///   returns         : [N, H]     dtype of permuted_tokens
-/// Not collective. Throws Error: bad_argument (shapes, dtypes, indices that are not each of 0 to N K - 1 once).
+/// Not collective. Throws Error: bad_argument (shapes, dtypes, an index out of its range).
 /// Cost: one read of the rows. Source: npu_moe_token_unpermute.
 Array moe_token_unpermute(const Context& context, ConstTensor permuted_tokens, ConstTensor sorted_indices,
                           ConstTensor probs = {});
@@ -44,6 +44,8 @@ struct TokenUnpermuteGrad {
 };
 
 /// The gradients of moe_token_unpermute. unpermuted_tokens_grad : [N, H] dtype of permuted_tokens; the rest as above.
+/// Not collective. Throws Error: bad_argument (shapes, dtypes, indices that are not each of 0 to N K - 1 once).
+/// Cost: one read of both kinds of rows, one write of one.
 TokenUnpermuteGrad moe_token_unpermute_grad(const Context& context, ConstTensor unpermuted_tokens_grad,
                                             ConstTensor permuted_tokens, ConstTensor sorted_indices,
                                             ConstTensor probs = {});
@@ -75,7 +77,8 @@ struct FinalizeRoutingInputs {
   ConstTensor skip2 = {};                  // likewise; only with skip1
   ConstTensor bias = {};                   // [E, H] dtype of the rows: of expert_for_source_row, added to each row
   ConstTensor scales = {};                 // [N, K] f32, bf16 or f16; absent: K is 1 and each weight is one
-  ConstTensor expanded_src_to_dst_row;     // [N K] int32: the row of each slot; -1 with drop_pad_mode 1 and 3: none
+  ConstTensor expanded_src_to_dst_row;     // [N K] int32: the row of each slot; -1, and rows beyond the last with
+                                           // drop_pad_mode 0 and 2: none
   ConstTensor expert_for_source_row = {};  // [N, K] int32; with bias
   std::int64_t drop_pad_mode = 0;          // 0, 1: slot (n, k) is the (k N + n)th; 2, 3: the (n K + k)th
 };
@@ -87,10 +90,10 @@ struct FinalizeRoutingInputs {
 /// Cost: one read of the rows. Source: npu_moe_finalize_routing.
 Array moe_finalize_routing(const Context& context, const FinalizeRoutingInputs& inputs);
 
-/// Rows of experts up to each: out[e] counts the elements of sorted_experts that are not above e.
-///   sorted_experts : [M]  int32, ascending, from 0 to num_expert - 1
-///   returns        : [num_expert] int32
+/// Rows of experts up to each: out[e] counts the elements that are not above e.
+///   sorted_expert_for_source_row : [M]  int32, ascending from 0 on; from num_expert on they count nowhere
+///   returns                      : [num_expert] int32
 /// Not collective. Throws Error: bad_argument. Source: npu_moe_compute_expert_tokens.
-Array moe_compute_expert_tokens(ConstTensor sorted_experts, std::int64_t num_expert);
+Array moe_compute_expert_tokens(ConstTensor sorted_expert_for_source_row, std::int64_t num_expert);
 
 }  // namespace expar::ascend
