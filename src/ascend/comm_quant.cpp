@@ -14,6 +14,7 @@ namespace expar::ascend {
 namespace {
 
 constexpr std::int64_t kBlock = 8;
+constexpr std::int64_t kPiece = 32 * kBlock;  // values that are worked on at a time
 
 std::int64_t scales_at(std::int64_t h) { return (h + 31) / 32 * 32; }
 
@@ -24,24 +25,28 @@ void with_half(DType dtype, const Body& body) {
   body(bf16());
 }
 
-/// q and scale of `count` values. A number below 2^22 plus 1.5 2^23 has its nearest integer in the low bits, which
-/// vectorises where rounding by the library does not.
+/// q and scales of up to kPiece values, by loops that vectorise. A number below 2^22 plus 1.5 2^23 has its nearest
+/// integer in the low bits.
 template <class E>
-void quantise(const E* x, std::int64_t count, std::int8_t* q, E& stored) {
-  std::array<float, kBlock> values{};
-  std::array<std::int8_t, kBlock> codes{};
+void quantise(const E* x, std::int64_t count, std::int8_t* q, E* scales) {
+  std::array<float, kPiece> values, divisors;
   for (std::int64_t i = 0; i < count; ++i) values[at(i)] = static_cast<float>(x[i]);
-  std::int32_t most = 0;  // of magnitudes as words, where NaN is above infinity and that above all numbers
-  for (const float value : values) most = std::max(most, std::bit_cast<std::int32_t>(value) & 0x7fffffff);
-  const float scale = most < 0x7f800000 ? std::bit_cast<float>(most) / 127 : std::numeric_limits<float>::quiet_NaN();
-  if (scale > 0) {
-    for (std::size_t i = 0; i < codes.size(); ++i) {
-      const float code = std::min(std::max(values[i] / scale, -127.0F), 127.0F);  // a subnormal scale is a coarse one
-      codes[i] = static_cast<std::int8_t>(std::bit_cast<std::uint32_t>(code + 0x1.8p23F));
-    }
+  for (std::int64_t i = count; i % kBlock != 0; ++i) values[at(i)] = 0;
+  for (std::int64_t first = 0; first < count; first += kBlock) {
+    float* const block = &values[at(first)];
+    std::int32_t most = 0;  // of magnitudes as words, where NaN is above infinity and that above all numbers
+    for (std::int64_t i = 0; i < kBlock; ++i) most = std::max(most, std::bit_cast<std::int32_t>(block[i]) & 0x7fffffff);
+    const bool finite = most < 0x7f800000;
+    const float scale = finite ? std::bit_cast<float>(most) / 127 : std::numeric_limits<float>::quiet_NaN();
+    if (!(scale > 0)) std::fill_n(block, kBlock, 0.0F);
+    std::fill_n(&divisors[at(first)], kBlock, scale > 0 ? scale : 1.0F);
+    scales[first / kBlock] = E(scale);
   }
-  std::copy_n(codes.begin(), count, q);
-  stored = E(scale);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float code =
+        std::min(std::max(values[at(i)] / divisors[at(i)], -127.0F), 127.0F);  // a subnormal scale is coarse
+    q[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(code + 0x1.8p23F));
+  }
 }
 
 /// q * scale, rounded.
@@ -60,14 +65,6 @@ void dequantise(const std::int8_t* q, bf16 scale, std::int64_t count, bf16* out)
   }
 }
 
-/// Calls body(first, count) for each block of a row.
-template <class Body>
-void for_blocks(std::int64_t h, const Body& body) {
-  std::int64_t first = 0;
-  for (; first + kBlock <= h; first += kBlock) body(first, kBlock);
-  if (first < h) body(first, h - first);
-}
-
 }  // namespace
 
 void comm_quantise(Pool& pool, ConstTensor rows, Tensor out) {
@@ -79,9 +76,8 @@ void comm_quantise(Pool& pool, ConstTensor rows, Tensor out) {
       std::byte* const to = out.bytes() + row * row_bytes;
       auto* const q = reinterpret_cast<std::int8_t*>(to);
       E* const scales = reinterpret_cast<E*>(to + scales_at(h));
-      for_blocks(h, [&](std::int64_t first, std::int64_t count) {
-        quantise(x + first, count, q + first, scales[first / kBlock]);
-      });
+      for (std::int64_t first = 0; first < h; first += kPiece)
+        quantise(x + first, std::min(kPiece, h - first), q + first, scales + first / kBlock);
     });
   });
 }
@@ -91,9 +87,9 @@ void comm_dequantise(const std::byte* row, Tensor out) {
     using E = decltype(half);
     const auto* const q = reinterpret_cast<const std::int8_t*>(row);
     const E* const scales = reinterpret_cast<const E*>(row + scales_at(out.elements()));
-    for_blocks(out.elements(), [&](std::int64_t first, std::int64_t count) {
-      dequantise(q + first, scales[first / kBlock], count, out.as<E>() + first);
-    });
+    const std::int64_t h = out.elements();
+    for (std::int64_t first = 0; first < h; first += kBlock)
+      dequantise(q + first, scales[first / kBlock], std::min(kBlock, h - first), out.as<E>() + first);
   });
 }
 

@@ -1,9 +1,13 @@
 // One rank's way through the four operators, with memory of the right shapes.
 #pragma once
 
+#include <algorithm>
+#include <functional>
+
 #include <expar/ascend.h>
 
 #include "tests/contract/ascend_oracle.h"
+#include "tests/contract/share.h"
 
 namespace expar::test {
 
@@ -132,5 +136,24 @@ struct AscendRank {
   std::vector<std::int32_t> ids;
   Array x, mask, weights, y, expand_idx, expand_x, scales_out, info, nums, results, quant_expand_x, out;
 };
+
+/// What dispatch gave `rank` is where the pages say: order, prefix sums, numbers; rows by check_row(copy, i).
+inline void check_dispatched(const AscendRank& rank, const Batch& batch,
+                             const std::function<void(const Copy&, std::int64_t)>& check_row) {
+  const auto* const prefix = rank.info.as<std::int32_t>();
+  std::int64_t row = 0, local = 0;
+  for (const auto& of_expert : copies_for(batch, rank.context.rank())) {
+    const std::int64_t first = row;
+    for (const Copy& copy : of_expert) check_row(copy, row++);
+    for (int source = 0; source < batch.ranks; ++source) {
+      const auto upto =
+          std::count_if(of_expert.begin(), of_expert.end(), [&](const Copy& c) { return c.source <= source; });
+      require(prefix[local * batch.ranks + source] == first + upto, batch.str() + ": a prefix sum");
+    }
+    const std::int64_t wanted = rank.modes.nums_type == 0 ? row : row - first;
+    require(rank.nums.as<std::int64_t>()[local] == wanted, batch.str() + ": expert_token_nums");
+    ++local;
+  }
+}
 
 }  // namespace expar::test
