@@ -25,13 +25,14 @@ void with_half(DType dtype, const Body& body) {
   body(bf16());
 }
 
-/// q and scales of up to kPiece values, by loops that vectorise. A number below 2^22 plus 1.5 2^23 has its nearest
-/// integer in the low bits.
+/// q and scales of up to kPiece values. The last loop vectorises: a sum with 1.5 2^23 has the nearest integer in its
+/// low bits, and integers are held in range where floats, which may be NaN for all the compiler knows, would be
+/// branches.
 template <class E>
 void quantise(const E* x, std::int64_t count, std::int8_t* q, E* scales) {
   std::array<float, kPiece> values, divisors;
   for (std::int64_t i = 0; i < count; ++i) values[at(i)] = static_cast<float>(x[i]);
-  for (std::int64_t i = count; i % kBlock != 0; ++i) values[at(i)] = 0;
+  std::fill(values.begin() + count, values.end(), 0.0F);
   for (std::int64_t first = 0; first < count; first += kBlock) {
     float* const block = &values[at(first)];
     std::int32_t most = 0;  // of magnitudes as words, where NaN is above infinity and that above all numbers
@@ -42,10 +43,11 @@ void quantise(const E* x, std::int64_t count, std::int8_t* q, E* scales) {
     std::fill_n(&divisors[at(first)], kBlock, scale > 0 ? scale : 1.0F);
     scales[first / kBlock] = E(scale);
   }
+  constexpr float kRound = 0x1.8p23F;
   for (std::int64_t i = 0; i < count; ++i) {
-    const float code =
-        std::min(std::max(values[at(i)] / divisors[at(i)], -127.0F), 127.0F);  // a subnormal scale is coarse
-    q[i] = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(code + 0x1.8p23F));
+    const std::int32_t code =
+        std::bit_cast<std::int32_t>(values[at(i)] / divisors[at(i)] + kRound) - std::bit_cast<std::int32_t>(kRound);
+    q[i] = static_cast<std::int8_t>(std::clamp(code, -127, 127));  // beyond where the scale is subnormal, so coarse
   }
 }
 

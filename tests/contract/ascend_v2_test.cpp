@@ -260,17 +260,29 @@ TEST_P(DistributeV2, refuses_on_every_rank_what_one_of_them_may_not_ask) {
 
 INSTANTIATE_TEST_SUITE_P(Ways, DistributeV2, testing::ValuesIn(every_way()), way_name);
 
+/// Even and odd ranks are ep groups, each two that follow each other a tp group.
+struct Groups {
+  explicit Groups(const Context& all)
+      : ep(all.on(all.communicator().split(all.rank() % 2, all.rank()))),
+        tp(all.on(all.communicator().split(all.rank() / 2, all.rank()))) {}
+  Context ep, tp;
+};
+
+V2Rank tp_rank(const Groups& groups, const Batch& batch) {
+  V2Rank rank(groups.ep, batch, 2);
+  rank.options.group_tp = &groups.tp;
+  rank.options.tp_world_size = 2;
+  rank.options.tp_rank_id = groups.tp.rank();
+  return rank;
+}
+
 TEST(TensorParallel, ranks_have_each_others_rows_and_add_their_parts) {
-  // Ranks 0 2 4 and 1 3 5 are ep groups, 0 1, 2 3 and 4 5 tp groups.
   run({.ranks = 6}, [](const Context& all) {
-    const Context ep = all.on(all.communicator().split(all.rank() % 2, all.rank()));
-    const Context tp = all.on(all.communicator().split(all.rank() / 2, all.rank()));
     Batch batch = even_batch(3, 0, 1, 3, 2, 4);
-    batch.seed = static_cast<std::uint64_t>(50 + tp.rank());
-    V2Rank rank(ep, batch, 2);
-    rank.options.group_tp = &tp;
-    rank.options.tp_world_size = 2;
-    rank.options.tp_rank_id = tp.rank();
+    batch.seed = static_cast<std::uint64_t>(50 + all.rank() % 2);
+    const Groups groups(all);
+    const auto& [ep, tp] = groups;
+    const V2Rank rank = tp_rank(groups, batch);
     rank.dispatch();
     std::int64_t row = 0;
     for (int part = 0; part < 2; ++part) {
@@ -309,16 +321,12 @@ TEST(TensorParallel, ranks_have_each_others_rows_and_add_their_parts) {
 
 TEST(TensorParallel, errors_reach_the_tp_ranks_and_theirs) {
   const auto ends = run_all({.ranks = 4}, [](const Context& all) {
-    const Context ep = all.on(all.communicator().split(all.rank() % 2, all.rank()));
-    const Context tp = all.on(all.communicator().split(all.rank() / 2, all.rank()));
-    V2Rank rank(ep, even_batch(2, 0, 1, 2, 1, 2), 2);
-    rank.options.group_tp = &tp;
-    rank.options.tp_world_size = 2;
-    rank.options.tp_rank_id = tp.rank();
+    const Groups groups(all);
+    V2Rank rank = tp_rank(groups, even_batch(2, 0, 1, 2, 1, 2));
     rank.dispatch();
     ascend::CombineV2 in = rank.combining();
     if (all.rank() == 3) in.tp_send_counts = {};
-    ascend::moe_distribute_combine_v2(ep, rank.domain, rank.options, in, rank.out);
+    ascend::moe_distribute_combine_v2(rank.context, rank.domain, rank.options, in, rank.out);
   });
   for (const Outcome& end : ends) {
     ASSERT_TRUE(end.error.has_value());
@@ -328,12 +336,8 @@ TEST(TensorParallel, errors_reach_the_tp_ranks_and_theirs) {
 
 TEST(TensorParallel, ranks_that_quantise_differently_are_refused) {
   const auto ends = run_all({.ranks = 4}, [](const Context& all) {
-    const Context ep = all.on(all.communicator().split(all.rank() % 2, all.rank()));
-    const Context tp = all.on(all.communicator().split(all.rank() / 2, all.rank()));
-    V2Rank rank(ep, even_batch(2, 0, 1, 2, 1, 2), 2);
-    rank.options.group_tp = &tp;
-    rank.options.tp_world_size = 2;
-    rank.options.tp_rank_id = tp.rank();
+    const Groups groups(all);
+    V2Rank rank = tp_rank(groups, even_batch(2, 0, 1, 2, 1, 2));
     if (all.rank() % 2 == 1) rank.batch.h += 8;
     rank.expand_x = Array(DType::bf16, {rank.expand_x.view().size(0), rank.batch.h});
     rank.x = Array(DType::bf16, {2, rank.batch.h});
