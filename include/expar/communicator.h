@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <memory_resource>
 #include <span>
@@ -93,6 +94,10 @@ class Communicator {
   void record(std::shared_ptr<Trace> trace) const;
   /// Null where nothing is recorded.
   Trace* trace() const;
+
+  /// From here on waiting calls ask `asked` at least every 50 ms, in all communicators of the job; where it says true,
+  /// the job ends with the error internal "was interrupted", which names this rank. Empty ends it. Not collective.
+  void interrupt_by(std::function<bool()> asked) const;
 
   // ---- for authors of collectives
 

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -124,11 +125,19 @@ class Transport {
   /// Null where nothing is recorded.
   Trace* trace() const { return trace_.get(); }
 
+  // ---- interruption
+
+  /// From here on wait() asks `asked` at least every 50 ms while it waits, on the thread that waits. Where it says
+  /// true, wait() sets the error internal "was interrupted", which names this rank, as the job's cause and throws the
+  /// cause in force. `asked` must not throw; empty ends it. Cost: a branch where nobody asks, else a look at the clock
+  /// per turn.
+  void interrupt_by(std::function<bool()> asked) { asked_ = std::move(asked); }
+
  protected:
   /// `name` is a literal, or outlives the transport.
   Transport(std::string_view name, int rank, int size) : name_(name), rank_(rank), size_(size) {}
 
-  /// What wait() promises.
+  /// What wait() promises, but for tracing and interruption: calls done() at least every 25 ms.
   virtual void wait_until(FunctionRef<bool()> done, const Waiting& waiting) = 0;
 
  private:
@@ -136,14 +145,7 @@ class Transport {
   int rank_;
   int size_;
   std::shared_ptr<Trace> trace_;
+  std::function<bool()> asked_;
 };
-
-inline void Transport::wait(FunctionRef<bool()> done, const Waiting& waiting) {
-  if (trace_ == nullptr) return wait_until(done, waiting);
-  if (done()) return;
-  const Phase phase(trace(),
-                    {.kind = Span::Kind::wait, .name = waiting.operation, .what = waiting.what, .peer = waiting.peer});
-  wait_until(done, waiting);
-}
 
 }  // namespace expar

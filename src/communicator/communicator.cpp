@@ -92,6 +92,7 @@ void Communicator::abort(std::string_view message) const {
 
 void Communicator::record(std::shared_ptr<Trace> trace) const { transport().record(std::move(trace)); }
 Trace* Communicator::trace() const { return transport().trace(); }
+void Communicator::interrupt_by(std::function<bool()> asked) const { transport().interrupt_by(std::move(asked)); }
 
 void Communicator::fail(const Error& cause) const { throw transport().abort(cause); }
 

@@ -174,6 +174,45 @@ TEST_P(Failures, nothing_moves_after_the_cause) {
   }));
 }
 
+TEST_P(Failures, a_rank_that_is_interrupted_ends_the_job) {
+  const auto ends = run_transports(GetParam(), [](Transport& transport) {
+    const int last = transport.size() - 1;
+    int questions = 0;
+    Deadline previous = Clock::now();
+    if (transport.rank() == last) {
+      transport.interrupt_by([&] {
+        EXPECT_LT(Clock::now() - previous, kGenerous);
+        previous = Clock::now();
+        return ++questions == 2;
+      });
+    }
+    const Error error = error_of([&] { transport.wait([] { return false; }, for_test(-1)); });
+    EXPECT_EQ(questions, transport.rank() == last ? 2 : 0);
+    throw error;
+  });
+  const Error error = expect_same_error(ends);
+  const int last = GetParam().ranks - 1;
+  EXPECT_EQ(error.code(), ErrorCode::internal);
+  EXPECT_EQ(error.rank(), last);
+  EXPECT_EQ(error.what(), "rank " + std::to_string(last) + ": test: was interrupted");
+}
+
+TEST_P(Failures, a_rank_that_is_no_longer_asked_waits_on) {
+  expect_success(run_transports(GetParam(), [](Transport& transport) {
+    bool interrupted = false;
+    transport.interrupt_by([&] { return interrupted; });
+    const auto wait_awhile = [&] {
+      const Deadline until = Clock::now() + milliseconds(30);
+      transport.wait([&] { return Clock::now() >= until; }, for_test(-1));
+    };
+    wait_awhile();
+    interrupted = true;
+    transport.interrupt_by({});
+    wait_awhile();
+    barrier(transport, 1);
+  }));
+}
+
 INSTANTIATE_TEST_SUITE_P(Transports, Failures, ::testing::ValuesIn(contract_setups()), setup_name);
 
 }  // namespace

@@ -131,6 +131,17 @@ TEST_P(LateRank, of_a_group_is_named_as_the_job_does) {
   EXPECT_NE(error.message().find("rank 2 is late"), std::string::npos) << error.what();
 }
 
+TEST_P(LateRank, is_no_reason_to_wait_for_who_is_interrupted) {
+  const auto ends = run_all(GetParam(), [](const Context& context) {
+    barrier(context);
+    if (context.rank() == 1) be_late(context);
+    if (context.rank() == 0) context.communicator().interrupt_by([] { return true; });
+    barrier(context);
+  });
+  const Error error = expect_same_error(ends);
+  EXPECT_STREQ(error.what(), "rank 0: barrier: was interrupted");
+}
+
 INSTANTIATE_TEST_SUITE_P(Ways, LateRank,
                          testing::Values(Way{.ranks = 4}, Way{.kind = Kind::shm, .ranks = 3, .mapping = false},
                                          Way{.ranks = 3, .group = true}),
