@@ -50,32 +50,35 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
       has_down_bias_(slice.first == 0),
       kernels_(kernels) {
   const std::int64_t hidden = options.hidden, blocks = gated(options.activation) ? 2 : 1;
+  const auto trained = [](Trained& t, const Shape& of) {
+    t.shape = of;
+    t.value = Held(Array(DType::f32, of));
+  };
   const auto matrix = [&](Matrix& m, std::int64_t groups, const MatrixPart& part) {
     m.part = part;
     m.shape = {groups, part.shape()[0], part.shape()[1]};
     if (inference_) return make_room(m, dtype_, kernels_);
-    m.value = Array(DType::f32, m.shape);
-    if (dtype_ == DType::bf16) m.low = Array(DType::bf16, m.shape);
+    trained(m, m.shape);
+    if (dtype_ == DType::bf16) m.low = Held(Array(DType::bf16, m.shape));
   };
-  router_.value = Array(DType::f32, {options.router.experts, options.hidden});
-  if (options.router.bias) router_bias_.value = Array(DType::f32, {options.router.experts});
+  trained(router_, {options.router.experts, options.hidden});
+  if (options.router.bias) trained(router_bias_, {options.router.experts});
   if (options.router.selection_bias) selection_bias_ = Array(DType::f32, {options.router.experts});
   if (options.router.choice == Choice::token_table) {
     token_table_ = Array(DType::int32, {options.router.vocabulary, options.router.topk});
   }
   if (const std::int64_t constant = options.special.constant; constant > 0) {
-    special_mix_.value = Array(DType::f32, {constant, 2, options.hidden});
-    special_value_.value = Array(DType::f32, {constant, options.hidden});
+    trained(special_mix_, {constant, 2, options.hidden});
+    trained(special_value_, {constant, options.hidden});
   }
   matrix(up_, range.count, {{blocks * options.inner, hidden}, blocks, slice, {0, hidden}});
   matrix(down_, range.count, {{hidden, options.inner}, 1, {0, hidden}, slice});
   if (bias_) {
     up_bias_part_ = {{blocks * options.inner, 1}, blocks, slice, {0, 1}};
-    up_bias_.value = Array(DType::f32, {range.count, blocks * slice.count});
-    down_bias_.value = Array(DType::f32, {range.count, hidden});
-    zero(down_bias_.value);
+    trained(up_bias_, {range.count, blocks * slice.count});
+    trained(down_bias_, {range.count, hidden});
   }
-  if (options.shared_inner > 0 && options.shared_gate) shared_gate_.value = Array(DType::f32, {options.hidden});
+  if (options.shared_inner > 0 && options.shared_gate) trained(shared_gate_, {options.hidden});
   if (!holds_shared) return;
   matrix(shared_up_, 1, MatrixPart::all(options.shared_shape().up_rows(), hidden));
   matrix(shared_down_, 1, MatrixPart::all(hidden, options.shared_inner));
@@ -96,17 +99,16 @@ void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Po
     zero(up_bias_.value);
     zero(down_bias_.value);
   }
-  if (special_mix_.value) draw_all(special_mix_.value, "special.mix");
-  if (special_value_.value) draw_all(special_value_.value, "special.value");
-  if (router_bias_.value) zero(router_bias_.value);
+  if (special_mix_) draw_all(special_mix_.value, "special.mix");
+  if (special_value_) draw_all(special_value_.value, "special.value");
+  if (router_bias_) zero(router_bias_.value);
   if (selection_bias_) zero(selection_bias_);
-  if (token_table_)
-    draw_token_table(token_table_, router_.value.view().size(0), seed, join(prefix, "router.token_table"));
+  if (token_table_) draw_token_table(token_table_, router_.shape[0], seed, join(prefix, "router.token_table"));
   if (has_shared()) {
     draw_group(shared_up_, 0, seed, join(prefix, "shared.up"), pool);
     draw_group(shared_down_, 0, seed, join(prefix, "shared.down"), pool);
   }
-  if (shared_gate_.value) draw_all(shared_gate_.value, "shared.gate");
+  if (shared_gate_) draw_all(shared_gate_.value, "shared.gate");
   refresh(pool);
 }
 
@@ -134,8 +136,8 @@ void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor
     write(shared_up_, "shared.up", 0, up, pool);
     write(shared_down_, "shared.down", 0, down, pool);
   }
-  if (!shared_gate_.value) return;
-  require("shared.gate", gate, shared_gate_.value.view().shape());
+  if (!shared_gate_) return;
+  require("shared.gate", gate, shared_gate_.shape);
   copy(gate, shared_gate_.value, pool);
 }
 
@@ -178,11 +180,11 @@ std::size_t LayerParameters::bytes() const {
   for (const Array* array : {&selection_bias_, &token_table_}) add(*array);
   for (const Trained* t :
        {&router_, &router_bias_, &up_bias_, &down_bias_, &shared_gate_, &special_mix_, &special_value_}) {
-    add(t->value);
-    add(t->gradient);
+    sum += t->value.bytes() + t->gradient.bytes();
   }
   for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
-    for (const Array* array : {&m->value, &m->gradient, &m->low, &m->packed}) add(*array);
+    sum += m->value.bytes() + m->gradient.bytes() + m->low.bytes();
+    add(m->packed);
   }
   return sum;
 }
@@ -206,8 +208,8 @@ ExpertWeights LayerParameters::biases() const {
 
 ExpertWeights LayerParameters::plain() const {
   ExpertWeights weights = biases();
-  weights.up = {read(up_).view().data(), dtype_, false};
-  weights.down = {read(down_).view().data(), dtype_, false};
+  weights.up = {read(up_).data(), dtype_, false};
+  weights.down = {read(down_).data(), dtype_, false};
   return weights;
 }
 
@@ -221,10 +223,10 @@ ExpertWeights LayerParameters::for_inference(const Kernels& kernels, Pool& pool)
 
 SharedWeights LayerParameters::shared() const {
   SharedWeights weights;
-  if (shared_gate_.value) weights.gate = shared_gate_.value;
+  if (shared_gate_) weights.gate = shared_gate_.value;
   if (!has_shared()) return weights;
-  weights.expert.up = {read(shared_up_).view().data(), dtype_, false};
-  weights.expert.down = {read(shared_down_).view().data(), dtype_, false};
+  weights.expert.up = {read(shared_up_).data(), dtype_, false};
+  weights.expert.down = {read(shared_down_).data(), dtype_, false};
   return weights;
 }
 
@@ -233,7 +235,7 @@ SharedWeights LayerParameters::shared_for_inference(const Kernels& kernels, Pool
   SharedWeights weights;
   weights.expert.up = {shared_up_.packed.view().data(), dtype_, true};
   weights.expert.down = {shared_down_.packed.view().data(), dtype_, true};
-  if (shared_gate_.value) weights.gate = shared_gate_.value;
+  if (shared_gate_) weights.gate = shared_gate_.value;
   return weights;
 }
 
@@ -263,7 +265,7 @@ void LayerParameters::make_room(Matrix& matrix, DType dtype, const Kernels& kern
 
 void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const {
   make_room(matrix, dtype_, kernels);
-  const Tensor all = read(matrix).view();
+  const Tensor all = read(matrix);
   kernels.pack(dtype_, static_cast<int>(all.size(0)), all.size(1), all.size(2), all.data(), matrix.packed.view().data(),
                pool);
 }
@@ -271,7 +273,7 @@ void LayerParameters::pack(Matrix& matrix, const Kernels& kernels, Pool& pool) c
 ExpertGradients LayerParameters::gradients() {
   // Inference never asks for them.
   for (Trained* t : {static_cast<Trained*>(&up_), static_cast<Trained*>(&down_), &up_bias_, &down_bias_}) {
-    if (t->value && !t->gradient) t->gradient = Array(DType::f32, t->value.view().shape());
+    if (*t && !t->gradient) t->gradient = Held(Array(DType::f32, t->shape));
   }
   ExpertGradients gradients;
   gradients.up = up_.gradient;
@@ -308,7 +310,7 @@ std::vector<Parameter> LayerParameters::list(std::string_view prefix, std::initi
   std::vector<Parameter> all;
   for (const auto& [name, trained, low, kind] : entries) {
     if (trained == nullptr || !trained->value) continue;
-    if (!inference_ && !trained->gradient) trained->gradient = Array(DType::f32, trained->value.view().shape());
+    if (!inference_ && !trained->gradient) trained->gradient = Held(Array(DType::f32, trained->shape));
     Parameter p{join(prefix, name), trained->value, trained->gradient, {}, kind != Kind::bias};
     if (low != nullptr && *low) p.low = *low;
     for (Tensor* tensor : {&p.value, &p.gradient, &p.low}) {

@@ -10,6 +10,7 @@
 
 #include <expar/layer.h>
 
+#include "src/layer/held.h"
 #include "src/layer/part.h"
 #include "src/layer/shared_expert.h"
 
@@ -28,7 +29,7 @@ class LayerParameters {
   void refresh(Pool& pool);
   std::size_t bytes() const;
 
-  bool has_shared() const { return shared_up_.shape.rank() > 0; }
+  bool has_shared() const { return static_cast<bool>(shared_up_); }
   ConstTensor router() const { return router_.value; }
   /// [E], or absent.
   Tensor router_bias() const { return router_bias_.value; }
@@ -54,13 +55,15 @@ class LayerParameters {
 
  private:
   struct Trained {
-    Array value, gradient;
+    Shape shape;  // of rank 0: there is none
+    Held value, gradient;
+
+    explicit operator bool() const { return shape.rank() > 0; }
   };
-  struct Matrix : Trained {
-    MatrixPart part;  // what is here of each group's matrix
-    Shape shape;      // [groups, N, K] of it
-    Array low;        // bf16 copy where the layer's dtype is bf16
-    Array packed;     // in the layout of packed_by_; where the layer is for inference alone there is nothing else
+  struct Matrix : Trained {  // [groups, N, K]
+    MatrixPart part;         // what is here of each group's matrix
+    Held low;                // bf16 copy where the layer's dtype is bf16
+    Array packed;  // in the layout of packed_by_; where the layer is for inference alone there is nothing else
   };
 
   void write(Matrix& matrix, const char* what, std::int64_t group, const ConstTensor& from, Pool& pool);
@@ -71,7 +74,7 @@ class LayerParameters {
   void draw_group(Matrix& matrix, std::int64_t group, std::uint64_t seed, const std::string& stream, Pool& pool);
   ExpertWeights biases() const;
   bool packs(const Kernels& kernels, Pool& pool);
-  const Array& read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
+  Tensor read(const Matrix& matrix) const { return matrix.low ? matrix.low : matrix.value; }
   static void make_room(Matrix& matrix, DType dtype, const Kernels& kernels);
   void pack(Matrix& matrix, const Kernels& kernels, Pool& pool) const;
   enum class Kind : std::uint8_t {
@@ -82,7 +85,7 @@ class LayerParameters {
   struct Entry {
     const char* name;
     Trained* trained;
-    const Array* low = nullptr;
+    const Held* low = nullptr;
     Kind kind = Kind::weight;
   };
   std::vector<Parameter> list(std::string_view prefix, std::initializer_list<Entry> entries);
