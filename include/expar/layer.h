@@ -58,6 +58,9 @@ struct MoeLayerOptions {
   /// by write_expert(), write_shared() or initialise(); there are no gradients. Results are the bytes of a training
   /// layer.
   bool inference = false;
+  /// The parameters lie in memory of the caller, a framework's say, see MoeLayer::lend(): the only copy, so that none
+  /// is ever stale. Results are the bytes of a layer that holds its own. Not with inference.
+  bool lent = false;
   /// Tensor parallelism: ranks that hold the same experts in slices of F, gate and up by rows, down by columns. They
   /// hand in the same tokens, masks and gradients, each to its own context of E / P experts, and get the same bytes of
   /// everything; what the slices give is summed over them in rank order. An empty handle: nothing is in slices. With a
@@ -110,10 +113,12 @@ struct ExpertSource {
   ConstTensor up_bias = {}, down_bias = {};  // [2F] or [F]; [H]; absent where the layer has no biases
 };
 
-/// What a forward pass decided, and what it leaves for backward. Reuse one per layer and call in flight.
+/// What a forward pass decided, and what it leaves for backward, which may go over it again and gives the same bytes.
+/// Reuse one per layer and call in flight.
 struct MoeRecord {
   Routing routing;
   Capacity capacity;  // what its bound left of the routing; counts are empty where the layer has none
+  /// Whoever multiplies its dscores and dlogsumexp by c before backward gets the gradient of c times the losses.
   RouterLosses losses;
   Plan plan;
   struct Kept;
@@ -139,7 +144,7 @@ class PendingForward {
 };
 
 /// Its parameters are f32, with bf16 copies of the experts' weights where dtype is bf16; a layer for inference alone
-/// has packed weights in place of both.
+/// has packed weights in place of both. They are its own, or its caller's where they are lent.
 class MoeLayer {
  public:
   /// Collective. Throws Error: bad_argument (naming the option and its value), no_memory, mismatch, timeout, peer_lost:
@@ -155,7 +160,8 @@ class MoeLayer {
 
   /// Draws every parameter by its global name "<prefix>.experts.5.up", so that values do not depend on P:
   /// weights normal with deviation 1 / sqrt(inputs), biases 0, K different experts in each row of a token table. Also
-  /// refreshes the low-precision copies. Not collective. Throws Error: no_memory. Cost: one pass over the parameters.
+  /// refreshes the low-precision copies. Not collective. Throws Error: no_memory, bad_argument (nothing was
+  /// lent yet). Cost: one pass over the parameters.
   void initialise(std::uint64_t seed, std::string_view prefix);
 
   /// Write one of this rank's experts, by its global number, or the shared ones: from a file, say, with room for one
@@ -164,7 +170,21 @@ class MoeLayer {
   /// Of the shared ones a rank that does not hold them takes the gate alone.
   void write_expert(std::int64_t expert, const ExpertSource& from);
   void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate = {});
-  /// Bytes of all that this rank holds of the parameters: values, copies, packed weights, gradients.
+  /// Where MoeLayerOptions::lent: from here on the layer reads and writes these, which must stay until they are lent
+  /// anew or the layer ends; what a pass under way reads must not move. Before each pass if they may have moved.
+  ///   parameters : those of expert_parameters("") and dense_parameters(""), in any order, each with its `value` or, of
+  ///     experts.up, experts.down, shared.up and shared.down in a layer of bf16, its `low` (what passes read; `value`
+  ///     is then for initialise() and refresh() alone); backward writes the `gradient` of an expert's, and where that
+  ///     is absent keeps it in memory of the layer's own
+  /// Passes read what is there when they start and pack nothing, so that a change is seen whoever made it; selection
+  /// bias and token table remain the layer's own. initialise(), write_expert(), write_shared() and refresh() write what
+  /// was lent, copies rounded from the same numbers as ever. Before the first lend(), expert_parameters() and
+  /// dense_parameters() say names, shapes and dtypes, without memory; after it, what was lent.
+  /// Not collective. Throws Error: bad_argument (naming the parameter that is missing, unknown, of another shape or
+  /// dtype, or without memory, and then nothing is taken; a layer with parameters of its own). Cost: no allocation.
+  void lend(std::span<const Parameter> parameters);
+  /// Bytes of all that this rank holds of the parameters, what was lent left out: values, copies, packed weights,
+  /// gradients.
   std::size_t parameter_bytes() const;
 
   /// Refreshes the low-precision copies after the masters were written by hand. From here on inference packs the
@@ -196,9 +216,10 @@ class MoeLayer {
   ///   x, out : [T, H] of dtype
   ///   residual : [T, H] or absent
   /// Collective. Throws Error, the same on every rank: bad_argument (shapes or dtypes; a context of other ranks or, in
-  /// a layer for inference alone, other kernels; NaN logits; more tokens than the bound; rows beyond the capacity,
-  /// where that is an error), no_memory, mismatch, timeout, peer_lost, internal. What a rank finds wrong up to its plan
-  /// leaves the communicator usable; what goes wrong between operations after that ends the job.
+  /// a layer for inference alone, other kernels; parameters that were not lent yet; NaN logits; more tokens than the
+  /// bound; rows beyond the capacity, where that is an error), no_memory, mismatch, timeout, peer_lost, internal. What
+  /// a rank finds wrong up to its plan leaves the communicator usable; what goes wrong between operations after that
+  /// ends the job.
   ///
   /// Cost: with bounded plans, between mapped ranks and without a capacity, no allocation after the first calls, but
   /// where more rows come than ever before.

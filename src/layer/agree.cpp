@@ -23,6 +23,9 @@ void validate(const MoeLayerOptions& options) {
   if (options.shared_gate && options.shared_inner == 0) {
     refuse("shared_gate asks for shared experts, but shared_inner is 0");
   }
+  if (options.lent && options.inference) {
+    refuse("lent parameters are read as they lie and never packed: the layer cannot be for inference alone");
+  }
   validate(options.router);
   const auto& [zero, copy, constant] = options.special;
   if (zero < 0 || copy < 0 || constant < 0 || options.routed_experts() < 1) {

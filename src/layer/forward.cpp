@@ -66,6 +66,7 @@ PendingForward::State::State(MoeLayer::State& layer, const Context& context, Con
 void PendingForward::State::check(ConstTensor x, ConstTensor residual, const Shards& shards,
                                   const MoeInputs& inputs) const {
   layer_.check_context(context_);
+  layer_.parameters->check_lent();
   const std::int64_t tokens = x.shape().rank() == 2 ? x.size(0) : 0;
   layer_.check_rows("x", x, tokens);
   layer_.check_rows("out", out_, tokens);

@@ -1,4 +1,4 @@
-// A view of a parameter, and the memory that it lies in.
+// A view of a parameter, in memory of the layer's own or of its caller's.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +14,9 @@ class Held {
   Held() = default;
   explicit Held(Array memory) : memory_(std::move(memory)), view_(memory_.view()) {}
 
+  /// From here on the view is `lent`; where that is absent, of the layer's own memory if it has any.
+  void lend(Tensor lent) { view_ = lent.absent() ? memory_.view() : lent; }
+
   Tensor view() const { return view_; }
   operator Tensor() const { return view_; }
   operator ConstTensor() const { return view_; }
@@ -22,6 +25,7 @@ class Held {
     return view_.as<T>();
   }
   explicit operator bool() const { return !view_.absent(); }
+  /// Of the layer's own memory.
   std::size_t bytes() const { return memory_ ? memory_.view().byte_size() : 0; }
 
  private:

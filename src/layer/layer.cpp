@@ -39,6 +39,7 @@ void MoeLayer::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate) 
   if (state_->options.shared_inner == 0) refuse("this layer has no shared experts");
   state_->parameters->write_shared(up, down, gate, state_->context.pool());
 }
+void MoeLayer::lend(std::span<const Parameter> parameters) { state_->parameters->lend(parameters); }
 std::size_t MoeLayer::parameter_bytes() const { return state_->parameters->bytes(); }
 void MoeLayer::refresh() { state_->parameters->refresh(state_->context.pool()); }
 

@@ -1,6 +1,7 @@
 // The layer's parameters: drawing and writing them, copying them to bf16, packing them.
 #include "src/layer/parameters.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -47,19 +48,24 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
       dtype_(options.dtype),
       bias_(options.bias),
       inference_(options.inference),
+      lends_(options.lent),
       has_down_bias_(slice.first == 0),
       kernels_(kernels) {
   const std::int64_t hidden = options.hidden, blocks = gated(options.activation) ? 2 : 1;
-  const auto trained = [](Trained& t, const Shape& of) {
+  const auto make = [&](Held& held, DType dtype, const Shape& of) {
+    if (lends_) return held.lend(Tensor(nullptr, dtype, of));
+    held = Held(Array(dtype, of));
+  };
+  const auto trained = [&](Trained& t, const Shape& of) {
     t.shape = of;
-    t.value = Held(Array(DType::f32, of));
+    make(t.value, DType::f32, of);
   };
   const auto matrix = [&](Matrix& m, std::int64_t groups, const MatrixPart& part) {
     m.part = part;
     m.shape = {groups, part.shape()[0], part.shape()[1]};
     if (inference_) return make_room(m, dtype_, kernels_);
     trained(m, m.shape);
-    if (dtype_ == DType::bf16) m.low = Held(Array(DType::bf16, m.shape));
+    if (dtype_ == DType::bf16) make(m.low, DType::bf16, m.shape);
   };
   trained(router_, {options.router.experts, options.hidden});
   if (options.router.bias) trained(router_bias_, {options.router.experts});
@@ -77,6 +83,8 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
     up_bias_part_ = {{blocks * options.inner, 1}, blocks, slice, {0, 1}};
     trained(up_bias_, {range.count, blocks * slice.count});
     trained(down_bias_, {range.count, hidden});
+    // The zeros of a slice that adds none are nobody's parameter.
+    if (!has_down_bias_) down_bias_.value = Held(Array(DType::f32, down_bias_.shape));
   }
   if (options.shared_inner > 0 && options.shared_gate) trained(shared_gate_, {options.hidden});
   if (!holds_shared) return;
@@ -85,6 +93,7 @@ LayerParameters::LayerParameters(const MoeLayerOptions& options, ExpertRange ran
 }
 
 void LayerParameters::initialise(std::uint64_t seed, std::string_view prefix, Pool& pool) {
+  check_lent();
   const auto draw_all = [&](const Tensor& values, const char* what) {
     const std::int64_t rows = values.shape().rank() == 1 ? 1 : values.size(0);
     draw(MatrixPart::all(rows, values.elements() / rows), values, seed, join(prefix, what), pool);
@@ -118,6 +127,7 @@ void LayerParameters::draw_group(Matrix& matrix, std::int64_t group, std::uint64
 }
 
 void LayerParameters::write(std::int64_t e, const ExpertSource& from, Pool& pool) {
+  check_lent();
   const auto bias = [&](const Trained& b, const char* what, const MatrixPart& part, const ConstTensor& values) {
     require(what, values, {part.whole[0]});
     const Array taken(values.dtype(), {part.shape()[0]});
@@ -132,6 +142,7 @@ void LayerParameters::write(std::int64_t e, const ExpertSource& from, Pool& pool
 }
 
 void LayerParameters::write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool) {
+  check_lent();
   if (has_shared()) {
     write(shared_up_, "shared.up", 0, up, pool);
     write(shared_down_, "shared.down", 0, down, pool);
@@ -158,10 +169,11 @@ void LayerParameters::store(Matrix& matrix, std::int64_t group, const ConstTenso
 }
 
 void LayerParameters::fill(Matrix& matrix, std::int64_t group, Pool& pool, FunctionRef<void(const Tensor&)> write) {
-  if (!inference_) return write(group_of(matrix.value, group));
+  if (matrix.value) return write(group_of(matrix.value, group));
   const Shape one{matrix.shape[1], matrix.shape[2]};
   const Array staged(DType::f32, one);
   write(staged);
+  if (!inference_) return to_bf16(staged, group_of(matrix.low, group), pool);
   if (dtype_ == DType::f32) return pack_group(matrix, group, staged, pool);
   const Array low(DType::bf16, one);
   to_bf16(staged, low, pool);
@@ -191,8 +203,9 @@ std::size_t LayerParameters::bytes() const {
 
 void LayerParameters::refresh(Pool& pool) {
   if (inference_) return;
+  check_lent();
   for (const Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
-    if (m->low) to_bf16(m->value, m->low, pool);
+    if (m->low && m->value) to_bf16(m->value, m->low, pool);
   }
   packed_by_ = nullptr;
   watched_ = false;
@@ -247,7 +260,7 @@ bool LayerParameters::packs(const Kernels& kernels, Pool& pool) {
                 std::string("the layer is for inference alone: its weights are packed for the kernels of ") +
                     kernels_.name + " (" + kernels_.isa + "), not of " + kernels.name + " (" + kernels.isa + ")");
   }
-  if (watched_) return false;
+  if (lends_ || watched_) return false;
   if (packed_by_ == kernels.pack) return true;
   packed_by_ = nullptr;
   for (Matrix* m : {&up_, &down_, &shared_up_, &shared_down_}) {
@@ -285,40 +298,104 @@ ExpertGradients LayerParameters::gradients() {
   return gradients;
 }
 
+Shape LayerParameters::Entry::shape() const {
+  const Shape& all = trained->shape;
+  return kind == Kind::one_group ? Shape{all[1], all[2]} : all;
+}
+
+std::array<LayerParameters::Entry, LayerParameters::kEntries> LayerParameters::entries() {
+  return {{{"experts.up", &up_, &up_.low},
+           {"experts.down", &down_, &down_.low},
+           {"experts.up_bias", &up_bias_, nullptr, Kind::bias},
+           {"experts.down_bias", has_down_bias_ ? &down_bias_ : nullptr, nullptr, Kind::bias},
+           {"router.weight", &router_},
+           {"router.bias", &router_bias_, nullptr, Kind::bias},
+           {"shared.up", &shared_up_, &shared_up_.low, Kind::one_group},
+           {"shared.down", &shared_down_, &shared_down_.low, Kind::one_group},
+           {"shared.gate", &shared_gate_},
+           {"special.mix", &special_mix_},
+           {"special.value", &special_value_}}};
+}
+
 std::vector<Parameter> LayerParameters::experts(std::string_view prefix) {
   if (inference_) refuse("the layer is for inference alone and holds packed weights: write them by write_expert()");
   watched_ = true;
-  return list(prefix, {{"experts.up", &up_, &up_.low},
-                       {"experts.down", &down_, &down_.low},
-                       {"experts.up_bias", &up_bias_, nullptr, Kind::bias},
-                       {"experts.down_bias", has_down_bias_ ? &down_bias_ : nullptr, nullptr, Kind::bias}});
+  const auto all = entries();
+  return list(prefix, std::span(all).first(kExpertEntries));
 }
 
 std::vector<Parameter> LayerParameters::dense(std::string_view prefix) {
   watched_ = true;
-  return list(prefix, {{"router.weight", &router_},
-                       {"router.bias", &router_bias_, nullptr, Kind::bias},
-                       {"shared.up", &shared_up_, &shared_up_.low, Kind::one_group},
-                       {"shared.down", &shared_down_, &shared_down_.low, Kind::one_group},
-                       {"shared.gate", &shared_gate_},
-                       {"special.mix", &special_mix_},
-                       {"special.value", &special_value_}});
+  const auto all = entries();
+  return list(prefix, std::span(all).subspan(kExpertEntries));
 }
 
 /// Those that there are, with room for their gradients.
-std::vector<Parameter> LayerParameters::list(std::string_view prefix, std::initializer_list<Entry> entries) {
+std::vector<Parameter> LayerParameters::list(std::string_view prefix, std::span<const Entry> entries) {
   std::vector<Parameter> all;
-  for (const auto& [name, trained, low, kind] : entries) {
-    if (trained == nullptr || !trained->value) continue;
-    if (!inference_ && !trained->gradient) trained->gradient = Held(Array(DType::f32, trained->shape));
-    Parameter p{join(prefix, name), trained->value, trained->gradient, {}, kind != Kind::bias};
-    if (low != nullptr && *low) p.low = *low;
+  for (const Entry& entry : entries) {
+    if (!entry) continue;
+    Trained& trained = *entry.trained;
+    if (inference_ && !trained.value) continue;
+    if (!inference_ && !lends_ && !trained.gradient) trained.gradient = Held(Array(DType::f32, trained.shape));
+    Parameter p{join(prefix, entry.name), trained.value, trained.gradient, {}, entry.kind != Kind::bias};
+    if (entry.low != nullptr) p.low = *entry.low;
     for (Tensor* tensor : {&p.value, &p.gradient, &p.low}) {
-      if (kind == Kind::one_group && !tensor->absent()) *tensor = group_of(*tensor, 0);
+      if (!tensor->absent()) *tensor = Tensor(tensor->data(), tensor->dtype(), entry.shape());
     }
     all.push_back(std::move(p));
   }
   return all;
+}
+
+void LayerParameters::check_lent() const {
+  if (!lends_ || lent_) return;
+  refuse("the layer computes on parameters of its caller, and none were lent: call lend() first");
+}
+
+/// Throws Error: bad_argument (what is read is missing, or something has another shape).
+void LayerParameters::check_lent(const Entry& entry, const Parameter& lent) const {
+  const bool reads_low = entry.low != nullptr && dtype_ == DType::bf16;
+  const auto check = [&](const char* what, const Tensor& tensor, DType dtype, bool optional) {
+    if (optional && tensor.absent()) return;
+    const std::string whole = std::string(entry.name) + what;
+    require(whole, tensor, dtype, entry.shape());
+    if (tensor.data() == nullptr && tensor.elements() > 0) refuse(whole + " is lent without memory");
+  };
+  check(": its value", lent.value, DType::f32, reads_low);
+  if (reads_low) check(": its low", lent.low, DType::bf16, false);
+  check(": its gradient", lent.gradient, DType::f32, true);
+}
+
+void LayerParameters::lend(const Entry& entry, const Parameter& lent) {
+  const auto take = [&](Held& held, const Tensor& tensor) {
+    held.lend(tensor.absent() ? tensor : Tensor(tensor.data(), tensor.dtype(), entry.trained->shape));
+  };
+  take(entry.trained->value, lent.value);
+  take(entry.trained->gradient, lent.gradient);
+  if (entry.low != nullptr && dtype_ == DType::bf16) take(*entry.low, lent.low);
+}
+
+void LayerParameters::lend(std::span<const Parameter> parameters) {
+  if (!lends_) refuse("the layer holds its parameters itself (MoeLayerOptions::lent)");
+  const auto all = entries();
+  for (const Parameter& p : parameters) {
+    const bool known = std::ranges::any_of(all, [&](const Entry& entry) { return entry && p.name == entry.name; });
+    if (!known) refuse("the layer has no parameter " + p.name + " to be lent");
+  }
+  std::array<const Parameter*, kEntries> found{};
+  for (std::size_t i = 0; i < kEntries; ++i) {
+    if (!all[i]) continue;
+    const auto lent = std::ranges::find(parameters, std::string_view(all[i].name), &Parameter::name);
+    if (lent == parameters.end()) refuse(std::string(all[i].name) + " is not among the parameters that are lent");
+    check_lent(all[i], *lent);
+    found[i] = &*lent;
+  }
+  // Nothing is taken before all has been checked.
+  for (std::size_t i = 0; i < kEntries; ++i) {
+    if (found[i] != nullptr) lend(all[i], *found[i]);
+  }
+  lent_ = true;
 }
 
 }  // namespace expar

@@ -1,9 +1,10 @@
 // The arrays that a layer trains, their low-precision and packed copies, and which of these are fresh.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,10 @@ class LayerParameters {
   void write_shared(ConstTensor up, ConstTensor down, ConstTensor gate, Pool& pool);
   void refresh(Pool& pool);
   std::size_t bytes() const;
+  /// See MoeLayer.
+  void lend(std::span<const Parameter> parameters);
+  /// Throws Error: bad_argument (parameters that nobody has lent yet).
+  void check_lent() const;
 
   bool has_shared() const { return static_cast<bool>(shared_up_); }
   ConstTensor router() const { return router_.value; }
@@ -85,14 +90,24 @@ class LayerParameters {
   struct Entry {
     const char* name;
     Trained* trained;
-    const Held* low = nullptr;
+    Held* low = nullptr;
     Kind kind = Kind::weight;
+
+    /// Whether the layer has such a parameter, and how its caller sees it.
+    explicit operator bool() const { return trained != nullptr && *trained; }
+    Shape shape() const;
   };
-  std::vector<Parameter> list(std::string_view prefix, std::initializer_list<Entry> entries);
+  static constexpr std::size_t kEntries = 11, kExpertEntries = 4;
+  std::array<Entry, kEntries> entries();
+  void check_lent(const Entry& entry, const Parameter& lent) const;
+  void lend(const Entry& entry, const Parameter& lent);
+  std::vector<Parameter> list(std::string_view prefix, std::span<const Entry> entries);
 
   std::int64_t first_;  // global number of the first expert
   DType dtype_;
   bool bias_, inference_;
+  bool lends_;          // parameters are the caller's
+  bool lent_ = false;   // and have been handed in
   bool has_down_bias_;  // of the slices of an expert one adds it, the first
   MatrixPart up_bias_part_;
   Kernels kernels_;  // of the layer's own context
