@@ -1,0 +1,42 @@
+// include/expar/context.h
+#include <expar/context.h>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "python/src/bind.h"
+
+namespace expar::python {
+
+using namespace nb::literals;
+
+void bind_context(nb::module_& m) {
+  nb::class_<Context>(m, "Context", R"(
+What every call needs to know about where it runs: the ranks, the kernels, the threads. Copies share them.)")
+      .def(
+          "__init__",
+          [](Context* self, const Communicator& communicator, int threads, const std::string& backend) {
+            new (self) Context(communicator, {.threads = threads, .backend = backend});
+          },
+          "communicator"_a, nb::kw_only(), "threads"_a = 0, "backend"_a = "cpu", Waits(), R"(
+threads : worker threads of this rank; 0: the cores it may use over the ranks of this host
+backend : "cpu" or "reference"
+Ranks agree on the best instruction set that all of them have. Collective.
+Raises Unsupported, BadArgument, NoMemory, Mismatch, Timeout, PeerLost.)")
+      .def_prop_ro("communicator", &Context::communicator)
+      .def_prop_ro("rank", &Context::rank)
+      .def_prop_ro("size", &Context::size)
+      .def_prop_ro("threads", [](const Context& c) { return c.pool().threads(); })
+      .def_prop_ro("backend", [](const Context& c) { return std::string(c.kernels().name); })
+      .def_prop_ro("isa", [](const Context& c) { return std::string(c.kernels().isa); })
+      .def(
+          "with_timeout", [](const Context& c, double timeout) { return c.with_timeout(seconds(timeout)); },
+          "seconds"_a, "The same context with another limit on how long one call may wait.")
+      .def("on", &Context::on, "group"_a, "The same kernels and threads for a group of these ranks. Not collective.")
+      .def("__repr__", [](const Context& c) {
+        return "<expar.Context: rank " + std::to_string(c.rank()) + " of " + std::to_string(c.size()) + ", " +
+               std::string(c.kernels().isa) + ", threads " + std::to_string(c.pool().threads()) + ">";
+      });
+}
+
+}  // namespace expar::python

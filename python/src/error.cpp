@@ -1,0 +1,52 @@
+#include "python/src/error.h"
+
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "python/src/interrupt.h"
+
+namespace expar::python {
+namespace {
+
+namespace nb = nanobind;
+
+nb::object classes() { return nb::module_::import_("expar.errors"); }
+
+}  // namespace
+
+void raise(const Error& error) {
+  if (raise_interrupt()) return;
+  const nb::object kind = classes().attr("BY_CODE")[nb::str(std::string(name(error.code())).c_str())];
+  const nb::object exception = kind(error.message(), error.rank(), error.peer(), error.operation());
+  PyErr_SetObject(kind.ptr(), exception.ptr());
+}
+
+Error as_error(const nb::python_error& error, int rank) {
+  const nb::object value = nb::borrow(error.value());
+  if (!nb::isinstance(value, classes().attr("Error"))) {
+    const std::string kind = nb::str(error.type().attr("__name__")).c_str();
+    return {ErrorCode::internal, kind + ": " + nb::str(value).c_str(), {.rank = rank}};
+  }
+  ErrorCode code = ErrorCode::internal;
+  const std::string wanted = nb::cast<std::string>(value.attr("code"));
+  for (int c = 0; c <= static_cast<int>(ErrorCode::internal); ++c) {
+    if (name(static_cast<ErrorCode>(c)) == wanted) code = static_cast<ErrorCode>(c);
+  }
+  return {code,
+          nb::cast<std::string>(value.attr("message")),
+          {nb::cast<int>(value.attr("rank")), nb::cast<int>(value.attr("peer")),
+           nb::cast<std::string>(value.attr("operation"))}};
+}
+
+void bind_error(nb::module_&) {
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const Error& error) {
+      raise(error);
+    }
+  });
+}
+
+}  // namespace expar::python

@@ -1,0 +1,22 @@
+// The extension module: each public header has a file of its own here, and a function that binds it.
+#include <nanobind/nanobind.h>
+
+#include <expar/version.h>
+
+#include "python/src/bind.h"
+#include "python/src/error.h"
+
+NB_MODULE(_native, m) {
+  using namespace expar::python;
+  m.doc() = "expar's C++ library. Import expar.";
+  m.attr("__version__") = expar::version();
+  bind_error(m);
+  bind_communicator(m);
+  bind_registry(m);
+  bind_context(m);
+  bind_collectives(m);
+  bind_mesh(m);
+  bind_plan(m);
+  bind_dispatch(m);
+  bind_permute(m);
+}
