@@ -462,9 +462,9 @@ def test_routes_that_layers_do_not_share_are_refused():
 
 
 def expar(*arguments):
-    command = os.environ.get("EXPAR_COMMAND") or shutil.which("expar")
+    command = os.environ.get("EXPAR") or shutil.which("expar")
     if command is None:
-        pytest.skip("no command expar: put it on PATH, or name it in EXPAR_COMMAND")
+        pytest.skip("no command expar: put it on PATH, or name it in EXPAR")
     done = subprocess.run([command, *map(str, arguments)], capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
 
