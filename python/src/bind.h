@@ -37,13 +37,17 @@ auto parse_name(const Table& table, const char* what, std::string_view wanted) {
               std::string(what) + " is '" + std::string(wanted) + "', should be one of " + known);
 }
 
+void bind_capacity(nb::module_& m);
 void bind_collectives(nb::module_& m);
 void bind_communicator(nb::module_& m);
 void bind_context(nb::module_& m);
 void bind_dispatch(nb::module_& m);
+void bind_layer(nb::module_& m);
 void bind_mesh(nb::module_& m);
+void bind_optimizer(nb::module_& m);
 void bind_permute(nb::module_& m);
 void bind_plan(nb::module_& m);
 void bind_registry(nb::module_& m);
+void bind_router(nb::module_& m);
 
 }  // namespace expar::python

@@ -19,4 +19,8 @@ NB_MODULE(_native, m) {
   bind_plan(m);
   bind_dispatch(m);
   bind_permute(m);
+  bind_router(m);
+  bind_capacity(m);
+  bind_optimizer(m);
+  bind_layer(m);
 }
