@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import operator
 import os
@@ -17,6 +18,12 @@ from .statistics import balancedness, gini, max_over_mean, rank_loads
 
 _FORMAT = "expar.loads"
 _VERSION = 1
+
+
+@dataclasses.dataclass
+class _Step:
+    loads: NDArray[np.int64]  # [layers, E]
+    ids: list[list[NDArray]]  # of each layer, pieces [T, K]
 
 
 class Recorder:
@@ -39,8 +46,7 @@ class Recorder:
         self.experts = experts
         self.window = window
         self.forgotten: int | None = None  # the newest step that has left the window
-        self._loads: dict[int, NDArray[np.int64]] = {}  # by step, oldest first
-        self._ids: dict[int, dict[int, list[NDArray]]] = {}  # by step and layer, pieces of [T, K]
+        self._window: dict[int, _Step] = {}  # by number, oldest first
 
     def record(self, step: int, layer: int, load: Any = None, routes: Any = None) -> None:
         """Adds to the loads of one layer in one step. Several calls for one layer and step add up: micro-batches, say.
@@ -57,8 +63,8 @@ class Recorder:
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"step = {step} is negative")
-        newest = next(reversed(self._loads), None)
-        if newest is not None and step < newest and step not in self._loads:
+        newest = next(reversed(self._window), None)
+        if newest is not None and step < newest and step not in self._window:
             raise ValueError(f"step = {step} is neither in the window nor after its newest, {newest}")
         if load is None and routes is None:
             raise ValueError("record needs a load, or routes to count it from")
@@ -67,27 +73,28 @@ class Recorder:
             load = np.bincount(ids[ids >= 0], minlength=self.experts)
         load = checks.counts(getattr(load, "load", load), (self.experts,), "load")
 
-        self._loads_of(step)[layer] += load
+        kept = self._kept(step)
+        kept.loads[layer] += load
         if ids is not None:
-            self._ids.setdefault(step, {}).setdefault(layer, []).append(ids)
+            kept.ids[layer].append(ids)
 
     @property
     def steps(self) -> list[int]:
         """The steps in the window, ascending."""
-        return list(self._loads)
+        return list(self._window)
 
     @property
     def loads(self) -> NDArray[np.int64]:
         """[S, layers, E] int64, a copy; `steps` says which steps. A layer that recorded nothing in a step has zeros."""
-        if not self._loads:
-            return np.zeros((0, self.layers, self.experts), dtype=np.int64)
-        return np.stack(list(self._loads.values()))
+        return np.array([kept.loads for kept in self._window.values()], dtype=np.int64).reshape(
+            len(self._window), self.layers, self.experts
+        )
 
     def total(self) -> NDArray[np.int64]:
         """[layers, E] int64, summed over the window: what rebalancers take, such as vLLM's global_expert_load."""
         result = np.zeros((self.layers, self.experts), dtype=np.int64)
-        for load in self._loads.values():
-            result += load
+        for kept in self._window.values():
+            result += kept.loads
         return result
 
     def max_over_mean(self) -> NDArray[np.float64]:
@@ -109,7 +116,7 @@ class Recorder:
         """
         layers = []
         for layer in range(self.layers):
-            pieces = [piece for step in self._loads for piece in self._ids.get(step, {}).get(layer, [])]
+            pieces = [piece for kept in self._window.values() for piece in kept.ids[layer]]
             if not pieces:
                 raise ValueError(f"no routes of layer {layer} are in the window: give them to record()")
             if len({piece.shape[1] for piece in pieces}) > 1:
@@ -144,12 +151,13 @@ class Recorder:
         for step in sorted({step for other in recorders for step in other.steps}):
             if result.forgotten is not None and step <= result.forgotten:
                 continue
-            loads = result._loads_of(step)
+            sum_of_ranks = result._kept(step)
             for other in recorders:
-                if step in other._loads:
-                    loads += other._loads[step]
-                for layer, pieces in other._ids.get(step, {}).items():
-                    result._ids.setdefault(step, {}).setdefault(layer, []).extend(pieces)
+                if step not in other._window:
+                    continue
+                sum_of_ranks.loads += other._window[step].loads
+                for all_pieces, pieces in zip(sum_of_ranks.ids, other._window[step].ids):
+                    all_pieces.extend(pieces)
         return result
 
     def write_json(self, path: checks.Path) -> None:
@@ -209,7 +217,7 @@ class Recorder:
             raise ValueError(f"{what}steps do not ascend")
         result = cls(loads.shape[1], loads.shape[2], window)
         for step, load in zip(steps.tolist(), loads):
-            result._loads_of(step)[...] = load
+            result._kept(step).loads[...] = load
         return result
 
     def to_tensorboard(self, writer: Any, step: int | None = None) -> None:
@@ -222,11 +230,11 @@ class Recorder:
         Raises ValueError: the step is not in the window.
         """
         if step is None:
-            step = next(reversed(self._loads), None)
-        if step not in self._loads:
+            step = next(reversed(self._window), None)
+        if step not in self._window:
             raise ValueError(f"step {step} is not in the window")
         number = np.arange(self.experts, dtype=np.float64)
-        for layer, load in enumerate(self._loads[step]):
+        for layer, load in enumerate(self._window[step].loads):
             tag = f"load/layer{layer}"
             writer.add_histogram_raw(
                 tag,
@@ -254,12 +262,12 @@ class Recorder:
             raise ValueError(f"routes[{token}, {slot}] = {ids[token, slot]}, should be -1 or below {self.experts}")
         return ids.astype(np.int16 if self.experts <= 32767 else np.int32)
 
-    def _loads_of(self, step: int) -> NDArray[np.int64]:
-        """[layers, E] of a step in the window, which moves on to a new one."""
-        if step not in self._loads:
-            self._loads[step] = np.zeros((self.layers, self.experts), dtype=np.int64)
-            if self.window is not None and len(self._loads) > self.window:
-                self.forgotten = next(iter(self._loads))
-                del self._loads[self.forgotten]
-                self._ids.pop(self.forgotten, None)
-        return self._loads[step]
+    def _kept(self, step: int) -> _Step:
+        """What the window keeps of a step; it moves on to a new one."""
+        if step not in self._window:
+            loads = np.zeros((self.layers, self.experts), dtype=np.int64)
+            self._window[step] = _Step(loads, ids=[[] for _ in range(self.layers)])
+            if self.window is not None and len(self._window) > self.window:
+                self.forgotten = next(iter(self._window))
+                del self._window[self.forgotten]
+        return self._window[step]
