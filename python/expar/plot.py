@@ -80,7 +80,7 @@ def load_heatmap(
 
     scale = ax.figure.colorbar(image, cax=ax.inset_axes((1.2, 0, 0.02, 1)), extend="min")
     ticks = np.arange(np.log2(_COLDEST), np.floor(np.log2(hottest)) + 1)
-    scale.set_ticks(ticks, labels=[f"{2.0**tick:g}" if tick >= 0 else f"1/{2.0**-tick:g}" for tick in ticks])
+    scale.set_ticks(ticks.tolist(), labels=[f"{2.0**tick:g}" if tick >= 0 else f"1/{2.0**-tick:g}" for tick in ticks])
     scale.set_label(f"load / mean of its {rows}")
     ax.set_title(
         f"Load of {table.shape[1]} experts: max/mean {worst[peak]:.2f} ({rows} {number[peak]}, expert "

@@ -66,10 +66,10 @@ class Recorder:
         newest = next(reversed(self._window), None)
         if newest is not None and step < newest and step not in self._window:
             raise ValueError(f"step = {step} is neither in the window nor after its newest, {newest}")
-        if load is None and routes is None:
-            raise ValueError("record needs a load, or routes to count it from")
         ids = None if routes is None else self._checked_routes(routes)
         if load is None:
+            if ids is None:
+                raise ValueError("record needs a load, or routes to count it from")
             load = np.bincount(ids[ids >= 0], minlength=self.experts)
         load = checks.counts(getattr(load, "load", load), (self.experts,), "load")
 

@@ -15,6 +15,7 @@ import os
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from . import checks
 from .recorder import Recorder
@@ -73,7 +74,9 @@ def read_vllm(path: checks.Path) -> Recorder:
     Raises OSError: cannot be read. ValueError: a line that is no record, a step that does not follow, other shapes.
     """
     name = os.fspath(path)
-    steps, loads, experts = [], [], 0
+    steps: list[int] = []
+    loads: list[NDArray[np.int64]] = []
+    experts = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -101,7 +104,7 @@ def read_vllm(path: checks.Path) -> Recorder:
     return Recorder.of(steps, np.stack(loads))
 
 
-def _checked_map(values: Any, what: str) -> Any:
+def _checked_map(values: Any, what: str) -> NDArray[np.int64]:
     logical_of = checks.counts(values, (None, None), what)
     if logical_of.size == 0 or logical_of.max() >= logical_of.shape[1]:
         raise ValueError(
