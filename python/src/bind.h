@@ -42,6 +42,7 @@ void bind_collectives(nb::module_& m);
 void bind_communicator(nb::module_& m);
 void bind_context(nb::module_& m);
 void bind_dispatch(nb::module_& m);
+void bind_kernels(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_mesh(nb::module_& m);
 void bind_optimizer(nb::module_& m);

@@ -11,7 +11,7 @@ namespace expar::python {
 using namespace nb::literals;
 
 void bind_context(nb::module_& m) {
-  nb::class_<Context>(m, "Context", R"(
+  nb::class_<Context>(m, "Context", nb::is_weak_referenceable(), R"(
 What every call needs to know about where it runs: the ranks, the kernels, the threads. Copies share them.)")
       .def(
           "__init__",

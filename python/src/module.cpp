@@ -19,6 +19,7 @@ NB_MODULE(_native, m) {
   bind_plan(m);
   bind_dispatch(m);
   bind_permute(m);
+  bind_kernels(m);
   bind_router(m);
   bind_capacity(m);
   bind_optimizer(m);

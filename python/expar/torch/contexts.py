@@ -1,0 +1,32 @@
+"""Contexts by name: operators of torch.library take tensors, numbers and strings alone."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+
+from .. import Context
+
+_contexts: weakref.WeakValueDictionary[str, Context] = weakref.WeakValueDictionary()
+_names: weakref.WeakKeyDictionary[Context, str] = weakref.WeakKeyDictionary()
+_numbers = itertools.count()
+
+
+@torch.compiler.assume_constant_result  # of a graph that is compiled for this context
+def name_of(context: Context | None) -> str:
+    """What operators call ``context``, as long as somebody holds it; "" is none."""
+    if context is None:
+        return ""
+    name = _names.get(context)
+    if name is None:
+        name = f"expar.{next(_numbers)}"
+        _names[context] = name
+        _contexts[name] = context
+    return name
+
+
+def context_of(name: str) -> Context:
+    """Raises KeyError where nobody holds it any more."""
+    return _contexts[name]

@@ -1,0 +1,132 @@
+"""Who computes together: ranks that PyTorch knows, as expar's.
+
+The ranks of a process group on one host share memory, whoever has started them; where they are on several hosts, bytes
+travel over the process group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import weakref
+from typing import Optional, Union
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import Communicator, Context, Job, Parallel, default_timeout, init, join
+from ..errors import BadArgument, Timeout
+
+Where = Union[None, dist.ProcessGroup, DeviceMesh]
+
+DIMS = ("dp", "ep", "tp")
+
+# What has been joined, as long as its process group lives: by ranks, in their order.
+_joined: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_alone: dict[str, Communicator] = {}
+
+
+def communicator(where: Where = None, *, timeout: Optional[float] = None) -> Communicator:
+    """The ranks of a process group or of a whole device mesh, in its order; of None: of the default group or, without
+    one, those that a launcher has started with this process (torchrun, mpirun, srun, expar launch), else one alone.
+
+    timeout : seconds that a call may wait; None: EXPAR_TIMEOUT, else 120. Counts where the ranks are joined first.
+    Ranks are joined once; later calls return the same. Collective over these ranks.
+    Raises BadArgument (this process is none of them; a mesh that is not on the CPU), Timeout (naming a rank that did not
+    come), and as expar.join.
+    """
+    if not dist.is_initialized():
+        if where is not None:
+            raise BadArgument("torch.distributed is not initialised: call torch.distributed.init_process_group('gloo')")
+        if "launcher" not in _alone:
+            _alone["launcher"] = init(timeout=timeout or 0.0)
+        return _alone["launcher"]
+    ranks = _ranks_of(where)
+    groups = _joined.setdefault(dist.group.WORLD, {})
+    if ranks not in groups:
+        groups[ranks] = _join(ranks, where, timeout or default_timeout())
+    return groups[ranks]
+
+
+def context(where: Where = None, *, threads: int = 0, timeout: Optional[float] = None) -> Context:
+    """An expar.Context of communicator(where): what every operation takes. Collective over these ranks.
+
+    threads : of this rank; 0: its share of the cores
+    """
+    return Context(communicator(where, timeout=timeout), threads=threads)
+
+
+def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = None) -> Parallel:
+    """The groups of a mesh whose dims are called dp (replicas of the experts), ep (tokens travel among these) and tp
+    (slices of the same experts), any of them; a mesh of one unnamed dim is ep. Collective over the mesh.
+
+    Raises BadArgument (a dim of another name), and as communicator().
+    """
+    names = mesh.mesh_dim_names or (("ep",) if mesh.ndim == 1 else None)
+    if names is None or any(name not in DIMS for name in names):
+        raise BadArgument(
+            f"the mesh has dims {names}: name them by what the ranks along them share, "
+            "init_device_mesh('cpu', (2, 4), mesh_dim_names=('dp', 'ep')); expar knows dp, ep and tp"
+        )
+    whole = context(mesh, threads=threads, timeout=timeout)
+    return Parallel(whole, list(zip(names, mesh.mesh.shape)))
+
+
+def _ranks_of(where: Where) -> tuple[int, ...]:
+    if isinstance(where, DeviceMesh):
+        if where.device_type != "cpu":
+            raise BadArgument(
+                f"the mesh is on '{where.device_type}'; expar computes on the CPU: init_device_mesh('cpu', ...)"
+            )
+        ranks = where.mesh.flatten().tolist()
+    else:
+        ranks = dist.get_process_group_ranks(where or dist.group.WORLD)
+    if dist.get_rank() not in ranks:
+        raise BadArgument(f"rank {dist.get_rank()} is none of the ranks {ranks} that are to be joined")
+    return tuple(ranks)
+
+
+def _host() -> str:
+    """The same for processes that can share memory and find each other's sockets."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
+
+
+def _join(ranks: tuple[int, ...], where: Where, timeout: float) -> Communicator:
+    """Ranks tell each other, through the store, where they are and what to call the job."""
+    me, store = ranks.index(dist.get_rank()), dist.distributed_c10d._get_default_store()
+    meeting = "expar/" + hashlib.sha256(repr(ranks).encode()).hexdigest()
+    keys = [f"{meeting}/{rank}" for rank in ranks]
+    store.set(keys[me], json.dumps({"host": _host(), "job": secrets.token_hex(16)}))
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout))
+    except RuntimeError as error:
+        late = [rank for rank, key in zip(ranks, keys) if not store.check([key])]
+        raise Timeout(
+            f"ranks {late} are late: rank {ranks[me]} has waited {timeout:g} s for them to join; all ranks of "
+            f"{list(ranks)} must make this context",
+            rank=ranks[me],
+            peer=late[0] if late else -1,
+            operation="join",
+        ) from error
+    told = [json.loads(store.get(key)) for key in keys]
+    if len({rank["host"] for rank in told}) == 1:
+        job = Job("torch", told[0]["job"], me, len(ranks), me, len(ranks))
+        return join(job, timeout=timeout)
+    from .process_group import communicator_over
+
+    return communicator_over(_group_of(ranks, where), timeout)
+
+
+def _group_of(ranks: tuple[int, ...], where: Where) -> dist.ProcessGroup:
+    if isinstance(where, DeviceMesh):
+        if where.ndim == 1:
+            return where.get_group()
+        if len(ranks) == dist.get_world_size():
+            return dist.group.WORLD
+        raise BadArgument("a mesh of several dims on several hosts must have all ranks of the job")
+    return where or dist.group.WORLD

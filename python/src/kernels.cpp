@@ -1,0 +1,117 @@
+// include/expar/kernels.h: the grouped products, for experts that a framework differentiates.
+#include <expar/kernels.h>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <expar/context.h>
+
+#include <string>
+#include <vector>
+
+#include "python/src/bind.h"
+#include "python/src/tensor.h"
+
+namespace expar::python {
+namespace {
+
+using namespace nb::literals;
+using Counts = std::vector<std::int64_t>;
+
+[[noreturn]] void refuse(const std::string& why) { throw Error(ErrorCode::bad_argument, "grouped_mm: " + why); }
+
+void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
+  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
+  refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
+         std::string(name(dtype)) + " " + shape.str());
+}
+
+/// The rows, weights and groups of one product, checked.
+struct Product {
+  Product(const ConstTensor& rows, const ConstTensor& w, const Counts& counts, int row_axis) : offsets{0} {
+    if (w.shape().rank() != 3) refuse("w is " + w.shape().str() + ", should be [L, N, K]");
+    if (w.dtype() != DType::f32 && w.dtype() != DType::bf16) {
+      refuse("w is " + std::string(name(w.dtype())) + ", neither f32 nor bf16");
+    }
+    for (const std::int64_t count : counts) {
+      if (count < 0) refuse("a group has " + std::to_string(count) + " rows");
+      offsets.push_back(offsets.back() + count);
+    }
+    n = w.size(1);
+    k = w.size(2);
+    if (static_cast<std::int64_t>(counts.size()) != w.size(0)) {
+      refuse(std::to_string(counts.size()) + " counts for the " + std::to_string(w.size(0)) + " groups of w");
+    }
+    require("x", rows, w.dtype(), {offsets.back(), w.size(row_axis)});
+  }
+  Groups groups() const { return {static_cast<int>(offsets.size()) - 1, offsets.data()}; }
+  std::int64_t rows() const { return offsets.back(); }
+
+  Counts offsets;
+  std::int64_t n = 0, k = 0;
+};
+
+void forward(const Context& c, const In& x_array, const In& w_array, const Counts& counts, const Out& y_array) {
+  const ConstTensor x = read(x_array, "x"), w = read(w_array, "w");
+  const Tensor y = written(y_array, "y");
+  const Product product(x, w, counts, 2);
+  require("y", y, w.dtype(), {product.rows(), product.n});
+  GemmNT gemm;
+  gemm.groups = product.groups();
+  gemm.n = product.n;
+  gemm.k = product.k;
+  gemm.rows = {.base = {x.data(), nullptr}, .dtype = x.dtype(), .width = product.k};
+  gemm.w = {w.data(), w.dtype(), false};
+  gemm.y = y.data();
+  gemm.y_dtype = y.dtype();
+  c.kernels().gemm_nt(gemm, c.pool());
+}
+
+void to_rows(const Context& c, const In& dy_array, const In& w_array, const Counts& counts, const Out& dx_array) {
+  const ConstTensor dy = read(dy_array, "dy"), w = read(w_array, "w");
+  const Tensor dx = written(dx_array, "dx");
+  const Product product(dy, w, counts, 1);
+  require("dx", dx, w.dtype(), {product.rows(), product.k});
+  GemmNN gemm;
+  gemm.groups = product.groups();
+  gemm.n = product.n;
+  gemm.k = product.k;
+  gemm.dy = dy.data();
+  gemm.w = {w.data(), w.dtype(), false};
+  gemm.dx = dx.data();
+  gemm.dx_dtype = dx.dtype();
+  c.kernels().gemm_nn(gemm, c.pool());
+}
+
+void to_weights(const Context& c, const In& dy_array, const In& x_array, const Counts& counts, const Out& dw_array) {
+  const ConstTensor dy = read(dy_array, "dy"), x = read(x_array, "x");
+  const Tensor dw = written(dw_array, "dw");
+  const Product product(x, ConstTensor(dw.data(), x.dtype(), dw.shape()), counts, 2);
+  require("dy", dy, x.dtype(), {product.rows(), product.n});
+  require("dw", dw, DType::f32, dw.shape());
+  GemmTN gemm;
+  gemm.groups = product.groups();
+  gemm.n = product.n;
+  gemm.k = product.k;
+  gemm.dy = dy.data();
+  gemm.rows = {.base = {x.data(), nullptr}, .dtype = x.dtype(), .width = product.k};
+  gemm.dw = dw.as<float>();
+  c.kernels().gemm_tn(gemm, c.pool());
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.def("grouped_mm", &forward, "context"_a, "x"_a, "w"_a, "counts"_a, "y"_a, Waits(), R"(
+y[i, n] = sum_k x[i, k] w[g(i), n, k], where the rows of x stand group by group, ``counts[g]`` of each.
+
+x : [R, K] · w : [L, N, K], both f32 or both bf16 · counts : [L] · y : [R, N] of w's dtype, written
+An element's bytes depend on its row and its weights alone. Not collective. Raises BadArgument (shapes or dtypes).)");
+  m.def("grouped_mm_to_rows", &to_rows, "context"_a, "dy"_a, "w"_a, "counts"_a, "dx"_a, Waits(),
+        "The gradient of grouped_mm's x: dx [R, K] from dy [R, N] and w [L, N, K].");
+  m.def("grouped_mm_to_weights", &to_weights, "context"_a, "dy"_a, "x"_a, "counts"_a, "dw"_a, Waits(), R"(
+The gradient of grouped_mm's w: dw [L, N, K] f32 from dy [R, N] and x [R, K], summed over a group's rows in order.)");
+}
+
+}  // namespace expar::python
