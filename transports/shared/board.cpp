@@ -24,13 +24,16 @@ void write_line(RankArea& area, int index, const Line& line) {
   shown.sequence.store(line.sequence);
 }
 
+std::string_view cut(std::string_view text) {
+  if (text.size() <= kLineText) return text;
+  std::size_t end = kLineText;
+  // Not inside a character: continuation bytes of UTF-8 are 10xxxxxx.
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0u) == 0x80u) --end;
+  return text.substr(0, end);
+}
+
 void write_text(RankArea& area, int index, std::string_view text) {
-  if (text.size() > kLineText) {
-    std::size_t end = kLineText;
-    // Not inside a character: continuation bytes of UTF-8 are 10xxxxxx.
-    while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0u) == 0x80u) --end;
-    text = text.substr(0, end);
-  }
+  text = cut(text);
   area.lines[at(index)].sequence.store(kBeingWritten, std::memory_order_relaxed);
   BoardText& shown = area.texts[at(index)];
   for (std::size_t i = 0; i < shown.words.size(); ++i) {

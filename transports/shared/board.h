@@ -13,6 +13,8 @@ inline constexpr std::uint64_t kBeingWritten = ~std::uint64_t{0};
 
 /// Stores the line, its sequence last and with sequential consistency, so that a sleeper's flag may be read next.
 void write_line(RankArea& area, int index, const Line& line);
+/// At most kLineText bytes of `text`, ending between characters.
+std::string_view cut(std::string_view text);
 /// Longer texts are cut. Call before write_line, which makes it visible.
 void write_text(RankArea& area, int index, std::string_view text);
 

@@ -1,4 +1,4 @@
-// Publishing, waiting and failing together, over memory that all ranks share.
+// Publishing, waiting and failing together.
 #include "transports/shared/local_transport.h"
 
 #include <sched.h>
@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <utility>
 
 #include "src/util/processor.h"
 #include "transports/shared/board.h"
@@ -62,10 +63,11 @@ class LocalTransport::Sleep {
   std::uint32_t heard_;
 };
 
-LocalTransport::LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores)
+LocalTransport::LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores,
+                               std::unique_ptr<Messages> messages)
     : Transport(name, rank, job.size()),
       job_(job),
-      messages_(job, rank),
+      messages_(std::move(messages)),
       spins_(job.size() <= cores),
       owner_(getpid()) {}
 
@@ -86,16 +88,18 @@ std::optional<Error> LocalTransport::failure() const { return cause(job_); }
 
 Error LocalTransport::abort(const Error& cause) {
   // The destructor of an unfinished operation comes here too, in a forked child with a copy of it: the rank goes on.
-  if (getpid() != owner_) return cause;
+  if (forked()) return cause;
   return set_cause(job_, rank(), cause);
 }
+
+bool LocalTransport::forked() const { return getpid() != owner_; }
 
 void LocalTransport::check() const {
   if (auto error = failure()) throw *error;
 }
 
 void LocalTransport::leave() {
-  if (getpid() != owner_) return;
+  if (forked()) return;
   self().presence.store(std::uncaught_exceptions() > 0 ? Presence::left_in_exception : Presence::left);
   ring_bells(job_, rank());
 }
@@ -105,7 +109,7 @@ void LocalTransport::leave() {
 Transport::Ticket LocalTransport::start(std::span<const Message> messages) {
   check();
   try {
-    return messages_.start(messages);
+    return messages_->start(messages);
   } catch (const Error& error) {
     throw abort(error);
   }
@@ -113,16 +117,16 @@ Transport::Ticket LocalTransport::start(std::span<const Message> messages) {
 
 bool LocalTransport::test(Ticket ticket) {
   advance_messages();
-  if (messages_.take_complete(ticket)) return true;
+  if (messages_->take_complete(ticket)) return true;
   check();
   return false;
 }
 
 bool LocalTransport::advance_messages() {
   // Where the job has failed, the operations that posted these may be gone, and their memory with them.
-  if (messages_.idle() || job_.head().cause.load() != 0) return false;
+  if (messages_->idle() || job_.head().cause.load() != 0) return false;
   try {
-    return messages_.advance();
+    return messages_->advance();
   } catch (const Error& error) {
     throw abort(error);
   }

@@ -1,11 +1,14 @@
-// The part that all transports within one host have in common: signals, waiting and messages over shared memory.
+// The part that all transports have in common: signals and waiting over a job's memory, and the rules of messages.
 //
-// Leaves to them: where that memory comes from, how a dead rank is noticed, and the arena.
+// Leaves to them: where that memory comes from (ranks of one host share it; a rank whose peers are far has it alone,
+// and what they show is written there for them), how bytes of messages travel, how a dead rank is noticed, and the
+// arena.
 #pragma once
 
 #include <sys/types.h>
 
 #include <bitset>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -33,7 +36,7 @@ class LocalTransport : public Transport {
   };
 
   /// `cores`: how many cores the ranks of this job share.
-  LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores);
+  LocalTransport(std::string_view name, int rank, const JobMemory& job, int cores, std::unique_ptr<Messages> messages);
 
   void wait_until(FunctionRef<bool()> done, const Waiting& waiting) override;
 
@@ -43,6 +46,8 @@ class LocalTransport : public Transport {
   /// Says that this rank leaves, so that nobody takes it for dead; first thing in a destructor. Not if the destructor
   /// is that of a copy, in a process that the rank has forked.
   void leave();
+  /// True in a process that the rank has forked, whose copy of this object is no rank.
+  bool forked() const;
   /// Throws the job's cause if there is one.
   void check() const;
 
@@ -57,7 +62,7 @@ class LocalTransport : public Transport {
   std::optional<Error> find_lost(const Waiting& waiting, Deadline deadline);
 
   JobMemory job_;
-  Messages messages_;
+  std::unique_ptr<Messages> messages_;
   bool spins_;
   pid_t owner_;
   std::bitset<kBoardLines> has_text_;  // lines whose text must be cleared when the next has none

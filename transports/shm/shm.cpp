@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "transports/shared/local_transport.h"
+#include "transports/shared/ring_messages.h"
 #include "transports/shm/peers.h"
 #include "transports/shm/protocol.h"
 #include "transports/shm/rendezvous.h"
@@ -21,6 +22,9 @@ using local::Pages;
 
 /// The memory of the job; a base class, so that it is there before LocalTransport looks at it.
 struct JobPages {
+  JobMemory memory_of(const Membership& self) const {
+    return JobMemory(pages.bytes(), self.size, JobMemory::ring_bytes(self.size, self.mapping));
+  }
   Pages pages;
 };
 
@@ -28,9 +32,8 @@ class ShmTransport final : private JobPages, public local::LocalTransport {
  public:
   ShmTransport(const Membership& self, Pages memory, Meeting meeting, std::chrono::nanoseconds timeout)
       : JobPages{std::move(memory)},
-        LocalTransport("shm", self.rank,
-                       JobMemory(pages.bytes(), self.size, JobMemory::ring_bytes(self.size, self.mapping)),
-                       meeting.cores),
+        LocalTransport("shm", self.rank, memory_of(self), meeting.cores,
+                       std::make_unique<local::RingMessages>(memory_of(self), self.rank)),
         mapping_(self.mapping),
         timeout_(timeout),
         peers_(self.rank, std::move(meeting.mesh), meeting.pids),

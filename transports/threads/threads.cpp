@@ -9,6 +9,7 @@
 #include "transports/shared/cause.h"
 #include "transports/shared/local_transport.h"
 #include "transports/shared/pages.h"
+#include "transports/shared/ring_messages.h"
 
 namespace expar::threads {
 
@@ -39,7 +40,8 @@ struct ThreadsJob::State {
 class ThreadsTransport final : public local::LocalTransport {
  public:
   ThreadsTransport(int rank, std::shared_ptr<ThreadsJob::State> state)
-      : LocalTransport("threads", rank, state->memory, state->cores),
+      : LocalTransport("threads", rank, state->memory, state->cores,
+                       std::make_unique<local::RingMessages>(state->memory, rank)),
         state_(std::move(state)),
         mapped_(static_cast<std::size_t>(state_->size)) {
     self().presence.store(local::Presence::here);
