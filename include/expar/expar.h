@@ -2,6 +2,7 @@
 #pragma once
 
 #include <expar/capacity.h>      // bound_rows: at most so many rows per expert
+#include <expar/carried.h>       // make_carried: ranks whose bytes somebody else carries
 #include <expar/collectives.h>   // barrier, broadcast, all_gather, all_reduce, reduce_scatter, all_to_all_v
 #include <expar/communicator.h>  // Communicator: ranks that work together
 #include <expar/context.h>       // Context: ranks, kernels, threads; passed to every call

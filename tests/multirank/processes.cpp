@@ -198,24 +198,26 @@ std::string fresh_job_id() {
 }
 
 std::string RankSetup::name() const {
-  return std::string(kind == Kind::threads ? "threads" : "shm") + "_" + std::to_string(ranks) +
-         (mapping ? "" : "_unmapped") + (group ? "_group" : "");
+  const char* kinds[] = {"threads", "shm", "carried"};
+  return std::string(kinds[static_cast<int>(kind)]) + "_" + std::to_string(ranks) +
+         (mapping || kind == Kind::carried ? "" : "_unmapped") + (group ? "_group" : "");
 }
 
 std::ostream& operator<<(std::ostream& out, const RankSetup& setup) { return out << setup.name(); }
 
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks) {
 #ifdef __SANITIZE_THREAD__
-  constexpr int kMostProcesses = 3;  // it sees races within a process only: more of them show it nothing new
+  constexpr int kMost = 3;  // it sees races within a process only, and more ranks are carried as three are
 #else
-  constexpr int kMostProcesses = 7;  // eight are as seven to all but threads, and dear to start
+  constexpr int kMost = 7;  // eight are as seven to all but threads, and dear to start
 #endif
   std::vector<RankSetup> setups;
-  for (Kind kind : {Kind::threads, Kind::shm}) {
+  for (Kind kind : {Kind::threads, Kind::shm, Kind::carried}) {
     for (int n : ranks) {
-      if (kind == Kind::shm && n > kMostProcesses) continue;
-      setups.push_back({.kind = kind, .ranks = n});
-      if (n > 1) setups.push_back({.kind = kind, .ranks = n, .mapping = false});  // a rank always maps itself
+      if (kind != Kind::threads && n > kMost) continue;
+      if (kind != Kind::carried) setups.push_back({.kind = kind, .ranks = n});
+      // A rank always maps itself, and a carried one nobody else.
+      if (n > 1 || kind == Kind::carried) setups.push_back({.kind = kind, .ranks = n, .mapping = false});
     }
   }
   return setups;
@@ -228,6 +230,7 @@ std::vector<RankSetup> all_communicators() {
     for (const int n : {3, 4}) setups.push_back({.ranks = n, .mapping = mapping, .group = true});
     setups.push_back({.kind = Kind::shm, .ranks = 3, .mapping = mapping, .group = true});
   }
+  setups.push_back({.kind = Kind::carried, .ranks = 3, .mapping = false, .group = true});
   return setups;
 }
 

@@ -24,7 +24,8 @@
 
 namespace expar::test {
 
-enum class Kind { threads, shm };
+/// Carried ranks are threads that reach each other by frames alone.
+enum class Kind { threads, shm, carried };
 
 /// Which ranks to run. Printable, so that it can be a test's parameter; name() suits INSTANTIATE_TEST_SUITE_P.
 struct RankSetup {
@@ -63,6 +64,9 @@ std::vector<Outcome> run_communicators(const RankSetup& setup, const std::functi
 std::vector<Outcome> fork_ranks(int ranks, const std::function<void(int rank)>& rank_main,
                                 std::chrono::nanoseconds patience = std::chrono::seconds(100));
 
+/// `ranks` threads of this process, without any transport.
+std::vector<Outcome> run_as_threads(int ranks, const std::function<void(int rank)>& rank_main);
+
 /// Calls `run` and says how it ended.
 Outcome end_of(const std::function<void()>& run);
 
@@ -76,8 +80,8 @@ void expect_no_failures(const std::vector<Outcome>& outcomes);
 /// Every rank but `but` threw, and all threw the same. Returns that error.
 Error expect_same_error(const std::vector<Outcome>& outcomes, int but = -1);
 
-/// All combinations: kinds x ranks x mapping on and, where there is somebody to map, off; under ThreadSanitizer without
-/// many processes.
+/// All combinations: kinds x ranks x mapping on and, where ranks may map others, off; under ThreadSanitizer with many
+/// ranks only as threads.
 std::vector<RankSetup> all_setups(const std::vector<int>& ranks = {1, 2, 3, 4, 7, 8});
 /// Besides, groups of a few sizes.
 std::vector<RankSetup> all_communicators();

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/multirank/post_office.h"
 #include "tests/multirank/processes.h"
 #include "transports/shm/shm.h"
 #include "transports/threads/threads.h"
@@ -31,15 +32,12 @@ std::vector<Outcome> run_ranks(const RankSetup& setup,
     const auto run = [&](int rank) { rank_main(shm::connect({job, rank, setup.ranks, setup.mapping}, setup.timeout)); };
     return fork_ranks(setup.ranks, run, setup.patience);
   }
-  const threads::ThreadsJob job(setup.ranks, setup.mapping);
-  std::vector<Outcome> outcomes(static_cast<std::size_t>(setup.ranks));
-  std::vector<std::thread> running;
-  for (int rank = 0; rank < setup.ranks; ++rank) {
-    running.emplace_back(
-        [&, rank] { outcomes[static_cast<std::size_t>(rank)] = end_of([&] { rank_main(job.transport(rank)); }); });
+  if (setup.kind == Kind::carried) {
+    PostOffice office(setup.ranks);
+    return run_as_threads(setup.ranks, [&](int rank) { rank_main(office.transport(rank)); });
   }
-  for (std::thread& thread : running) thread.join();
-  return outcomes;
+  const threads::ThreadsJob job(setup.ranks, setup.mapping);
+  return run_as_threads(setup.ranks, [&](int rank) { rank_main(job.transport(rank)); });
 }
 
 /// One rank more than the group has, which leaves as soon as the others are one.
@@ -56,6 +54,16 @@ std::vector<Outcome> run_group(RankSetup setup, const std::function<void(Communi
 }
 
 }  // namespace
+
+std::vector<Outcome> run_as_threads(int ranks, const std::function<void(int rank)>& rank_main) {
+  std::vector<Outcome> outcomes(static_cast<std::size_t>(ranks));
+  std::vector<std::thread> running;
+  for (int rank = 0; rank < ranks; ++rank) {
+    running.emplace_back([&, rank] { outcomes[static_cast<std::size_t>(rank)] = end_of([&] { rank_main(rank); }); });
+  }
+  for (std::thread& thread : running) thread.join();
+  return outcomes;
+}
 
 std::vector<Outcome> run_transports(const RankSetup& setup, const std::function<void(Transport&)>& rank_main) {
   return run_ranks(setup, [&](const std::unique_ptr<Transport>& transport) {
