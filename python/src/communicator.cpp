@@ -18,7 +18,7 @@ void bind_communicator(nb::module_& m) {
       "default_timeout", [] { return in_seconds(default_timeout()); },
       "Seconds that a call may wait where nobody says otherwise: EXPAR_TIMEOUT, else 120.");
 
-  nb::class_<Communicator>(m, "Communicator", R"(
+  nb::class_<Communicator>(m, "Communicator", nb::is_weak_referenceable(), R"(
 A set of ranks that work together. Copies are the same communicator; one thread at a time uses it.
 
 After Timeout or PeerLost, and after abort(), every later call raises the same error.)")

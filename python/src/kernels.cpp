@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <expar/context.h>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "python/src/bind.h"
+#include "python/src/names.h"
 #include "python/src/tensor.h"
 
 namespace expar::python {
@@ -100,6 +102,52 @@ void to_weights(const Context& c, const In& dy_array, const In& x_array, const C
   c.kernels().gemm_tn(gemm, c.pool());
 }
 
+/// Rows of an activation: their number R and the width F of its results, checked.
+template <class Pass>
+Pass activation(const char* what, const std::string& name_of_it, const ConstTensor& pre, const ConstTensor& h) {
+  const NamedActivation& named_one = named(kActivations, "activation", name_of_it);
+  Pass pass;
+  pass.act = named_one.activation;
+  pass.numbers = named_one.numbers;
+  if (pre.dtype() != DType::f32 && pre.dtype() != DType::bf16) {
+    throw Error(ErrorCode::bad_argument,
+                "activate: pre is " + std::string(name(pre.dtype())) + ", neither f32 nor bf16");
+  }
+  const std::int64_t joined = gated(pass.act) ? 2 : 1;
+  if (pre.shape().rank() != 2 || pre.size(1) % joined != 0 || h.dtype() != pre.dtype() ||
+      h.shape() != Shape{pre.size(0), pre.size(1) / joined}) {
+    throw Error(ErrorCode::bad_argument, "activate: pre is " + pre.shape().str() + " and " + what + " is " +
+                                             h.shape().str() + ", should be [R, " + (joined == 2 ? "2F" : "F") +
+                                             "] and [R, F] of one dtype");
+  }
+  pass.rows = pre.size(0);
+  pass.inner = h.size(1);
+  pass.dtype = pre.dtype();
+  pass.pre = pre.data();
+  return pass;
+}
+
+void activate(const Context& c, const In& pre, const std::string& name_of_it, const Out& h_array) {
+  const Tensor h = written(h_array, "h");
+  auto pass = activation<Activate>("h", name_of_it, read(pre, "pre"), h);
+  pass.h = h.data();
+  c.kernels().activate(pass, c.pool());
+}
+
+void activate_grad(const Context& c, const In& pre_array, const In& dh_array, const std::string& name_of_it,
+                   const Out& dpre_array) {
+  const ConstTensor pre = read(pre_array, "pre"), dh = read(dh_array, "dh");
+  const Tensor dpre = written(dpre_array, "dpre");
+  auto pass = activation<ActivateGrad>("dh", name_of_it, pre, dh);
+  if (dpre.shape() != pre.shape() || dpre.dtype() != pre.dtype()) {
+    throw Error(ErrorCode::bad_argument,
+                "activate: dpre is " + dpre.shape().str() + ", should be as pre, " + pre.shape().str());
+  }
+  pass.dh = dh.data();
+  pass.dpre = dpre.data();
+  c.kernels().activate_grad(pass, c.pool());
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -112,6 +160,15 @@ An element's bytes depend on its row and its weights alone. Not collective. Rais
         "The gradient of grouped_mm's x: dx [R, K] from dy [R, N] and w [L, N, K].");
   m.def("grouped_mm_to_weights", &to_weights, "context"_a, "dy"_a, "x"_a, "counts"_a, "dw"_a, Waits(), R"(
 The gradient of grouped_mm's w: dw [L, N, K] f32 from dy [R, N] and x [R, K], summed over a group's rows in order.)");
+  m.def("activate", &activate, "context"_a, "pre"_a, "activation"_a, "h"_a, Waits(), R"(
+h = act(pre), computed in f32, rounded once.
+
+pre        : [R, 2F] gate then up, or [R, F]; f32 or bf16
+activation : as MoeLayer has them
+h          : [R, F], written
+Not collective. Raises BadArgument (another name, shape or dtype).)");
+  m.def("activate_grad", &activate_grad, "context"_a, "pre"_a, "dh"_a, "activation"_a, "dpre"_a, Waits(),
+        "The gradient of activate's pre: dpre, of its shape, from dh [R, F].");
 }
 
 }  // namespace expar::python

@@ -243,3 +243,27 @@ def test_wrong_inputs_are_refused(context):
         ep.grouped_mm(sent.rows[1:], up, sent.counts, context=context)
     with pytest.raises(ValueError, match="4 counts for the 5 groups of w"):
         ep.grouped_mm(sent.rows, up, sent.counts[1:], context=context)
+
+
+@pytest.mark.parametrize("name", ["silu", "swiglu"])
+def test_activations_are_pytorchs_and_an_elements_bytes_do_not_depend_on_its_neighbours(name):
+    def body(c):
+        g = torch.Generator().manual_seed(1)
+        pre, dh = torch.randn(9, 14, generator=g), torch.randn(9, 14 if name == "silu" else 7, generator=g)
+        whole = pre.clone().requires_grad_()
+        h = ep.activate(whole, name, context=c)
+        h.backward(dh)
+        for rows in (1, 4):
+            some = pre[:rows].clone().requires_grad_()
+            few = ep.activate(some, name, context=c)
+            few.backward(dh[:rows])
+            assert torch.equal(few, h[:rows]) and torch.equal(some.grad, whole.grad[:rows])
+        exact = pre.double().requires_grad_()
+        silu = torch.nn.functional.silu(exact[:, :7])
+        (torch.nn.functional.silu(exact) if name == "silu" else silu * exact[:, 7:]).backward(dh.double())
+        torch.testing.assert_close(whole.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+        opcheck(torch.ops.expar.activate.default, (whole, name, name_of(c)))
+        with pytest.raises(expar.BadArgument, match="should be one of swiglu"):
+            ep.activate(whole, "tanh", context=c)
+
+    on_ranks(1, body)

@@ -11,16 +11,29 @@
     out = ep.combine(y, sent, weights)
 """
 
+from .activation import activate
+from .dispatcher import TokenDispatcher
+from .experts import GroupedExperts
 from .ops import Dispatched, combine, copy_over, dispatch, grouped_mm, reduce_over
 from .ranks import communicator, context, parallel
+from .shards import ExpertShard, expert_parameters
+from .styles import ExpertParallel, ExpertTensorParallel, TensorParallel
 
 __all__ = [
     "Dispatched",
+    "ExpertParallel",
+    "ExpertShard",
+    "ExpertTensorParallel",
+    "GroupedExperts",
+    "TensorParallel",
+    "TokenDispatcher",
+    "activate",
     "combine",
     "communicator",
     "context",
     "copy_over",
     "dispatch",
+    "expert_parameters",
     "grouped_mm",
     "parallel",
     "reduce_over",

@@ -1,0 +1,195 @@
+"""Expert, tensor and both parallelisms for ``torch.distributed.tensor.parallel.parallelize_module``.
+
+::
+
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+    parallelize_module(model, mesh, {"layers.*.experts": ExpertParallel()})
+
+A style replaces w1, w2 and w3 by DTensors and wraps the module's forward; it keeps nothing of a call, so that one style
+serves any number of layers. What goes in and comes out is what one process would give and get: rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from .. import Context
+from ..errors import BadArgument
+from . import ranks
+from .ops import combine, copy_over, dispatch, reduce_over
+from .shards import ExpertShard
+
+WEIGHTS = ("w1", "w2", "w3")
+# The axis of F in each.
+INNER = {"w1": 1, "w2": 2, "w3": 1}
+
+
+def first_experts(experts: int, size: int) -> list[int]:
+    """[P + 1] where each rank's experts begin, as DTensor's Shard(0) has it: ceil(E / P) each, the last fewer."""
+    each = -(-experts // size)
+    return [min(rank * each, experts) for rank in range(size + 1)]
+
+
+class _Style(ParallelStyle):
+    """What the three have in common."""
+
+    dims: tuple[str, ...]
+
+    def apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """As ``parallelize_module(module, device_mesh, self)``.
+
+        module      : a GroupedExperts, or any module with parameters w1, w3 [E, F, H] and w2 [E, H, F] whose forward
+                      takes (routed_input [N, H] sorted by expert, num_tokens_per_expert [E])
+        device_mesh : on the CPU
+        Returns the module, changed in place: its weights are those of the mesh's first rank. Collective over the mesh.
+        Raises BadArgument (another module, another mesh, a style applied twice).
+        """
+        return self._apply(module, device_mesh)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_mesh(type(self).__name__, self.dims, device_mesh)
+        _check_module(type(self).__name__, module)
+        experts = module.w1.shape[0]
+        for name in WEIGHTS:
+            whole = getattr(module, name)
+            part = distribute_tensor(
+                whole.detach(), device_mesh, self.placements(name), src_data_rank=self.src_data_rank
+            )
+            module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        module.context, module.expert_shard, run = self.plan(device_mesh, experts)
+        module.forward = functools.partial(run, module.forward)
+        return module
+
+    def placements(self, name: str) -> list[Placement]:
+        """How the parameter of that name lies on the mesh."""
+        raise NotImplementedError
+
+    def plan(self, mesh: DeviceMesh, experts: int) -> tuple[Context, ExpertShard, Callable[..., Tensor]]:
+        """Where the experts compute, which they are, and run(local forward, routed_input, num_tokens_per_expert)."""
+        raise NotImplementedError
+
+
+class ExpertParallel(_Style):
+    """Each rank holds some experts, whole; tokens travel. For a mesh of one dim.
+
+    Weights are Shard(0). forward takes this rank's rows, sorted by expert, with a count for each of all E experts, and
+    returns their results in the same order. Output and gradients are the same bytes for every number of ranks; the
+    gradients of experts are those of the sum of all ranks' losses. Every rank's output must take part in its loss, also
+    where it has no rows: the gradients travel too. Collective, backward too.
+    """
+
+    dims = ("ep",)
+
+    def placements(self, name: str) -> list[Placement]:
+        return [Shard(0)]
+
+    def plan(self, mesh: DeviceMesh, experts: int):
+        context = ranks.context(mesh)
+        shard = ExpertShard(which=context.rank, summed=context.size)
+        return context, shard, functools.partial(_travel, context, None, experts)
+
+
+class TensorParallel(_Style):
+    """Each rank holds a slice of every expert; all ranks hand in the same tokens. For a mesh of one dim.
+
+    w1 and w3 are Shard(1), w2 is Shard(2). forward returns the complete results on every rank: the sum over the slices
+    is part of it, and of the gradient of the input. Collective, backward too. Raises BadArgument where F has fewer
+    elements than the mesh has ranks.
+    """
+
+    dims = ("tp",)
+
+    def placements(self, name: str) -> list[Placement]:
+        return [Shard(INNER[name])]
+
+    def plan(self, mesh: DeviceMesh, experts: int):
+        context = ranks.context(mesh)
+        shard = ExpertShard(which=context.rank, summed=1, slices=context.size)
+        return context, shard, functools.partial(_in_slices, context)
+
+
+class ExpertTensorParallel(_Style):
+    """Experts are spread along ep and sliced along tp. For a mesh of dims ("ep", "tp").
+
+    w1 and w3 are [Shard(0), Shard(1)], w2 is [Shard(0), Shard(2)]. Ranks that differ along tp alone hand in the same
+    tokens; tokens travel along ep. forward returns the complete results on every rank. Collective, backward too.
+    """
+
+    dims = ("ep", "tp")
+
+    def placements(self, name: str) -> list[Placement]:
+        return [Shard(0), Shard(INNER[name])]
+
+    def plan(self, mesh: DeviceMesh, experts: int):
+        context = ranks.context(mesh["ep"])
+        slices = context.on(ranks.communicator(mesh["tp"]))
+        shard = ExpertShard(which=context.rank * slices.size + slices.rank, summed=context.size, slices=slices.size)
+        return context, shard, functools.partial(_travel, context, slices, experts)
+
+
+def _travel(
+    context: Context, slices: Optional[Context], experts: int, forward: Callable[..., Tensor], x: Tensor, counts: Tensor
+) -> Tensor:
+    _check_rows(x, counts, experts)
+    ids = torch.arange(experts).repeat_interleave(counts, output_size=x.shape[0])
+    sent = dispatch(
+        x,
+        ids[:, None],
+        context=context,
+        experts=experts,
+        first_experts=first_experts(experts, context.size),
+        slices=slices,
+    )
+    return combine(forward(sent.rows, sent.counts), sent)
+
+
+def _in_slices(context: Context, forward: Callable[..., Tensor], x: Tensor, counts: Tensor) -> Tensor:
+    return reduce_over(forward(copy_over(x, context), counts), context)
+
+
+def _check_rows(x: Tensor, counts: Tensor, experts: int) -> None:
+    if counts.shape != (experts,):
+        raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
+    if not torch.compiler.is_compiling() and int(counts.sum()) != x.shape[0]:
+        raise BadArgument(f"num_tokens_per_expert adds up to {int(counts.sum())}, but there are {x.shape[0]} rows")
+
+
+def _check_mesh(style: str, dims: tuple[str, ...], mesh: DeviceMesh) -> None:
+    sizes = (2,) * len(dims)
+    wanted = f"init_device_mesh('cpu', {sizes}, mesh_dim_names={dims})"
+    if not isinstance(mesh, DeviceMesh):
+        raise BadArgument(f"{style} takes a DeviceMesh and got {type(mesh).__name__}: {wanted}")
+    if mesh.device_type != "cpu":
+        raise BadArgument(f"{style} got a mesh on '{mesh.device_type}'; expar computes on the CPU: {wanted}")
+    if mesh.ndim != len(dims) or (mesh.ndim > 1 and mesh.mesh_dim_names != dims):
+        part = "mesh['" + "', '".join(dims) + "']"
+        got = mesh.mesh_dim_names or f"{mesh.ndim} without names"
+        raise BadArgument(f"{style} takes a mesh of dims {dims} and got {got}: hand in {part}, or {wanted}")
+
+
+def _check_module(style: str, module: nn.Module) -> None:
+    def refuse(why: str) -> None:
+        raise BadArgument(
+            f"{style} cannot slice {type(module).__name__}: {why}. Name the experts in the plan: "
+            f"parallelize_module(model, mesh, {{'layers.*.experts': {style}()}})"
+        )
+
+    shapes = {}
+    for name in WEIGHTS:
+        parameter = getattr(module, name, None)
+        if not isinstance(parameter, nn.Parameter) or parameter.dim() != 3:
+            refuse(f"it has no parameter {name} of three axes, as GroupedExperts has")
+        if isinstance(parameter, DTensor):
+            refuse(f"{name} is sliced already")
+        shapes[name] = tuple(parameter.shape)
+    experts, inner, hidden = shapes["w1"]
+    if shapes["w3"] != shapes["w1"] or shapes["w2"] != (experts, hidden, inner):
+        refuse(f"w1 is {list(shapes['w1'])}, w2 {list(shapes['w2'])} and w3 {list(shapes['w3'])}")
