@@ -9,11 +9,15 @@
     sent = ep.dispatch(x, ids, context=context, experts=64)
     y = ep.grouped_mm(sent.rows, w, sent.counts, context=context)
     out = ep.combine(y, sent, weights)
+
+    layer = ep.MoELayer(1024, 512, experts=64, topk=8, router="qwen3_moe", balance=0.01, context=context)
+    loss = layer(x).square().mean() + layer.aux_loss
 """
 
 from .activation import activate
 from .dispatcher import TokenDispatcher
 from .experts import GroupedExperts
+from .layer import MoELayer
 from .ops import Dispatched, combine, copy_over, dispatch, grouped_mm, reduce_over
 from .ranks import communicator, context, parallel
 from .shards import ExpertShard, expert_parameters
@@ -25,6 +29,7 @@ __all__ = [
     "ExpertShard",
     "ExpertTensorParallel",
     "GroupedExperts",
+    "MoELayer",
     "TensorParallel",
     "TokenDispatcher",
     "activate",
