@@ -112,6 +112,10 @@ def test_torch_finds_nothing_wrong_with_the_operators():
             given = parameters if trains else [p.detach() for p in parameters]
             arguments = (x, given, None, *nothing, layer._name, TOKENS, trains)
             torch.library.opcheck(torch.ops.expar.moe.default, arguments)
+        out, aux, *_, handle = torch.ops.expar.moe(*arguments[:-1], True)
+        again = (torch.randn_like(out), torch.ones_like(aux), handle, x, given, layer._name)
+        checks = ("test_schema", "test_faketensor")  # it has no gradient of its own
+        torch.library.opcheck(torch.ops.expar.moe_backward.default, again, test_utils=checks)
 
     on_ranks(1, body)
 

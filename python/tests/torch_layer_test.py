@@ -136,6 +136,24 @@ def test_rows_beyond_a_capacity_are_dropped_and_counted():
     check_against_twin(experts=6, topk=2, capacity=expar.CapacityOptions("drop_by_position", rows=5), keeps=keeps)
 
 
+def test_rows_may_travel_in_fewer_bits():
+    def body(context):
+        torch.manual_seed(0)
+        x, dout, _ = batch()
+        results = []
+        for payload in (None, "bf16"):
+            layer = MoELayer(HIDDEN, INNER, 6, 2, context=context, payload=payload, gradient_payload=payload)
+            rows = x.detach().requires_grad_()
+            out = layer(rows)
+            (out * dout).sum().backward()
+            results.append((out.detach(), rows.grad))
+        for got, wanted in zip(results[1], results[0]):
+            assert not torch.equal(got, wanted)
+            expect_near("in bf16", got, wanted.double(), 0.02)
+
+    on_ranks(2, body)
+
+
 def test_a_token_table_routes_by_token_id():
     def body(context):
         layer = MoELayer(
@@ -144,6 +162,7 @@ def test_a_token_table_routes_by_token_id():
         tokens = torch.arange(TOKENS) % 10
         layer(batch()[0], tokens=tokens)
         ids = layer.token_table[tokens]
+        assert torch.equal(layer.ids.sort(1).values, ids.sort(1).values)
         assert layer.load.tolist() == torch.bincount(ids.flatten(), minlength=6).tolist()
 
     on_ranks(1, body)

@@ -46,6 +46,7 @@ class MoELayer(nn.Module):
                  it P times, and that of their mean, which DDP and FSDP make, once.
       load     : [E] int64, slots that the router gave each expert over all ranks
       dropped  : [] int64, slots over all ranks that a capacity left out
+      ids      : [T, K] int32, the experts that each token of this rank went to, best first; -1: none
 
     Gradients: those of experts are of the sum of all ranks' losses, over ``gradient_divisor`` (1; P where a framework
     averages the gradients of everything else over the ranks); those of the other parameters are of this rank's loss
@@ -138,6 +139,7 @@ class MoELayer(nn.Module):
         self.aux_loss: Optional[Tensor] = None
         self.load: Optional[Tensor] = None
         self.dropped: Optional[Tensor] = None
+        self.ids: Optional[Tensor] = None
         self.reset_parameters(seed, prefix)
 
     def _make(self) -> expar.MoeLayer:
@@ -157,7 +159,7 @@ class MoELayer(nn.Module):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         shared = {n: self.__dict__[n] for n in ("context", "router_options", "_options", "_core")}
-        last = dict.fromkeys(("aux_loss", "load", "dropped"))
+        last = dict.fromkeys(("aux_loss", "load", "dropped", "ids"))
         others = {n: v for n, v in self.__dict__.items() if n not in shared and n not in last}
         copied.__dict__.update(shared, **last, **copy.deepcopy(others, memo))
         copied._make()
@@ -222,7 +224,7 @@ class MoELayer(nn.Module):
         flat = [None if t is None else t.reshape(-1, *t.shape[x.dim() - 1 :]) for t in (x, residual, mask, tokens)]
         parameters = [p if p.dtype == reads else p.to(reads) for p, reads in self._parameters_read()]
         seed = torch.randint(2**62, ()) if trains and self._jitters else None
-        out, self.aux_loss, self.load, self.dropped, _ = moe(
+        out, self.aux_loss, self.load, self.dropped, self.ids, _ = moe(
             flat[0],
             parameters,
             flat[1],

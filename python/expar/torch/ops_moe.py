@@ -121,7 +121,7 @@ def moe(
     layer: str,
     sequence: int,
     trains: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out = moe(x) + residual.
 
     x, residual : [T, H] of the layer's dtype
@@ -130,7 +130,8 @@ def moe(
     seed        : [] int64 that the jitter of this call is drawn by
     layer       : Core.name
     sequence    : tokens of each sequence
-    returns     : out [T, H]; the sum of the router's losses [] f32; load [E] int64; dropped [] int64; a handle
+    returns     : out [T, H]; the sum of the router's losses [] f32; load [E] int64; dropped [] int64; ids [T, K] int32,
+                  the router's choice; a handle
     Collective. Raises: as expar.MoeLayer.forward.
     """
     core = _cores[layer]
@@ -160,17 +161,19 @@ def moe(
         record = core.native.inference_record()
     load = torch.tensor(core.counts_of(record, trains), dtype=torch.int64)
     dropped = torch.tensor(sum(record.capacity.dropped), dtype=torch.int64)
-    return out, torch.tensor(losses), load, dropped, handle
+    ids = torch.from_dlpack(record.routing.ids).clone()
+    return out, torch.tensor(losses), load, dropped, ids, handle
 
 
 @moe.register_fake
 def _(x, parameters, residual, mask, tokens, selection_bias, token_table, seed, layer, sequence, trains):
-    experts = _cores[layer].router.experts
+    router = _cores[layer].router
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty((), dtype=torch.float32),
-        x.new_empty((experts,), dtype=torch.int64),
+        x.new_empty((router.experts,), dtype=torch.int64),
         x.new_empty((), dtype=torch.int64),
+        x.new_empty((x.shape[0], expar.slots_of(router)), dtype=torch.int32),
         fake_handle(x),
     )
 
@@ -197,10 +200,10 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.has_residual = residual is not None
     ctx.layer, ctx.trains = inputs[8], inputs[10]
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(x, output[4], *parameters)
+    ctx.save_for_backward(x, output[5], *parameters)
 
 
-def _backward(ctx, dout, dlosses, dload, ddropped, dhandle):
+def _backward(ctx, dout, dlosses, *others):
     if not ctx.trains:
         raise RuntimeError("this pass was for inference and kept nothing to go backward from")
     x, handle, *parameters = ctx.saved_tensors
