@@ -14,12 +14,17 @@
     loss = layer(x).square().mean() + layer.aux_loss
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("expar.torch needs PyTorch 2.9 or newer: pip install torch") from error
+
 from .activation import activate
 from .dispatcher import TokenDispatcher
 from .experts import GroupedExperts
 from .layer import MoELayer
 from .ops import Dispatched, combine, copy_over, dispatch, grouped_mm, reduce_over
-from .ranks import communicator, context, parallel
+from .ranks import alone, communicator, context, parallel
 from .shards import ExpertShard, expert_parameters
 from .styles import ExpertParallel, ExpertTensorParallel, TensorParallel
 
@@ -33,6 +38,7 @@ __all__ = [
     "TensorParallel",
     "TokenDispatcher",
     "activate",
+    "alone",
     "combine",
     "communicator",
     "context",

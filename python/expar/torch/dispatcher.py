@@ -10,7 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import Context
 from ..errors import BadArgument
 from . import ranks
-from .experts import alone
 from .ops import Dispatched, combine, dispatch
 from .styles import first_experts
 
@@ -62,7 +61,7 @@ class TokenDispatcher:
                 f"x is {list(x.shape)}, scores {list(scores.shape)}, ids {list(ids.shape)}; the last two should be "
                 f"[{x.shape[0]}, {self.top_k}]"
             )
-        context = self._context or alone()
+        context = self._context or ranks.alone()
         scores = scores.float()
         before = self.score_before_experts
         sent = dispatch(

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
-import secrets
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .. import Context, Job, join
+from .. import Context
 from ..errors import BadArgument
 from .activation import activate
 from .ops import grouped_mm
+from .ranks import alone
 from .shards import local_of
-
-
-_alone: dict[int, Context] = {}
-
-
-def alone() -> Context:
-    """A context of this process alone, whoever else there is."""
-    process = os.getpid()  # a forked one needs its own
-    if process not in _alone:
-        _alone[process] = Context(join(Job("alone", secrets.token_hex(16), 0, 1, 0, 1)))
-    return _alone[process]
 
 
 class GroupedExperts(nn.Module):

@@ -26,7 +26,8 @@ DIMS = ("dp", "ep", "tp")
 
 # What has been joined, as long as its process group lives: by ranks, in their order.
 _joined: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-_alone: dict[str, Communicator] = {}
+_launched: list[Communicator] = []
+_alone: dict[int, Context] = {}
 
 
 def communicator(where: Where = None, *, timeout: Optional[float] = None) -> Communicator:
@@ -41,9 +42,9 @@ def communicator(where: Where = None, *, timeout: Optional[float] = None) -> Com
     if not dist.is_initialized():
         if where is not None:
             raise BadArgument("torch.distributed is not initialised: call torch.distributed.init_process_group('gloo')")
-        if "launcher" not in _alone:
-            _alone["launcher"] = init(timeout=timeout or 0.0)
-        return _alone["launcher"]
+        if not _launched:
+            _launched.append(init(timeout=timeout or 0.0))
+        return _launched[0]
     ranks = _ranks_of(where)
     groups = _joined.setdefault(dist.group.WORLD, {})
     if ranks not in groups:
@@ -57,6 +58,14 @@ def context(where: Where = None, *, threads: int = 0, timeout: Optional[float] =
     threads : of this rank; 0: its share of the cores
     """
     return Context(communicator(where, timeout=timeout), threads=threads)
+
+
+def alone() -> Context:
+    """A context of this process alone, whoever it was started with."""
+    process = os.getpid()  # a forked one needs its own
+    if process not in _alone:
+        _alone[process] = Context(join(Job("alone", secrets.token_hex(16), 0, 1, 0, 1)))
+    return _alone[process]
 
 
 def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = None) -> Parallel:
