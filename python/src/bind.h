@@ -38,6 +38,7 @@ auto parse_name(const Table& table, const char* what, std::string_view wanted) {
 }
 
 void bind_capacity(nb::module_& m);
+void bind_carried(nb::module_& m);
 void bind_collectives(nb::module_& m);
 void bind_communicator(nb::module_& m);
 void bind_context(nb::module_& m);

@@ -15,17 +15,22 @@ nb::object classes() { return nb::module_::import_("expar.errors"); }
 
 }  // namespace
 
-void raise(const Error& error) {
-  if (raise_interrupt()) return;
+nb::object exception_of(const Error& error) {
   const nb::object kind = classes().attr("BY_CODE")[nb::str(std::string(name(error.code())).c_str())];
-  const nb::object exception = kind(error.message(), error.rank(), error.peer(), error.operation());
-  PyErr_SetObject(kind.ptr(), exception.ptr());
+  return kind(error.message(), error.rank(), error.peer(), error.operation());
 }
 
-Error as_error(const nb::python_error& error, int rank) {
-  const nb::object value = nb::borrow(error.value());
+void raise(const Error& error) {
+  if (raise_interrupt()) return;
+  const nb::object exception = exception_of(error);
+  PyErr_SetObject(exception.type().ptr(), exception.ptr());
+}
+
+Error as_error(const nb::python_error& error, int rank) { return as_error(nb::borrow(error.value()), rank); }
+
+Error as_error(const nb::object& value, int rank) {
   if (!nb::isinstance(value, classes().attr("Error"))) {
-    const std::string kind = nb::str(error.type().attr("__name__")).c_str();
+    const std::string kind = nb::str(value.type().attr("__name__")).c_str();
     return {ErrorCode::internal, kind + ": " + nb::str(value).c_str(), {.rank = rank}};
   }
   ErrorCode code = ErrorCode::internal;

@@ -13,6 +13,7 @@ NB_MODULE(_native, m) {
   bind_error(m);
   bind_communicator(m);
   bind_registry(m);
+  bind_carried(m);
   bind_context(m);
   bind_collectives(m);
   bind_mesh(m);
