@@ -4,7 +4,9 @@
 #include <nanobind/nanobind.h>
 
 #include <chrono>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include <expar/error.h>
 #include <expar/tensor.h>
@@ -25,6 +27,10 @@ inline std::chrono::nanoseconds seconds(double value) {
 
 inline double in_seconds(std::chrono::nanoseconds value) { return std::chrono::duration<double>(value).count(); }
 
+/// This rank's micro-shards of T tokens: those that were given, else one. Throws Error: bad_argument (not ascending
+/// from 0 to T).
+std::vector<std::int64_t> shards_of(const std::optional<std::vector<std::int64_t>>& given, std::int64_t tokens);
+
 /// The name of a value, looked up in the table of all of them. Throws Error: bad_argument, with the list.
 template <class Table>
 auto parse_name(const Table& table, const char* what, std::string_view wanted) {
@@ -43,13 +49,19 @@ void bind_collectives(nb::module_& m);
 void bind_communicator(nb::module_& m);
 void bind_context(nb::module_& m);
 void bind_dispatch(nb::module_& m);
+void bind_experts(nb::module_& m);
+void bind_hidden_moe(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_mesh(nb::module_& m);
+void bind_norm(nb::module_& m);
 void bind_optimizer(nb::module_& m);
+void bind_partition(nb::module_& m);
 void bind_permute(nb::module_& m);
 void bind_plan(nb::module_& m);
+void bind_random(nb::module_& m);
 void bind_registry(nb::module_& m);
 void bind_router(nb::module_& m);
+void bind_special(nb::module_& m);
 
 }  // namespace expar::python

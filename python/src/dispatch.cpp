@@ -9,7 +9,7 @@
 #include <string>
 
 #include "python/src/bind.h"
-#include "python/src/tensor.h"
+#include "python/src/norm.h"
 
 namespace expar::python {
 namespace {
@@ -28,6 +28,7 @@ struct Added {
   In shared, shared_weights, residual;
   bool slice = false;
   const Communicator* sum_over = nullptr;
+  const NormArrays* norm = nullptr;
 
   CombineOptions options() const {
     CombineOptions all{.shared = read(shared, "shared"),
@@ -35,6 +36,7 @@ struct Added {
                        .residual = read(residual, "residual"),
                        .slice = slice};
     if (sum_over != nullptr) all.sum_over = *sum_over;
+    if (norm != nullptr) all.norm = norm->get();
     return all;
   }
 };
@@ -129,12 +131,14 @@ void bind_combining(nb::module_& m) {
   m.def(
       "combine",
       [](const Context& c, const Plan& plan, Outbox& y, const In& weights, const Out& out, const In& shared,
-         const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over) {
-        const Added added{shared, shared_weights, residual, slice, sum_over};
+         const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over,
+         const NormArrays* norm) {
+        const Added added{shared, shared_weights, residual, slice, sum_over, norm};
         combine(c, plan, y, slot_weights(weights), written(out, "out"), added.options());
       },
       "context"_a, "plan"_a, "y"_a, "weights"_a.none(), "out"_a, nb::kw_only(), "shared"_a = nb::none(),
-      "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(), Waits(),
+      "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(),
+      "norm"_a = nb::none(), Waits(),
       R"(
 Brings the results home: out[t] = sum over slots k of weights[t,k] * result(t,k), in slot order, then what is shared,
 then the residual, in f32, rounded once. Slots with id -1 are left out.
@@ -146,19 +150,21 @@ shared   : [T, H] f32 added after the slots, each token's times shared_weights [
 residual : [T, H] added last
 slice    : of a replicated plan: out is this rank's columns
 sum_over : the ranks that hold slices of the same experts, whose parts are summed
+norm     : RmsNorm of out's rows, written in the same pass
 Collective. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost: the same on every rank.
 Cost: one read of each of the T K rows where they lie, one write of T rows.)");
   m.def(
       "start_combine",
       [](const Context& c, const Plan& plan, Outbox& y, const In& weights, const Out& out, const In& shared,
-         const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over) {
-        const Added added{shared, shared_weights, residual, slice, sum_over};
+         const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over,
+         const NormArrays* norm) {
+        const Added added{shared, shared_weights, residual, slice, sum_over, norm};
         return start_combine(c, plan, y, slot_weights(weights), written(out, "out"), added.options());
       },
       "context"_a, "plan"_a, "y"_a, "weights"_a.none(), "out"_a, nb::kw_only(), "shared"_a = nb::none(),
-      "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(), Waits(),
-      nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 6>(),
-      nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>(),
+      "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(),
+      "norm"_a = nb::none(), Waits(), nb::keep_alive<0, 3>(), nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(),
+      nb::keep_alive<0, 6>(), nb::keep_alive<0, 7>(), nb::keep_alive<0, 8>(), nb::keep_alive<0, 11>(),
       "combine in two phases: returns at once; PendingCombine.finish() waits.");
   m.def(
       "fetch_slots",

@@ -23,12 +23,6 @@ using Counts = std::vector<std::int64_t>;
 
 [[noreturn]] void refuse(const std::string& why) { throw Error(ErrorCode::bad_argument, "grouped_mm: " + why); }
 
-void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
-  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
-  refuse(std::string(what) + " is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
-         std::string(name(dtype)) + " " + shape.str());
-}
-
 /// The rows, weights and groups of one product, checked.
 struct Product {
   Product(const ConstTensor& rows, const ConstTensor& w, const Counts& counts, int row_axis) : offsets{0} {
@@ -45,7 +39,7 @@ struct Product {
     if (static_cast<std::int64_t>(counts.size()) != w.size(0)) {
       refuse(std::to_string(counts.size()) + " counts for the " + std::to_string(w.size(0)) + " groups of w");
     }
-    require("x", rows, w.dtype(), {offsets.back(), w.size(row_axis)});
+    require("grouped_mm: x", rows, w.dtype(), {offsets.back(), w.size(row_axis)});
   }
   Groups groups() const { return {static_cast<int>(offsets.size()) - 1, offsets.data()}; }
   std::int64_t rows() const { return offsets.back(); }
@@ -58,7 +52,7 @@ void forward(const Context& c, const In& x_array, const In& w_array, const Count
   const ConstTensor x = read(x_array, "x"), w = read(w_array, "w");
   const Tensor y = written(y_array, "y");
   const Product product(x, w, counts, 2);
-  require("y", y, w.dtype(), {product.rows(), product.n});
+  require("grouped_mm: y", y, w.dtype(), {product.rows(), product.n});
   GemmNT gemm;
   gemm.groups = product.groups();
   gemm.n = product.n;
@@ -74,7 +68,7 @@ void to_rows(const Context& c, const In& dy_array, const In& w_array, const Coun
   const ConstTensor dy = read(dy_array, "dy"), w = read(w_array, "w");
   const Tensor dx = written(dx_array, "dx");
   const Product product(dy, w, counts, 1);
-  require("dx", dx, w.dtype(), {product.rows(), product.k});
+  require("grouped_mm: dx", dx, w.dtype(), {product.rows(), product.k});
   GemmNN gemm;
   gemm.groups = product.groups();
   gemm.n = product.n;
@@ -90,8 +84,8 @@ void to_weights(const Context& c, const In& dy_array, const In& x_array, const C
   const ConstTensor dy = read(dy_array, "dy"), x = read(x_array, "x");
   const Tensor dw = written(dw_array, "dw");
   const Product product(x, ConstTensor(dw.data(), x.dtype(), dw.shape()), counts, 2);
-  require("dy", dy, x.dtype(), {product.rows(), product.n});
-  require("dw", dw, DType::f32, dw.shape());
+  require("grouped_mm: dy", dy, x.dtype(), {product.rows(), product.n});
+  require("grouped_mm: dw", dw, DType::f32, dw.shape());
   GemmTN gemm;
   gemm.groups = product.groups();
   gemm.n = product.n;

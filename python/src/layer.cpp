@@ -12,17 +12,13 @@
 #include <vector>
 
 #include "python/src/bind.h"
-#include "python/src/names.h"
-#include "python/src/tensor.h"
+#include "python/src/experts.h"
 
 namespace expar::python {
 namespace {
 
 using namespace nb::literals;
 using Numbers = std::vector<std::int64_t>;
-
-constexpr Named<WeightsOn> kWeightsOn[] = {
-    {"output", WeightsOn::output}, {"inner", WeightsOn::inner}, {"input", WeightsOn::input}};
 
 /// A layer, and the arrays of others that it computes on.
 struct Layer {
@@ -50,16 +46,9 @@ void make_layer(Layer* self, const Context& context, std::int64_t hidden, std::i
     throw Error(ErrorCode::bad_argument, "special should be three numbers: zero, copy, constant");
   options.special = {special[0], special[1], special[2]};
   options.capacity = capacity;
-  const NamedActivation& act = named(kActivations, "activation", activation);
+  const NamedActivation act = activation_of(activation, numbers);
   options.activation = act.activation;
   options.numbers = act.numbers;
-  for (const auto& [key, value] : numbers) {
-    const std::string number = nb::cast<std::string>(key);
-    constexpr Named<float ActivationNumbers::*> kNumbers[] = {{"alpha", &ActivationNumbers::alpha},
-                                                              {"limit", &ActivationNumbers::limit},
-                                                              {"offset", &ActivationNumbers::offset}};
-    options.numbers.*named(kNumbers, "a number of the activation", number).value = nb::cast<float>(value);
-  }
   options.bias = bias;
   options.weights_on = named(kWeightsOn, "weights_on", weights_on).value;
   options.shared_inner = shared_inner;

@@ -24,5 +24,11 @@ NB_MODULE(_native, m) {
   bind_router(m);
   bind_capacity(m);
   bind_optimizer(m);
+  bind_experts(m);
+  bind_norm(m);
+  bind_partition(m);
+  bind_special(m);
+  bind_random(m);
   bind_layer(m);
+  bind_hidden_moe(m);
 }

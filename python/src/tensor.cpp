@@ -123,6 +123,12 @@ Tensor written(const Out& array, const char* what) {
   return Tensor(data, dtype_of(array, what), shape_of(array, what));
 }
 
+void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
+  if (tensor.dtype() == dtype && tensor.shape() == shape) return;
+  refuse(what, "is " + std::string(name(tensor.dtype())) + " " + tensor.shape().str() + ", should be " +
+                   std::string(name(dtype)) + " " + shape.str());
+}
+
 nb::object view(const Tensor& tensor, nb::handle owner) {
   return make_view<nb::ndarray<nb::array_api>>(tensor.data() == nullptr ? nowhere() : tensor.data(), tensor, owner);
 }

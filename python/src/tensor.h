@@ -24,6 +24,9 @@ using Out = nb::ndarray<>;
 ConstTensor read(const In& array, const char* what);
 Tensor written(const Out& array, const char* what);
 
+/// Throws Error: bad_argument ("y is f32 [3, 4], should be f32 [3, 5]").
+void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape);
+
 /// Memory of `owner`, which the array keeps alive. np.asarray and torch.from_dlpack take it without a copy.
 nb::object view(const Tensor& tensor, nb::handle owner);
 /// The same, read-only.
