@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -307,6 +309,33 @@ def test_a_selection_bias_follows_the_loads_of_passes_that_went_backward():
     on_ranks(2, body)
 
 
+def test_what_one_rank_finds_wrong_reaches_all_and_leaves_the_layer_usable():
+    def body(context):
+        layer = MoELayer(HIDDEN, INNER, 6, 2, context=context)
+        wrong = torch.full((3, HIDDEN), torch.nan) if context.rank == 1 else torch.zeros(3, HIDDEN)
+        with pytest.raises(expar.BadArgument, match=r"rank 1: .*logits\[0,0\] is nan"):
+            layer(wrong)
+        layer(torch.zeros(3, HIDDEN))
+
+    on_ranks(2, body)
+
+
+def test_a_rank_may_have_no_tokens():
+    def body(context):
+        losses = {"balance": 0.5, "sequence_balance": 0.25, "z": 0.1}
+        layer = MoELayer(HIDDEN, INNER, 6, 2, context=context, shared_inner=10, **losses)
+        for counts in ([0, TOKENS], [0, 0]):
+            x = batch()[0][: counts[context.rank]].clone().requires_grad_()
+            (layer(x).sum() + layer.aux_loss).backward()
+            assert x.grad.shape == x.shape
+            assert layer.load.sum() == 2 * sum(counts)
+            with torch.no_grad():
+                assert layer.eval()(x).shape == x.shape
+            layer.train()
+
+    on_ranks(2, body)
+
+
 def test_mistakes_are_named():
     def body(context):
         with pytest.raises(expar.BadArgument, match="dtype is torch.float16, should be"):
@@ -314,8 +343,10 @@ def test_mistakes_are_named():
         with pytest.raises(AttributeError):
             MoELayer(HIDDEN, INNER, 6, 2, context=context, ballance=1.0)
         layer = MoELayer(HIDDEN, INNER, 6, 2, context=context)
-        with pytest.raises(expar.BadArgument, match="x has 7 numbers per token, the layer 16"):
+        with pytest.raises(expar.BadArgument, match=r"x is f32 \[3, 7\], should be f32 \[3, 16\]"):
             layer(torch.zeros(3, 7))
+        with pytest.raises(TypeError, match="save its state_dict"):
+            pickle.dumps(layer)
         with pytest.raises(expar.BadArgument, match="x is bf16 .* should be f32"):
             layer(torch.zeros(3, HIDDEN, dtype=torch.bfloat16))
         with pytest.raises(expar.BadArgument, match="no selection bias"):

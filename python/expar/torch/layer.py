@@ -44,7 +44,8 @@ class MoELayer(nn.Module):
       aux_loss : [] f32, the sum of the router's losses with their coefficients, differentiable. It is one number of
                  all ranks. Each rank adds it to its own loss; the gradient of the sum of all ranks' losses then counts
                  it P times, and that of their mean, which DDP and FSDP make, once.
-      load     : [E] int64, slots that the router gave each expert over all ranks
+      load     : [E] int64, slots that the router gave each expert over all ranks; passes that keep nothing leave out
+                 special experts
       dropped  : [] int64, slots over all ranks that a capacity left out
       ids      : [T, K] int32, the experts that each token of this rank went to, best first; -1: none
 
@@ -152,6 +153,9 @@ class MoELayer(nn.Module):
         self._core = core
         self._name = core.name
 
+    def __reduce__(self):
+        raise TypeError("a layer belongs to the ranks that made it: save its state_dict(), not the layer")
+
     def __deepcopy__(self, memo: dict) -> MoELayer:
         """Collective, as the constructor. Raises BadArgument after for_inference()."""
         if not self._parts:
@@ -210,8 +214,6 @@ class MoELayer(nn.Module):
 
         Collective. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost, Internal: the same on every rank.
         """
-        if x.shape[-1] != self.hidden:
-            raise expar.BadArgument(f"x has {x.shape[-1]} numbers per token, the layer {self.hidden}")
         trains = self.training or torch.is_grad_enabled()
         if not self._parts:
             if self.training:
