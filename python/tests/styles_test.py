@@ -1,4 +1,4 @@
-"""Parallel styles: what goes in and comes out is one process's, for any mesh; the same bytes where experts are whole."""
+"""Parallel styles: what goes in and comes out is one process's, for any mesh, in bytes where experts are whole."""
 
 from __future__ import annotations
 

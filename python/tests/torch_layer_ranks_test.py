@@ -6,7 +6,6 @@ import pytest
 import torch
 from processes import on_processes
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import expar
 import expar.torch as ep
@@ -61,13 +60,7 @@ def trained(context, part, parts, wrap=lambda model: model):
 
 
 def averaged(ranks):
-    def wrap(model):
-        model[1].gradient_divisor = ranks
-        experts = [f"1.experts.{name}" for name, _ in model[1].experts.named_parameters()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, experts)
-        return DistributedDataParallel(model)
-
-    return trained(None, torch.distributed.get_rank(), ranks, wrap)
+    return trained(None, torch.distributed.get_rank(), ranks, ep.distributed_data_parallel)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError("expar.torch needs PyTorch 2.9 or newer: pip install torch") from error
 
 from .activation import activate
+from .data_parallel import average_gradients, distributed_data_parallel, fully_shard
 from .dispatcher import TokenDispatcher
 from .experts import GroupedExperts
 from .layer import MoELayer
@@ -39,12 +40,15 @@ __all__ = [
     "TokenDispatcher",
     "activate",
     "alone",
+    "average_gradients",
     "combine",
     "communicator",
     "context",
     "copy_over",
     "dispatch",
+    "distributed_data_parallel",
     "expert_parameters",
+    "fully_shard",
     "grouped_mm",
     "parallel",
     "reduce_over",

@@ -7,13 +7,14 @@ from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.device_mesh import DeviceMesh
 
 import expar
 
 from . import ranks
 from .ops_moe import Core, moe
+from .shards import ExpertShard
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -21,15 +22,22 @@ _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 Where = Union[None, expar.Context, expar.Communicator, expar.Parallel, DeviceMesh, ProcessGroup]
 
 
-def _ranks(where: Where) -> tuple[expar.Context, Optional[expar.Communicator]]:
-    """The ranks that tokens travel among, and those that hold slices of the same experts."""
+def _ranks(where: Where) -> tuple[expar.Context, Optional[expar.Communicator], ExpertShard]:
+    """The ranks that tokens travel among, those that hold slices of the same experts, and which this rank's are."""
+    replica = 0
+    if isinstance(where, ProcessGroup):
+        replica = min(get_process_group_ranks(where))
     if isinstance(where, DeviceMesh):
         where = ranks.parallel(where)
+    slices = None
     if isinstance(where, expar.Parallel):
-        return where.experts, where.tensor
+        replica = where.replicas.rank if where.replicas else 0
+        where, slices = where.experts, where.tensor
     if isinstance(where, expar.Communicator):
-        return expar.Context(where), None
-    return (where if isinstance(where, expar.Context) else ranks.context(where)), None
+        where = expar.Context(where)
+    context = where if isinstance(where, expar.Context) else ranks.context(where)
+    slice_, of = (slices.rank, slices.size) if slices else (0, 1)
+    return context, slices, ExpertShard(context.rank, context.size, slice_, of, replica)
 
 
 class MoELayer(nn.Module):
@@ -49,9 +57,9 @@ class MoELayer(nn.Module):
       dropped  : [] int64, slots over all ranks that a capacity left out
       ids      : [T, K] int32, the experts that each token of this rank went to, best first; -1: none
 
-    Gradients: those of experts are of the sum of all ranks' losses, over ``gradient_divisor`` (1; P where a framework
-    averages the gradients of everything else over the ranks); those of the other parameters are of this rank's loss
-    alone, for the framework to sum or average, but for aux_loss, which counts as said.
+    Gradients: those of experts are of the sum of all ranks' losses; those of the other parameters are of this rank's
+    loss alone, but for aux_loss, which counts as said. distributed_data_parallel, fully_shard and average_gradients of
+    expar.torch make both those of the mean of all ranks' losses.
     In eval mode under torch.no_grad nothing is kept, there is no jitter and no loss. Eval mode with gradients computes
     as training does, and raises where that differs (jitter, sinkhorn).
     """
@@ -102,7 +110,7 @@ class MoELayer(nn.Module):
         for name, value in router_settings.items():
             setattr(options, name, value)
         self.router_options = options
-        self.context, tensor = _ranks(context)
+        self.context, tensor, shard = _ranks(context)
         self._options = {
             "hidden": hidden,
             "inner": inner,
@@ -134,6 +142,7 @@ class MoELayer(nn.Module):
             reads = torch.bfloat16 if p.has_low else torch.float32
             self.get_submodule(part).register_parameter(name, nn.Parameter(torch.zeros(p.shape, dtype=reads)))
             self._parts.append((self.get_submodule(part), name, reads))
+        self.experts.expert_shard = shard
         for name in ("selection_bias", "token_table"):
             state = getattr(native, name)
             self.register_buffer(name, None if state is None else torch.from_dlpack(state).clone())
@@ -167,17 +176,7 @@ class MoELayer(nn.Module):
         others = {n: v for n, v in self.__dict__.items() if n not in shared and n not in last}
         copied.__dict__.update(shared, **last, **copy.deepcopy(others, memo))
         copied._make()
-        copied.gradient_divisor = self.gradient_divisor
         return copied
-
-    @property
-    def gradient_divisor(self) -> float:
-        """What backward divides the gradients of experts by."""
-        return self._core.gradient_divisor
-
-    @gradient_divisor.setter
-    def gradient_divisor(self, divisor: float) -> None:
-        self._core.gradient_divisor = float(divisor)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int, prefix: str = "") -> None:

@@ -24,10 +24,9 @@ _cores: weakref.WeakValueDictionary[str, Core] = weakref.WeakValueDictionary()
 class Core:
     """A layer of the library, and where its parameters stand in the operators' list of them.
 
-    name             : what the operators call it by
-    names            : of the parameters, in the operators' order: this rank's experts', then those of all ranks
-    gradient_divisor : what the gradients of experts are divided by
-    counts           : [E] slots per expert of the passes that went backward since someone took them
+    name   : what the operators call it by
+    names  : of the parameters, in the operators' order: this rank's experts', then those of all ranks
+    counts : [E] slots per expert of the passes that went backward since someone took them
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class Core:
         self.router = router
         self.experts = [p.name for p in native.expert_parameters()] if lent else []
         self.names = self.experts + [p.name for p in native.dense_parameters()] if lent else []
-        self.gradient_divisor = 1.0
         self.counts = [0] * router.experts
         self.has_losses = any(
             getattr(router, name) > 0
@@ -79,9 +77,6 @@ class Core:
         dx = torch.empty_like(dout)
         self.native.backward(self.context, kept.record, dout, dx, loss_gradient=daux)
         self.lend(parameters)  # which lets go of the gradients
-        if self.gradient_divisor != 1.0:
-            for gradient in gradients:
-                gradient /= self.gradient_divisor
         for gradient, p in zip(self.native.dense_shard_gradients(), parameters[len(self.experts) :]):
             gradients.append(torch.from_dlpack(gradient).sum(0).reshape(p.shape))
         if not kept.counted:
@@ -182,7 +177,7 @@ def _(x, parameters, residual, mask, tokens, selection_bias, token_table, seed, 
 def moe_backward(
     dout: Tensor, dlosses: Tensor, handle: Tensor, x: Tensor, parameters: List[Tensor], layer: str
 ) -> List[Tensor]:
-    """The gradients of x and of each of ``parameters``, those of experts divided by the layer's gradient_divisor.
+    """The gradients of x and of each of ``parameters``.
 
     Collective. Raises: as expar.MoeLayer.backward.
     """

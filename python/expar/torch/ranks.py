@@ -27,6 +27,9 @@ DIMS = ("dp", "ep", "tp")
 # What has been joined, as long as its process group lives: by ranks, in their order.
 _joined: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _launched: list[Communicator] = []
+# As long as these: contexts by their threads, and groups by the dims of a mesh.
+_contexts: weakref.WeakKeyDictionary[Communicator, dict[int, Context]] = weakref.WeakKeyDictionary()
+_parallels: weakref.WeakKeyDictionary[Context, dict[tuple, Parallel]] = weakref.WeakKeyDictionary()
 _alone: dict[int, Context] = {}
 
 
@@ -53,11 +56,16 @@ def communicator(where: Where = None, *, timeout: Optional[float] = None) -> Com
 
 
 def context(where: Where = None, *, threads: int = 0, timeout: Optional[float] = None) -> Context:
-    """An expar.Context of communicator(where): what every operation takes. Collective over these ranks.
+    """The expar.Context of communicator(where): what every operation takes. Made once; later calls return the same.
 
     threads : of this rank; 0: its share of the cores
+    Collective over these ranks.
     """
-    return Context(communicator(where, timeout=timeout), threads=threads)
+    joined = communicator(where, timeout=timeout)
+    known = _contexts.setdefault(joined, {})
+    if threads not in known:
+        known[threads] = Context(joined, threads=threads)
+    return known[threads]
 
 
 def alone() -> Context:
@@ -70,9 +78,9 @@ def alone() -> Context:
 
 def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = None) -> Parallel:
     """The groups of a mesh whose dims are called dp (replicas of the experts), ep (tokens travel among these) and tp
-    (slices of the same experts), any of them; a mesh of one unnamed dim is ep. Collective over the mesh.
+    (slices of the same experts), any of them; a mesh of one unnamed dim is ep. Made once; later calls return the same.
 
-    Raises BadArgument (a dim of another name), and as communicator().
+    Collective over the mesh. Raises BadArgument (a dim of another name), and as communicator().
     """
     names = mesh.mesh_dim_names or (("ep",) if mesh.ndim == 1 else None)
     if names is None or any(name not in DIMS for name in names):
@@ -81,7 +89,10 @@ def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = N
             "init_device_mesh('cpu', (2, 4), mesh_dim_names=('dp', 'ep')); expar knows dp, ep and tp"
         )
     whole = context(mesh, threads=threads, timeout=timeout)
-    return Parallel(whole, list(zip(names, mesh.mesh.shape)))
+    known, dims = _parallels.setdefault(whole, {}), tuple(zip(names, mesh.mesh.shape))
+    if dims not in known:
+        known[dims] = Parallel(whole, list(dims))
+    return known[dims]
 
 
 def _ranks_of(where: Where) -> tuple[int, ...]:

@@ -13,14 +13,16 @@ from torch.distributed.tensor import DTensor
 class ExpertShard:
     """``module.expert_shard``: all parameters of the module are this rank's shard of experts.
 
-    which  : a number for each different shard; ranks with the same one hold the same values
-    summed : over so many ranks' losses the gradients are sums already (the ranks along ep)
-    slices : ranks that hold slices of the same experts and have the same tokens (the ranks along tp)
+    part, parts   : place along ep and ranks there, over whose losses the gradients are sums already
+    slice, slices : place along tp and ranks there, which have the same tokens
+    replica       : a number for each set of all experts, where there are several (along dp)
     """
 
-    which: int
-    summed: int
+    part: int
+    parts: int
+    slice: int = 0
     slices: int = 1
+    replica: int = 0
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ExpertShard]]:

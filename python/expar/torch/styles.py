@@ -93,7 +93,7 @@ class ExpertParallel(_Style):
 
     def plan(self, mesh: DeviceMesh, experts: int):
         context = ranks.context(mesh)
-        shard = ExpertShard(which=context.rank, summed=context.size)
+        shard = ExpertShard(context.rank, context.size, replica=_replica(mesh))
         return context, shard, functools.partial(_travel, context, None, experts)
 
 
@@ -112,7 +112,7 @@ class TensorParallel(_Style):
 
     def plan(self, mesh: DeviceMesh, experts: int):
         context = ranks.context(mesh)
-        shard = ExpertShard(which=context.rank, summed=1, slices=context.size)
+        shard = ExpertShard(0, 1, context.rank, context.size, _replica(mesh))
         return context, shard, functools.partial(_in_slices, context)
 
 
@@ -131,8 +131,13 @@ class ExpertTensorParallel(_Style):
     def plan(self, mesh: DeviceMesh, experts: int):
         context = ranks.context(mesh["ep"])
         slices = context.on(ranks.communicator(mesh["tp"]))
-        shard = ExpertShard(which=context.rank * slices.size + slices.rank, summed=context.size, slices=slices.size)
+        shard = ExpertShard(context.rank, context.size, slices.rank, slices.size, _replica(mesh))
         return context, shard, functools.partial(_travel, context, slices, experts)
+
+
+def _replica(mesh: DeviceMesh) -> int:
+    """Different for meshes that have no rank in common."""
+    return int(mesh.mesh.min())
 
 
 def _travel(

@@ -1,0 +1,162 @@
+"""Data parallelism around expert parallelism: dense parameters are averaged, experts' gradients divided alike.
+
+The gradients of experts are those of the sum of all ranks' losses (every rank's tokens have met them), those of dense
+parameters of this rank's loss. Where the latter are averaged over ranks the former are divided, so that both are those
+of the mean loss, as in one process. Replicas of the same experts (a dim dp beside ep) are summed first.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import Context, all_gather, all_reduce, broadcast
+from ..errors import BadArgument
+from . import ranks
+from .shards import ExpertShard, expert_parameters, local_of
+
+# Of the ranks of a context: those that hold the same shard as this one; None where it is the only one.
+_holders: weakref.WeakKeyDictionary[Context, dict[ExpertShard, Optional[Context]]] = weakref.WeakKeyDictionary()
+
+
+def _holders_of(shard: ExpertShard, context: Context) -> Optional[Context]:
+    """Collective at first. Raises BadArgument where the ranks of ``context`` have a part of the experts' gradients."""
+    known = _holders.setdefault(context, {})
+    if shard in known:
+        return known[shard]
+    all_of_them = torch.empty(context.size, 2, dtype=torch.int64)
+    all_gather(context, torch.tensor([[shard.replica, shard.part]]), all_of_them)
+    present = {tuple(pair) for pair in all_of_them.tolist()}
+    replicas = {replica for replica, _ in present}
+    if len(present) != len(replicas) * shard.parts:
+        raise BadArgument(
+            f"gradients are to be averaged over {context.size} ranks, which are only some of those that share experts, "
+            f"{shard.parts} along ep: hand in a process group or mesh of all ranks that have different tokens"
+        )
+    same = shard.part * shard.slices + shard.slice
+    known[shard] = context.on(context.communicator.split(same)) if len(replicas) > 1 else None
+    return known[shard]
+
+
+class _Mean:
+    """Turns this rank's gradients of a shard of experts into those of the mean loss of the ranks of ``context``."""
+
+    def __init__(self, shard: ExpertShard, context: Context) -> None:
+        self.replicas = _holders_of(shard, context)
+        self.divisor = shard.parts * (1 if self.replicas is None else self.replicas.size)
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Collective over the replicas."""
+        if self.replicas is not None:
+            total = torch.empty(gradient.numel())
+            all_reduce(self.replicas, gradient.float().reshape(1, -1), total)
+            gradient = total.view(gradient.shape).to(gradient.dtype)
+        return gradient / self.divisor
+
+    def hook(self, gradient: Tensor) -> Tensor:
+        """The same for a gradient that may be a DTensor."""
+        mean = self(local_of(gradient))
+        if not isinstance(gradient, DTensor):
+            return mean
+        mesh, placements = gradient.device_mesh, gradient.placements
+        return DTensor.from_local(
+            mean, mesh, placements, run_check=False, shape=gradient.shape, stride=gradient.stride()
+        )
+
+
+def distributed_data_parallel(module: nn.Module, **kwargs: Any) -> DistributedDataParallel:
+    """DistributedDataParallel(module, **kwargs), which averages the dense parameters; experts stay out of it.
+
+    Gradients are those of the mean of all ranks' losses. The process group holds whole groups of ranks that share
+    experts. Replicas of experts begin with the values of the first, as dense parameters do. Collective over the process
+    group. Raises BadArgument (a process group that holds a part of the ranks that share experts).
+    """
+    context = ranks.context(kwargs.get("process_group") or kwargs.get("device_mesh"))
+    _divide_on_the_way(module, context, same_values=kwargs.get("init_sync", True))
+    ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *(n for n, _, _ in expert_parameters(module))]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+    return DistributedDataParallel(module, **kwargs)
+
+
+def fully_shard(
+    module: Union[nn.Module, Sequence[nn.Module]],
+    *,
+    mesh: Optional[DeviceMesh] = None,
+    ignored_params: Optional[set[nn.Parameter]] = None,
+    **kwargs: Any,
+) -> FSDPModule:
+    """torch.distributed.fsdp.fully_shard, which shards and averages the dense parameters; experts stay out of it.
+
+    mesh : the ranks that have different tokens, in one dim or two (replicas, shards); None: all ranks
+    Gradients are those of the mean of all ranks' losses. Like torch's it is called bottom-up, on blocks and then on the
+    model, and all ranks begin with the same values. Collective over the mesh.
+    Raises BadArgument (a mesh that holds a part of the ranks that share experts).
+    """
+    context = ranks.context(mesh)
+    ignored = set(ignored_params or ())
+    for one in [module] if isinstance(module, nn.Module) else module:
+        _divide_on_the_way(one, context)
+        ignored.update(parameter for _, parameter, _ in expert_parameters(one))
+    return torch_fully_shard(module, mesh=mesh, ignored_params=ignored, **kwargs)
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module, context: Optional[Context] = None) -> None:
+    """Where neither DDP nor FSDP is in use: after backward, makes all gradients those of the mean of all ranks' losses.
+
+    context : the ranks that have different tokens; None: all ranks
+    Dense gradients are summed in f32 in rank order, in one exchange. A parameter that no rank has used keeps no
+    gradient; one that some have used gets one on all. Collective.
+    Raises BadArgument (ranks that are a part of those that share experts; gradients that DDP or FSDP averages already).
+    """
+    context = context or ranks.context()
+    experts = list(expert_parameters(module))
+    if any(hasattr(parameter, "_expar_divisor") for _, parameter, _ in experts):
+        raise BadArgument("average_gradients: DDP or FSDP, which the module is in, average its gradients already")
+    apart = {id(parameter) for _, parameter, _ in experts}
+    _average([p for p in module.parameters() if p.requires_grad and id(p) not in apart], context)
+    for _, parameter, shard in experts:
+        mean = _Mean(shard, context)
+        if parameter.grad is not None:
+            gradient = local_of(parameter.grad)
+            gradient.copy_(mean(gradient))
+
+
+def _average(parameters: Sequence[nn.Parameter], context: Context) -> None:
+    """In one row: all gradients, then for each parameter whether this rank has one."""
+    used = torch.tensor([float(p.grad is not None) for p in parameters])
+    pieces = [local_of(p if p.grad is None else p.grad).float().flatten() * u for p, u in zip(parameters, used)]
+    row = torch.cat([*pieces, used])
+    total = torch.empty_like(row)
+    all_reduce(context, row[None], total)
+    *sums, used = total.split([*(piece.numel() for piece in pieces), len(parameters)])
+    for parameter, summed, ranks_that_used_it in zip(parameters, sums, used):
+        if ranks_that_used_it == 0:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradient = local_of(parameter.grad)
+        gradient.copy_((summed / context.size).view(gradient.shape))
+
+
+def _divide_on_the_way(module: nn.Module, context: Context, same_values: bool = False) -> None:
+    """What backward adds to an expert parameter becomes its part of the mean. Once for each parameter."""
+    for name, parameter, shard in expert_parameters(module):
+        mean = _Mean(shard, context)
+        known = getattr(parameter, "_expar_divisor", None)
+        if known is None:
+            parameter._expar_divisor = mean.divisor
+            if parameter.requires_grad:
+                parameter.register_hook(mean.hook)
+            if same_values and mean.replicas is not None:
+                broadcast(mean.replicas, local_of(parameter), 0)
+        elif known != mean.divisor:
+            raise BadArgument(f"{name} is averaged over {known} ranks already, and now should be over {mean.divisor}")
