@@ -20,6 +20,7 @@ except ImportError as error:
     raise ImportError("expar.torch needs PyTorch 2.9 or newer: pip install torch") from error
 
 from .activation import activate
+from .checkpoint import checkpoint_context, checkpoint_policy
 from .data_parallel import average_gradients, distributed_data_parallel, fully_shard
 from .dispatcher import TokenDispatcher
 from .experts import GroupedExperts
@@ -41,6 +42,8 @@ __all__ = [
     "activate",
     "alone",
     "average_gradients",
+    "checkpoint_context",
+    "checkpoint_policy",
     "combine",
     "communicator",
     "context",
