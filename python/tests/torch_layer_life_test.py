@@ -274,7 +274,12 @@ def test_a_state_dict_holds_this_ranks_experts():
         other.load_state_dict(state)
         x = tokens(context.rank)
         expect_same(gradients(layer, x), gradients(other, x))
+        states[context.rank] = torch.nn.Sequential(layer).state_dict()
+        expar.barrier(context)
+        with pytest.raises(RuntimeError, match="2 from number [02] on, this rank holds 2 from number [20] on"):
+            torch.nn.Sequential(other).load_state_dict(states[1 - context.rank])
 
+    states = {}
     on_ranks(2, body)
 
 

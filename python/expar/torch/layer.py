@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 import expar
 
@@ -40,13 +42,27 @@ def _ranks(where: Where) -> tuple[expar.Context, Optional[expar.Communicator], E
     return context, slices, ExpertShard(context.rank, context.size, slice_, of, replica)
 
 
+def _placements(mesh: DeviceMesh, experts: int) -> list[Placement]:
+    """How the parameters of experts lie on a mesh."""
+    names = mesh.mesh_dim_names or ("ep",)
+    sizes = dict(zip(names, mesh.shape))
+    if sizes.get("tp", 1) > 1 or experts % sizes.get("ep", 1) != 0:
+        raise expar.BadArgument(
+            f"{experts} experts on a mesh of {sizes}: DTensors hold whole experts, as many on each rank; for slices or "
+            "uneven numbers, which no distributed checkpoint can hold, pass context=expar.torch.parallel(mesh)"
+        )
+    return [Shard(0) if name == "ep" else Replicate() for name in names]
+
+
 class MoELayer(nn.Module):
     """``out = moe(x) + shared(x) + residual`` over the ranks of ``context``, which hold E / P experts each.
 
     Parameters, named as in C++: ``router.weight [E, H]``, ``experts.up [L, 2F, H]`` (gate, then up; ``[L, F, H]`` of
     plain activations), ``experts.down [L, H, F]``, and where the layer has them ``router.bias``, ``experts.up_bias``,
     ``experts.down_bias``, ``shared.up``, ``shared.down``, ``shared.gate``, ``special.mix``, ``special.value``. They are
-    the only copy: whatever changes one, the next pass computes with it. A state dict holds this rank's experts.
+    the only copy: whatever changes one, the next pass computes with it. A state dict holds this rank's experts, and is
+    refused where others are; on a DeviceMesh the experts' parameters are DTensors, Shard(0) along ep, which distributed
+    checkpoints bring to any number of ranks.
 
     After each pass:
       aux_loss : [] f32, the sum of the router's losses with their coefficients, differentiable. It is one number of
@@ -92,8 +108,9 @@ class MoELayer(nn.Module):
         """
         hidden, inner, experts, topk : H, F, E, K
         router          : RouterOptions, or the name of a router_preset
-        context         : the ranks that tokens travel among; a mesh or a Parallel also says who holds slices of the
-                          same experts; a process group, or None, is what expar.torch.context() makes of it
+        context         : the ranks that tokens travel among; a DeviceMesh with dims as for expar.torch.parallel; a
+                          Parallel, which may also say who holds slices of the same experts; a process group, or None,
+                          is what expar.torch.context() makes of it
         activation ... recompute : as expar.MoeLayer
         dtype           : of x and of the experts' weights, torch.float32 or torch.bfloat16; the router computes in f32
         seed, prefix    : what the parameters are drawn by, see reset_parameters
@@ -134,13 +151,17 @@ class MoELayer(nn.Module):
         # What torch.compile may look at.
         self._jitters = options.jitter > 0
         self._differs_in_eval = self._jitters or options.choice == "sinkhorn"
+        placements = _placements(context, experts - sum(special)) if isinstance(context, DeviceMesh) else None
         self._parts: list[tuple[nn.Module, str, torch.dtype]] = []
         for p in native.expert_parameters() + native.dense_parameters():
             part, name = p.name.split(".")
             if not hasattr(self, part):
                 self.add_module(part, nn.Module())
             reads = torch.bfloat16 if p.has_low else torch.float32
-            self.get_submodule(part).register_parameter(name, nn.Parameter(torch.zeros(p.shape, dtype=reads)))
+            values = torch.zeros(p.shape, dtype=reads)
+            if part == "experts" and placements is not None:
+                values = DTensor.from_local(values, context, placements, run_check=False)
+            self.get_submodule(part).register_parameter(name, nn.Parameter(values))
             self._parts.append((self.get_submodule(part), name, reads))
         self.experts.expert_shard = shard
         for name in ("selection_bias", "token_table"):
@@ -195,8 +216,9 @@ class MoELayer(nn.Module):
                 getattr(self, name).copy_(torch.from_dlpack(getattr(core.native, name)))
 
     def _parameters_read(self) -> list[tuple[Tensor, torch.dtype]]:
-        """Each parameter, and the dtype in which the layer reads it."""
-        return [(getattr(part, name), reads) for part, name, reads in self._parts]
+        """What this rank holds of each parameter, and the dtype in which the layer reads it."""
+        held = [(getattr(part, name), reads) for part, name, reads in self._parts]
+        return [(p.to_local() if isinstance(p, DTensor) else p, reads) for p, reads in held]
 
     def forward(
         self,
@@ -281,6 +303,21 @@ class MoELayer(nn.Module):
         self._parts = []
         self._use(Core(self.context, native, self.router_options, lent=False))
         return self.eval()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["experts"] = self.local_experts
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        held = local_metadata.get("experts", self.local_experts)
+        if tuple(held) != self.local_experts:
+            (first, count), (mine, others) = held, self.local_experts
+            errors.append(
+                f"{prefix}experts are {count} from number {first} on, this rank holds {others} from number {mine} on: "
+                "load the file of this rank, or a distributed checkpoint of layers that were made on a DeviceMesh"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
         bias = self.selection_bias
