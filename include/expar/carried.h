@@ -63,9 +63,10 @@ class Carrier {
   /// `cause` counts.
   virtual Error settle(const Error& cause) { return cause; }
 
-  /// The rank leaves. What is queued should still be sent, if that is possible soon. A frame that comes after is
-  /// dropped, and so is an exception.
-  virtual void close() {}
+  /// The rank leaves, in good order or because the job has `failed`. What is queued should still be sent; to see to
+  /// that this may wait a little in good order, and should not else. A frame that comes after is dropped, and so is an
+  /// exception.
+  virtual void close(bool failed) { static_cast<void>(failed); }
 };
 
 /// The transport of `rank`, one of `size`, whose frames `carrier` carries; `name` is a literal, or outlives the

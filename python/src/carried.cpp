@@ -55,9 +55,9 @@ class PythonCarrier final : public Carrier {
     const nb::gil_scoped_acquire gil;
     return as_error(carrier_.attr("settle")(exception_of(cause)), rank_);
   }
-  void close() override {
+  void close(bool failed) override {
     const nb::gil_scoped_acquire gil;
-    carrier_.attr("close")();
+    carrier_.attr("close")(failed);
   }
 
  private:
@@ -111,7 +111,7 @@ open(deliveries)  : called once, first; what peers send to this rank goes to the
 send(peer, frame) : queues ``frame`` ([bytes] uint8, an array by DLPack) for another rank and returns, without waiting;
                     frames to one peer arrive whole, in order; an exception makes the peer lost
 settle(error)     : this rank fails with ``error``; returns the Error that is the cause on all ranks, the same on each
-close()           : the rank leaves; what is queued should still be sent
+close(failed)     : the rank leaves, in good order or not; what is queued should still be sent
 
 timeout : seconds that a call may wait; 0 is EXPAR_TIMEOUT, else 120
 Not collective: ranks may come at any time. Raises BadArgument (no such rank), NoMemory, and what ``open`` raises.)");

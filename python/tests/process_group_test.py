@@ -17,14 +17,16 @@ import torch
 import torch.distributed as dist
 
 import expar
+import expar.torch as ep
+from expar.torch import ranks
 from expar.torch.process_group import communicator_over
 
 FORK = multiprocessing.get_context("fork")
 
 
-def be_rank(rank, ranks, path, body, pipe):
+def be_rank(rank, count, path, body, pipe):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=count)
     try:
         result = body(communicator_over(dist.group.WORLD, timeout=30))
     except Exception as error:
@@ -33,12 +35,12 @@ def be_rank(rank, ranks, path, body, pipe):
     pipe.recv()  # until all have said how they ended
 
 
-def on_processes(ranks, path, body):
-    """What body(communicator) returns or raises on each of ``ranks`` processes; None of one that was killed."""
+def on_processes(count, path, body):
+    """What body(communicator) returns or raises on each of ``count`` processes; None of one that was killed."""
     ends = []
-    for rank in range(ranks):
+    for rank in range(count):
         mine, theirs = FORK.Pipe()
-        process = FORK.Process(target=be_rank, args=(rank, ranks, path, body, theirs), daemon=True)
+        process = FORK.Process(target=be_rank, args=(rank, count, path, body, theirs), daemon=True)
         process.start()
         theirs.close()
         ends.append((process, mine))
@@ -79,11 +81,22 @@ def moe(communicator):
     return outs
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_results_are_the_bytes_of_ranks_that_are_threads(ranks, tmp_path):
-    wanted = [None] * ranks
-    expar.run_threads(ranks, lambda c: wanted.__setitem__(c.rank, moe(c)))
-    assert on_processes(ranks, tmp_path, moe) == wanted
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_results_are_the_bytes_of_ranks_that_are_threads(count, tmp_path):
+    wanted = [None] * count
+    expar.run_threads(count, lambda c: wanted.__setitem__(c.rank, moe(c)))
+    assert on_processes(count, tmp_path, moe) == wanted
+
+
+def test_ranks_of_several_hosts_are_joined_by_their_process_group(tmp_path):
+    def body(_):
+        ranks._host = lambda: f"host {dist.get_rank() // 2}"
+        context = ep.context(timeout=30)
+        x = torch.arange(9.0).view(3, 3) + 100 * context.rank
+        sent = ep.dispatch(x, torch.arange(3)[:, None], context=context, experts=3)
+        return context.communicator.transport_name, torch.equal(ep.combine(2 * sent.rows, sent), 2 * x)
+
+    assert on_processes(3, tmp_path, body) == [("carried", True)] * 3
 
 
 def expect_same_error(results, but=None):
@@ -117,6 +130,45 @@ def test_a_late_rank_is_named_by_all(tmp_path):
     error = expect_same_error(on_processes(3, tmp_path, body))
     assert isinstance(error, expar.Timeout) and isinstance(error, TimeoutError)
     assert error.peer == 2 and "rank 2 is late" in str(error)
+
+
+def test_a_failed_communicator_goes_without_waiting_for_a_rank_that_hangs(tmp_path):
+    def body(communicator):
+        context = expar.Context(communicator.with_timeout(0.3), threads=1)
+        expar.barrier(context)
+        if context.rank == 1:
+            pids.put(os.getpid())
+            os.kill(os.getpid(), signal.SIGSTOP)
+        with pytest.raises(expar.Timeout, match="rank 1 is late"):
+            expar.barrier(context)
+        start = time.monotonic()
+        del communicator, context
+        waited = time.monotonic() - start
+        os.kill(pids.get(), signal.SIGKILL)
+        return waited
+
+    pids = FORK.SimpleQueue()
+    waited, killed = on_processes(2, tmp_path, body)
+    assert waited < 2 and killed is None
+
+
+def test_ctrl_c_ends_the_wait_of_every_rank(tmp_path):
+    def body(communicator):
+        context = expar.Context(communicator, threads=1)
+        expar.barrier(context)
+        if context.rank == 0:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                expar.barrier(context)
+            return "interrupted"
+        if context.rank == 1:
+            time.sleep(0.5)
+        expar.barrier(context)
+
+    interrupted, *others = on_processes(3, tmp_path, body)
+    assert interrupted == "interrupted"
+    error = expect_same_error(others)
+    assert error.rank == 0 and "was interrupted" in str(error)
 
 
 def test_a_rank_that_leaves_is_missed_only_where_it_is_waited_for(tmp_path):
@@ -176,13 +228,13 @@ def test_processes_end_in_good_order_with_a_communicator_still_there(tmp_path):
             dist.destroy_process_group()
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    ranks = [
+    processes = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in range(3)
     ]
-    for rank in ranks:
-        out, err = rank.communicate(timeout=60)
-        assert (rank.returncode, out, err) == (0, "", "")
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (0, "", "")
 
 
 def test_a_group_without_gloo_says_what_to_type():

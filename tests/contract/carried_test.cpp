@@ -34,8 +34,9 @@ struct Recorder final : Carrier {
     sent.push_back({peer, std::move(frame)});
   }
   Error settle(const Error& cause) override { return verdict(cause); }
-  void close() override {
+  void close(bool failed) override {
     closed = true;
+    in_good_order = !failed;
     if (fails) throw std::runtime_error("the cable is out");
   }
 
@@ -44,6 +45,7 @@ struct Recorder final : Carrier {
   std::function<Error(const Error&)> verdict = [](const Error& cause) { return cause; };
   bool fails = false;
   bool closed = false;
+  bool in_good_order = false;
 };
 
 /// One of three ranks; the others are what the test makes of them.
@@ -221,6 +223,14 @@ TEST(Carried, a_carrier_that_throws_when_a_rank_leaves_is_let_go) {
   EXPECT_EQ(rank.carrier.use_count(), 1);
 }
 
+TEST(Carried, a_carrier_knows_that_the_job_has_failed_when_a_rank_leaves) {
+  Alone rank;
+  rank.transport->abort(Error(ErrorCode::internal, "mine"));
+  rank.transport.reset();
+  EXPECT_TRUE(rank.carrier->closed);
+  EXPECT_FALSE(rank.carrier->in_good_order);
+}
+
 TEST(Carried, the_settled_cause_is_what_all_throw) {
   const Alone rank;
   rank.carrier->verdict = [](const Error&) { return Error(ErrorCode::io, "rank 2 was first", {2}); };
@@ -249,6 +259,7 @@ TEST(Carried, a_rank_says_that_it_leaves_and_lets_its_carrier_go) {
   Alone rank;
   rank.transport.reset();
   EXPECT_TRUE(rank.carrier->closed);
+  EXPECT_TRUE(rank.carrier->in_good_order);
   ASSERT_EQ(rank.carrier->sent.size(), std::size_t{kRanks - 1});
   EXPECT_FALSE(carried::read_bye_frame(rank.carrier->sent[0].frame));
   for (const Frame& frame : honest_frames()) rank.deliver(frame);

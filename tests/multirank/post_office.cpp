@@ -15,7 +15,7 @@ class PostOffice::Desk final : public Carrier {
   }
   void send(int peer, std::vector<std::byte> frame) override { office_.drop(peer, {rank_, std::move(frame), {}}); }
   Error settle(const Error& cause) override { return office_.settle(cause); }
-  void close() override { office_.close(rank_); }
+  void close(bool /*failed*/) override { office_.close(rank_); }
 
  private:
   PostOffice& office_;

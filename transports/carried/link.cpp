@@ -61,7 +61,7 @@ void Link::leave() {
     last.swap(carrier_);
   }
   try {
-    if (last) last->close();
+    if (last) last->close(local::cause(memory_).has_value());
   } catch (...) {  // the rank leaves all the same
   }
 }

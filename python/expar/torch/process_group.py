@@ -94,11 +94,12 @@ class _Carrier:
         code, *rest = json.loads(self._store.compare_set(key, "", mine))
         return BY_CODE[code](*rest)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         _open.discard(self)
         for queue in self._queues.values():
             queue.put(None)
-        _join(self._senders)
+        if not failed:  # else a peer may never take what is sent to it
+            _join(self._senders)
 
 
 class _Wire:
