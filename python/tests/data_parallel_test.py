@@ -130,11 +130,11 @@ def test_gradients_are_those_of_one_process(sizes, way):
 class Layered(nn.Module):
     """The library's own layer between dense ones, with a loss of its router where the ranks are one group."""
 
-    def __init__(self, where, balance):
+    def __init__(self, where, balance, experts):
         super().__init__()
         torch.manual_seed(4)
         self.norm = nn.LayerNorm(HIDDEN)
-        self.layer = ep.MoELayer(HIDDEN, INNER, EXPERTS, TOPK, context=where, balance=balance, shared_inner=4)
+        self.layer = ep.MoELayer(HIDDEN, INNER, experts, TOPK, context=where, balance=balance, shared_inner=4)
         self.head = nn.Linear(HIDDEN, 3)
 
     def forward(self, x):
@@ -142,9 +142,10 @@ class Layered(nn.Module):
         return out + self.layer.aux_loss
 
 
-def layered(sizes, way, balance):
+def layered(sizes, way, balance, experts):
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    module = Layered(mesh, balance)
+    # DTensors where each rank has as many, else plain parameters.
+    module = Layered(mesh if experts == 4 else ep.parallel(mesh), balance, experts)
     if way == "ddp":
         module = ep.distributed_data_parallel(module)
     elif way == "fsdp":
@@ -158,13 +159,14 @@ def layered(sizes, way, balance):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "neither"])
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"ep": 4}, {"dp": 2, "ep": 2}], ids=str)
-def test_gradients_of_the_layer_are_those_of_one_process(sizes, way):
+@pytest.mark.parametrize("experts", [4, EXPERTS])
+def test_gradients_of_the_layer_are_those_of_one_process(sizes, way, experts):
     balance = 0.0 if "dp" in sizes else 0.5
-    (expected,) = on_processes(1, layered, {"ep": 1}, "neither", balance)
-    results = on_processes(4 if len(sizes) > 1 else sizes["ep"], layered, sizes, way, balance)
+    (expected,) = on_processes(1, layered, {"ep": 1}, "neither", balance, experts)
+    results = on_processes(4 if len(sizes) > 1 else sizes["ep"], layered, sizes, way, balance, experts)
     for name, want in expected.items():
         found = [rank[name] for rank in results]
-        if "experts." in name:
+        if "experts." in name and experts != 4:
             found = [torch.cat(found[i : i + sizes["ep"]]) for i in range(0, len(found), sizes["ep"])]
         for got in found:
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6, msg=lambda text: f"{name}: {text}")
