@@ -22,10 +22,14 @@ A first program::
     expar.run_threads(2, rank_main)
 
 Ranks that are processes take ``expar.init()`` in place of run_threads; for PyTorch see ``expar.torch``.
+
+Left to C++ are ``operation.h``, ``transport.h``, ``pool.h`` and the table of kernels, which are for authors of
+collectives, transports and backends.
 """
 
 from ._native import *  # noqa: F401,F403
 from ._native import __version__, unweighted
 from .errors import BadArgument, Error, Internal, IoError, Mismatch, NoMemory, PeerLost, Timeout, Unsupported
+from .traces import write_trace
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -52,6 +52,7 @@ void bind_dispatch(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_hidden_moe(nb::module_& m);
 void bind_kernels(nb::module_& m);
+void bind_launch(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_mesh(nb::module_& m);
 void bind_norm(nb::module_& m);
@@ -63,5 +64,7 @@ void bind_random(nb::module_& m);
 void bind_registry(nb::module_& m);
 void bind_router(nb::module_& m);
 void bind_special(nb::module_& m);
+void bind_tensor(nb::module_& m);
+void bind_trace(nb::module_& m);
 
 }  // namespace expar::python

@@ -42,6 +42,9 @@ rows   : so many)")
       .def_prop_ro("scope", [](const CapacityOptions& o) { return name_of(kScopes, o.scope); })
       .def_ro("factor", &CapacityOptions::factor)
       .def_ro("rows", &CapacityOptions::rows)
+      .def(
+          "validate", [](const CapacityOptions& o) { validate(o); },
+          "Raises BadArgument (a policy without a bound, a bound without a policy, both bounds), naming the value.")
       .def("__copy__", [](const CapacityOptions& o) { return o; })
       .def(
           "__deepcopy__", [](const CapacityOptions& o, nb::dict) { return o; }, "memo"_a);
@@ -53,6 +56,13 @@ What a bound left of a choice. Counts are over all ranks, the same on each, and 
       .def_prop_ro(
           "ids", [](nb::handle self) { return view(nb::cast<const Capacity&>(self).ids, self); },
           "[T, K] int32 for make_plan; -1 where a slot was dropped or set aside")
+      .def_prop_ro(
+          "weights", [](nb::handle self) { return view_or_none(nb::cast<const Capacity&>(self).weights, self); },
+          "[T, K] f32: the router's, 0 where ids is -1; None with \"reroute\"")
+      .def_prop_ro(
+          "overflow_ids",
+          [](nb::handle self) { return view_or_none(nb::cast<const Capacity&>(self).overflow_ids, self); },
+          "[T, K] int32: the slots set aside, -1 elsewhere; None but with \"overflow\"")
       .def_ro("chosen", &Capacity::chosen, "[E] slots that the router gave each expert")
       .def_ro("dropped", &Capacity::dropped, "[E] of those, no expert takes")
       .def_ro("rerouted", &Capacity::rerouted, "[E] of those, another expert takes")

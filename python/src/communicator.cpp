@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
 #include <optional>
@@ -47,6 +48,12 @@ Collective. A rank is in at most 15 groups. Raises BadArgument, Mismatch, Timeou
       .def(
           "abort", [](const Communicator& c, const std::string& message) { c.abort(message); }, "message"_a,
           "Ends the job: every rank's next or current call raises Internal with this message. Not collective.")
+      .def("record", &Communicator::record, "trace"_a.none(), R"(
+From here on what this rank does and waits for becomes spans of ``trace``, in all communicators of the job; None ends it.
+Not collective.)")
+      .def_prop_ro(
+          "trace", [](const Communicator& c) { return c.trace(); }, nb::rv_policy::reference,
+          nb::sig("def trace(self) -> Trace | None"), "None where nothing is recorded.")
       .def_prop_ro("arena_bytes", &Communicator::arena_bytes,
                    "Bytes that peers can address which this rank has taken from the system so far.")
       .def("__repr__", [](const Communicator& c) {

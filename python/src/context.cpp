@@ -28,6 +28,9 @@ Raises Unsupported, BadArgument, NoMemory, Mismatch, Timeout, PeerLost.)")
       .def_prop_ro("size", &Context::size)
       .def_prop_ro("threads", [](const Context& c) { return c.pool().threads(); })
       .def_prop_ro("backend", [](const Context& c) { return std::string(c.kernels().name); })
+      .def_prop_ro(
+          "trace", [](const Context& c) { return c.trace(); }, nb::rv_policy::reference,
+          nb::sig("def trace(self) -> Trace | None"), "The communicator's.")
       .def_prop_ro("isa", [](const Context& c) { return std::string(c.kernels().isa); })
       .def(
           "with_timeout", [](const Context& c, double timeout) { return c.with_timeout(seconds(timeout)); },

@@ -44,7 +44,19 @@ Error as_error(const nb::object& value, int rank) {
            nb::cast<std::string>(value.attr("operation"))}};
 }
 
-void bind_error(nb::module_&) {
+void bind_error(nb::module_& m) {
+  m.def(
+      "exit_code",
+      [](const std::string& wanted) {
+        for (int c = 0; c <= static_cast<int>(ErrorCode::internal); ++c) {
+          const auto code = static_cast<ErrorCode>(c);
+          if (name(code) == wanted) return exit_code(code);
+        }
+        throw Error(ErrorCode::bad_argument, "code is '" + wanted + "', which no error has");
+      },
+      nb::arg("code"),
+      "The exit status of the ``expar`` command for Error.code: 2 for bad_argument, 4 for timeout, ...");
+
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
       std::rethrow_exception(p);

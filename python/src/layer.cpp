@@ -93,10 +93,6 @@ nb::list listed(std::vector<Parameter> parameters, nb::handle owner) {
   return all;
 }
 
-nb::object or_none(const Tensor& tensor, nb::handle owner) {
-  return tensor.absent() ? nb::none() : view(tensor, owner);
-}
-
 void forward(Layer& self, const Context& context, const nb::object& x, const Out& out, const In& residual,
              const nb::object& record, const std::optional<Numbers>& shards, const nb::object& mask, const In& tokens,
              const In& ids, const Numbers& sequences, const Numbers& counts_so_far, std::int64_t tokens_so_far,
@@ -220,10 +216,10 @@ shared.down, shared.gate [H], special.mix, special.value. Their gradients are in
           "[S, ...] f32 of each of dense_parameters: views, after backward and until the next one.")
       .def_prop_ro(
           "selection_bias",
-          [](nb::handle self) { return or_none(nb::cast<Layer&>(self).layer.selection_bias(), self); },
+          [](nb::handle self) { return view_or_none(nb::cast<Layer&>(self).layer.selection_bias(), self); },
           "[E] f32, writable; None where the router has none")
       .def_prop_ro(
-          "token_table", [](nb::handle self) { return or_none(nb::cast<Layer&>(self).layer.token_table(), self); },
+          "token_table", [](nb::handle self) { return view_or_none(nb::cast<Layer&>(self).layer.token_table(), self); },
           "[V, K] int32, writable; None where the router has none")
       .def_prop_ro(
           "parameter_bytes", [](const Layer& l) { return l.layer.parameter_bytes(); },

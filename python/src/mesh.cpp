@@ -58,7 +58,19 @@ Collective. Raises BadArgument, Mismatch (ranks name other dims), Timeout, PeerL
           "This rank's place along ``dim``.")
       .def(
           "group", [](const Mesh& mesh, const std::string& dim) { return mesh.group(dim); }, "dim"_a,
-          "The ranks that differ from this one along ``dim`` alone, in its order.");
+          "The ranks that differ from this one along ``dim`` alone, in its order.")
+      .def(
+          "has", [](const Mesh& mesh, const std::string& dim) { return mesh.has(dim); }, "dim"_a)
+      .def("join", &Mesh::join, "dims"_a, Waits(),
+           "The ranks that differ along these dims alone, in the order of the mesh. Collective over communicator.");
+  m.def(
+      "parse_mesh",
+      [](const std::string& text) {
+        Dims all;
+        for (const MeshDim& dim : parse_mesh(text)) all.emplace_back(dim.name, dim.size);
+        return all;
+      },
+      "text"_a, "Reads \"dp=2,ep=4\". Raises BadArgument, saying what is wrong with which part.");
 
   nb::class_<Parallel>(m, "Parallel", R"(
 How the ranks of a mesh share the tokens and experts of a layer. Dims, each of which may be missing:

@@ -11,8 +11,11 @@ NB_MODULE(_native, m) {
   m.doc() = "expar's C++ library. Import expar.";
   m.attr("__version__") = expar::version();
   bind_error(m);
+  bind_tensor(m);
+  bind_trace(m);
   bind_communicator(m);
   bind_registry(m);
+  bind_launch(m);
   bind_carried(m);
   bind_context(m);
   bind_collectives(m);

@@ -105,6 +105,10 @@ Communicator joined(const Job& job, const RunOptions& options) {
 
 void bind_registry(nb::module_& m) {
   m.def("available_transports", &available_transports, "The transports of this build that work on this machine.");
+  m.def("known_transports", &known_transports, "The names of all transports, also of those that do not work here.");
+  m.def(
+      "has_processes", [](const std::string& transport) { return has_processes(transport); }, "transport"_a,
+      "Whether the ranks of a transport are processes, or threads of one. Raises Unsupported (it does not work here).");
   m.def("available_backends", &available_backends, "The backends of this build that work on this machine.");
   m.def(
       "available_isas", [](const std::string& backend) { return available_isas(backend); }, "backend"_a = "cpu",

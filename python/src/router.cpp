@@ -7,6 +7,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -101,14 +102,16 @@ The RouterOptions of a family of models, one of router_presets(). Raises BadArgu
     return all;
   });
   m.def("slots_of", &slots_of, "options"_a, "Slots per token: K, or E where experts choose.");
+  m.def(
+      "is_collective", [](const std::string& choice) { return is_collective(named(kChoices, "choice", choice).value); },
+      "choice"_a, "Whether a choice looks at the tokens of all ranks.");
   m.def("balance_from_hugging_face", &balance_from_hugging_face, "coefficient"_a, "topk"_a,
         "The coefficient for ``balance`` that weighs as much as router_aux_loss_coef of Hugging Face.");
 }
 
 template <auto member>
 nb::object tensor(nb::handle self) {
-  const Tensor& values = nb::cast<const Routing&>(self).*member;
-  return values.absent() ? nb::none() : view(values, self);
+  return view_or_none(nb::cast<const Routing&>(self).*member, self);
 }
 
 void bind_results(nb::module_& m) {
@@ -119,6 +122,9 @@ padding have ids -1 and zeros elsewhere.)")
       .def_prop_ro("ids", &tensor<&Routing::ids>, "[T, K] int32, best first; -1: no expert")
       .def_prop_ro("weights", &tensor<&Routing::weights>, "[T, K] f32")
       .def_prop_ro("scores", &tensor<&Routing::scores>, "[T, E] f32")
+      .def_prop_ro("choice_scores", &tensor<&Routing::choice_scores>, "[T, E] f32, what the choice compared")
+      .def_prop_ro("loss_scores", &tensor<&Routing::loss_scores>, "[T, E] f32, scores over their sum")
+      .def_prop_ro("top", &tensor<&Routing::top>, "[T, K] f32, the chosen scores before renormalisation")
       .def_prop_ro("probabilities", &tensor<&Routing::probabilities>, "[T, E] f32, softmax of the logits")
       .def_prop_ro("logsumexp", &tensor<&Routing::logsumexp>, "[T] f32, of the logits")
       .def_ro("valid", &Routing::valid, "tokens that are no padding");
@@ -181,6 +187,35 @@ One step of the selection bias [E] f32, in place, towards even loads.
 counts : [E] slots per expert over the global batch of an optimizer step (RouterLosses.counts_so_far)
 rule   : "sign" (DeepSeek-V3) or "centred" (torchtitan)
 Not collective: equal counts give equal biases. Raises BadArgument.)");
+  m.def(
+      "router_losses",
+      [](const Context& c, const RouterOptions& options, const Routing& routing, const Numbers& counts,
+         const std::optional<Numbers>& shards, const Numbers& sequences, const Numbers& counts_so_far,
+         std::int64_t tokens_so_far) {
+        const std::int64_t tokens = routing.ids.absent() ? 0 : routing.ids.size(0);
+        return router_losses(c, options, routing, counts, shards ? *shards : Numbers{0, tokens},
+                             {sequences, counts_so_far, tokens_so_far});
+      },
+      "context"_a, "options"_a, "routing"_a, "counts"_a, "shards"_a = nb::none(), nb::kw_only(),
+      "sequences"_a = Numbers(), "counts_so_far"_a = Numbers(), "tokens_so_far"_a = 0, Waits(), R"(
+The RouterLosses of the global batch.
+
+counts    : [E] slots per expert over the global batch: Plan.expert_totals, or Capacity.chosen
+shards    : [S + 1] this rank's micro-shards, from 0 to T; None: one
+sequences : [Q + 1] this rank's sequences, from 0 to T; empty: each shard is one
+counts_so_far, tokens_so_far : RouterLosses of the micro-batches before this one
+Collective. Raises BadArgument, NoMemory, Mismatch, Timeout, PeerLost: the same on every rank.)");
+  m.def(
+      "route_backward",
+      [](const Context& c, const RouterOptions& options, const Routing& routing, const RouterLosses& losses,
+         const In& dweights, const Out& dlogits) {
+        route_backward(c, options, routing, losses, read(dweights, "dweights"), written(dlogits, "dlogits"));
+      },
+      "context"_a, "options"_a, "routing"_a, "losses"_a, "dweights"_a, "dlogits"_a, Waits(), R"(
+dlogits [T, E] f32 = gradient of (weights . dweights) + losses.
+
+dweights : [T, K] f32, the gradient of the weights; 0 where a slot was dropped
+Not collective. Raises BadArgument (shapes or dtypes, also of routing and losses).)");
 }
 
 }  // namespace expar::python

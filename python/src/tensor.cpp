@@ -1,9 +1,13 @@
 #include "python/src/tensor.h"
 
+#include <nanobind/stl/string.h>
+
 #include <array>
 #include <string>
 
 #include <expar/error.h>
+
+#include "python/src/bind.h"
 
 namespace expar::python {
 namespace {
@@ -132,11 +136,22 @@ void require(const char* what, const ConstTensor& tensor, DType dtype, const Sha
 nb::object view(const Tensor& tensor, nb::handle owner) {
   return make_view<nb::ndarray<nb::array_api>>(tensor.data() == nullptr ? nowhere() : tensor.data(), tensor, owner);
 }
+nb::object view_or_none(const Tensor& tensor, nb::handle owner) {
+  return tensor.absent() ? nb::none() : view(tensor, owner);
+}
 nb::object view(const ConstTensor& tensor, nb::handle owner) {
   return make_view<nb::ndarray<nb::array_api, nb::ro>>(tensor.data() == nullptr ? nowhere() : tensor.data(), tensor,
                                                        owner);
 }
 nb::object view(std::span<const std::int32_t> values, nb::handle owner) { return numbers(values, owner); }
 nb::object view(std::span<const std::int64_t> values, nb::handle owner) { return numbers(values, owner); }
+
+void bind_tensor(nb::module_& m) {
+  using namespace nb::literals;
+  m.def(
+      "size_of", [](const std::string& dtype) { return size_of(parse_dtype(dtype)); }, "dtype"_a, R"(
+Bytes of an element. The names of dtypes are "f32", "bf16", "f16", "int8", "fp8_e4m3", "fp8_e5m2", "fp8_e8m0", "int32" and
+"int64". Raises BadArgument (another name, with the list).)");
+}
 
 }  // namespace expar::python

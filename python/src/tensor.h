@@ -29,6 +29,8 @@ void require(const char* what, const ConstTensor& tensor, DType dtype, const Sha
 
 /// Memory of `owner`, which the array keeps alive. np.asarray and torch.from_dlpack take it without a copy.
 nb::object view(const Tensor& tensor, nb::handle owner);
+/// The same, or None of what is absent.
+nb::object view_or_none(const Tensor& tensor, nb::handle owner);
 /// The same, read-only.
 nb::object view(const ConstTensor& tensor, nb::handle owner);
 /// The same of whole numbers, as a NumPy array.
