@@ -106,7 +106,7 @@ def test_torch_finds_nothing_wrong_with_the_operators():
     def body(context):
         layer = layer_of(context, shared_inner=8)
         parameters = [p.detach().clone().requires_grad_() for p, _ in layer._parameters_read()]
-        nothing = [None] * 5
+        nothing = [None] * 6
         for trains in (True, False):
             x = tokens() if trains else tokens().detach()
             given = parameters if trains else [p.detach() for p in parameters]
@@ -346,6 +346,34 @@ def test_two_passes_are_in_flight_at_once():
             assert torch.equal(x.grad, dx)
 
     on_ranks(2, body)
+
+
+def test_a_layer_that_was_made_without_memory_begins_as_any_other():
+    def body(context):
+        with torch.device("meta"):
+            layer = layer_of(context, router="deepseek_v3")
+        assert layer.experts.up.is_meta
+        layer.to_empty(device="cpu").reset_parameters(0)
+        x = tokens(context.rank)
+        expect_same(gradients(layer, x), gradients(layer_of(context, router="deepseek_v3"), x))
+
+    on_ranks(2, body)
+
+
+def test_layers_that_are_gone_leave_nothing():
+    def body(context):
+        def cycles(count):
+            for _ in range(count):
+                gradients(layer_of(context, shared_inner=8), tokens(context.rank))
+            gc.collect()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        before = cycles(100)
+        assert cycles(300) - before < 2048, "kilobytes"
+
+    on_ranks(2, body)
+    gc.collect()
+    assert live_states() == 0
 
 
 def test_a_thousand_steps_leak_nothing():

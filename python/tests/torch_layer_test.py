@@ -304,6 +304,27 @@ def test_what_one_rank_finds_wrong_reaches_all_and_leaves_the_layer_usable():
     on_ranks(2, body)
 
 
+def test_a_pass_goes_where_an_earlier_one_went():
+    def body(context):
+        layer = MoELayer(HIDDEN, INNER, 6, 2, context=context)
+        x = batch()[0].chunk(2)[context.rank]
+        out = layer(x)
+        assert torch.equal(layer.ids, (x @ layer.router.weight.T).topk(2).indices)
+        ids = layer.ids
+        assert torch.equal(layer(x, ids=ids), out)
+        with torch.no_grad():
+            layer.router.weight.neg_()
+        layer(x)
+        assert not torch.equal(layer.ids, ids)
+        layer(x, ids=ids)
+        assert torch.equal(layer.ids, ids)
+        times = layer.take_times()
+        assert times.route > 0 and times.experts > 0
+        assert layer.take_times().route == 0
+
+    on_ranks(2, body)
+
+
 def test_a_rank_may_have_no_tokens():
     def body(context):
         losses = {"balance": 0.5, "sequence_balance": 0.25, "z": 0.1}

@@ -171,7 +171,8 @@ class MoELayer(nn.Module):
         self.load: Optional[Tensor] = None
         self.dropped: Optional[Tensor] = None
         self.ids: Optional[Tensor] = None
-        self.reset_parameters(seed, prefix)
+        if not self.router.weight.is_meta:
+            self.reset_parameters(seed, prefix)
 
     def _make(self) -> expar.MoeLayer:
         """The library's layer, on parameters that each pass hands in. Collective."""
@@ -203,10 +204,11 @@ class MoELayer(nn.Module):
     def reset_parameters(self, seed: int, prefix: str = "") -> None:
         """Draws every parameter by its global name "<prefix>.experts.5.up": the C++ layer's numbers, whatever P is.
 
-        Weights normal with deviation 1 / sqrt(inputs), biases 0. Not collective.
+        Weights normal with deviation 1 / sqrt(inputs), biases 0. Not collective. A layer that was made on the device
+        "meta" has none yet: to_empty(device="cpu") first.
         """
         core = self._core
-        read = [torch.empty(p.shape, dtype=reads) for p, reads in self._parameters_read()]
+        read = [torch.empty(p.shape, dtype=reads, device="cpu") for p, reads in self._parameters_read()]
         core.lend(read)
         core.native.initialise(seed, prefix)
         for (p, _), drawn in zip(self._parameters_read(), read):
@@ -226,11 +228,14 @@ class MoELayer(nn.Module):
         mask: Optional[Tensor] = None,
         tokens: Optional[Tensor] = None,
         residual: Optional[Tensor] = None,
+        ids: Optional[Tensor] = None,
     ) -> Tensor:
         """
         x, residual : [..., H] of the layer's dtype; of [..., S, H], the S are a sequence (for sequence_balance)
         mask        : [...] bool or int8: 0 is padding, which goes nowhere
         tokens      : [...] token ids, for a router with a token table
+        ids         : [T, K] int32, ``self.ids`` of a pass that is to be repeated, by all ranks or none; weights are of
+                      today's scores
         returns     : [..., H]
 
         Collective. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost, Internal: the same on every rank.
@@ -256,11 +261,16 @@ class MoELayer(nn.Module):
             self.selection_bias,
             self.token_table,
             seed,
+            ids,
             self._name,
             x.shape[-2] if x.dim() > 1 else 1,
             trains,
         )
         return out.reshape(x.shape)
+
+    def take_times(self) -> expar.PhaseTimes:
+        """Milliseconds that this rank spent in each phase since the last call."""
+        return self._core.native.take_times()
 
     @torch.no_grad()
     def update_selection_bias(self, rate: float, rule: str = "sign", counts: Optional[Sequence[int]] = None) -> None:

@@ -113,6 +113,7 @@ def moe(
     selection_bias: Optional[Tensor],
     token_table: Optional[Tensor],
     seed: Optional[Tensor],
+    ids: Optional[Tensor],
     layer: str,
     sequence: int,
     trains: bool,
@@ -123,6 +124,7 @@ def moe(
     parameters  : of Core.names, in the dtypes that the layer reads
     mask        : [T] int8, 0 is padding; tokens : [T] int32 ids
     seed        : [] int64 that the jitter of this call is drawn by
+    ids         : [T, K] int32: go where an earlier pass went
     layer       : Core.name
     sequence    : tokens of each sequence
     returns     : out [T, H]; the sum of the router's losses [] f32; load [E] int64; dropped [] int64; ids [T, K] int32,
@@ -139,6 +141,7 @@ def moe(
         "residual": _dense(residual),
         "mask": _dense(mask, torch.int8),
         "tokens": _dense(tokens, torch.int32),
+        "ids": _dense(ids, torch.int32),
     }
     handle = torch.zeros(1, dtype=torch.float64)
     losses = 0.0
@@ -156,12 +159,12 @@ def moe(
         record = core.native.inference_record()
     load = torch.tensor(core.counts_of(record, trains), dtype=torch.int64)
     dropped = torch.tensor(sum(record.capacity.dropped), dtype=torch.int64)
-    ids = torch.from_dlpack(record.routing.ids).clone()
-    return out, torch.tensor(losses), load, dropped, ids, handle
+    chosen = torch.from_dlpack(record.routing.ids).clone()
+    return out, torch.tensor(losses), load, dropped, chosen, handle
 
 
 @moe.register_fake
-def _(x, parameters, residual, mask, tokens, selection_bias, token_table, seed, layer, sequence, trains):
+def _(x, parameters, residual, mask, tokens, selection_bias, token_table, seed, ids, layer, sequence, trains):
     router = _cores[layer].router
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -193,7 +196,7 @@ def _(dout, dlosses, handle, x, parameters, layer):
 def _setup_context(ctx, inputs, output) -> None:
     x, parameters, residual = inputs[0], inputs[1], inputs[2]
     ctx.has_residual = residual is not None
-    ctx.layer, ctx.trains = inputs[8], inputs[10]
+    ctx.layer, ctx.trains = inputs[9], inputs[11]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(x, output[5], *parameters)
 
@@ -203,7 +206,7 @@ def _backward(ctx, dout, dlosses, *others):
         raise RuntimeError("this pass was for inference and kept nothing to go backward from")
     x, handle, *parameters = ctx.saved_tensors
     dx, *gradients = moe_backward(dout, dlosses, handle, x, parameters, ctx.layer)
-    return dx, gradients, dout if ctx.has_residual else None, None, None, None, None, None, None, None, None
+    return dx, gradients, dout if ctx.has_residual else None, *[None] * 9
 
 
 moe.register_autograd(_backward, setup_context=_setup_context)
