@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,3 +22,34 @@ def test_dispatch(launcher):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows for") == (3 if launcher else 1)
+
+
+def losses(tmp_path, ranks, *arguments):
+    """Of each step of examples/python/train_text.py."""
+    file = tmp_path / "losses.json"
+    program = [f"{ROOT}/examples/python/train_text.py", "--text", f"{ROOT}/data/kjv.txt", "--losses", str(file)]
+    command = [f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={ranks}", *program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+def test_a_model_learns_like_its_eager_twin_and_goes_on_from_its_checkpoint(tmp_path):
+    """200 steps on 4 ranks; the twin has experts of plain PyTorch. Steps 40 to 80 again, on 2 ranks."""
+    whole = losses(tmp_path, 4, "--steps", 200)
+    assert len(whole) == 200 and whole[0] > 5.4 and whole[-1] < 2.5
+    eager = losses(tmp_path, 4, "--steps", 200, "--layer", "eager")
+    # Sums in other orders; a rounding that changes a choice of experts changes more.
+    assert max(abs(a - b) for a, b in zip(whole, eager)) < 1e-3
+
+    saved = tmp_path / "saved"
+    start = losses(tmp_path, 4, "--steps", 40, "--save", saved)
+    resumed = losses(tmp_path, 2, "--steps", 80, "--resume", saved)
+    assert len(resumed) == 40
+    assert max(abs(a - b) for a, b in zip(whole, start + resumed)) < 1e-4
+
+
+def test_ddp_fsdp_and_neither_train_alike(tmp_path):
+    ddp, fsdp, none = (losses(tmp_path, 2, "--steps", 20, "--wrap", wrap) for wrap in ("ddp", "fsdp", "none"))
+    assert max(abs(a - b) for a, b in zip(ddp, fsdp)) < 1e-4
+    assert max(abs(a - b) for a, b in zip(ddp, none)) < 1e-4
