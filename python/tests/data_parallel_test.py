@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import expar
 import expar.torch as ep
 
-TOKENS, TOPK, EXPERTS, HIDDEN, INNER, STEPS = 16, 2, 5, 16, 8, 2
+TOKENS, TOPK, EXPERTS, HIDDEN, INNER, STEPS, LIMIT = 16, 2, 5, 16, 8, 2, 0.1
 
 
 class Block(nn.Module):
@@ -60,7 +60,8 @@ def gradients_of(module):
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
             gradient = parameter.grad
-            whole[name.removeprefix("module.")] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            whole[name.removeprefix("module.")] = gradient.clone()
     return whole
 
 
@@ -68,7 +69,7 @@ def one_process():
     module = model()
     for x in batch(0, 1):
         module(x).backward()
-    return gradients_of(module)
+    return gradients_of(module), nn.utils.clip_grad_norm_(module.parameters(), LIMIT), gradients_of(module)
 
 
 def parallelised(mesh, seed=2):
@@ -109,22 +110,27 @@ def on_ranks(sizes, way):
         for x in batch(place, places):
             module(x).backward()
         ep.average_gradients(module)
-    return gradients_of(module)
+    return gradients_of(module), ep.clip_gradients(module, LIMIT), gradients_of(module)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "neither"])
 @pytest.mark.parametrize(
     "sizes", [{"ep": 2}, {"ep": 4}, {"dp": 2, "ep": 2}, {"ep": 2, "tp": 2}, {"dp": 2, "tp": 2}], ids=str
 )
-def test_gradients_are_those_of_one_process(sizes, way):
+def test_gradients_and_their_norm_are_those_of_one_process(sizes, way):
     ranks = 1
     for size in sizes.values():
         ranks *= size
-    (expected,) = on_processes(1, one_process)
-    for got in on_processes(ranks, on_ranks, sizes, way):
-        assert got.keys() == expected.keys()
-        for name, want in expected.items():
-            torch.testing.assert_close(got[name], want, rtol=2e-5, atol=2e-6, msg=lambda text: f"{name}: {text}")
+    ((gradients, norm, clipped),) = on_processes(1, one_process)
+    assert norm > 2 * LIMIT
+    results = on_processes(ranks, on_ranks, sizes, way)
+    for got in results:
+        assert torch.equal(got[1], results[0][1])
+        torch.testing.assert_close(got[1], norm, rtol=2e-5, atol=0)
+        for found, wanted in ((got[0], gradients), (got[2], clipped)):
+            assert found.keys() == wanted.keys()
+            for name, want in wanted.items():
+                torch.testing.assert_close(found[name], want, rtol=2e-5, atol=2e-6, msg=lambda text: f"{name}: {text}")
 
 
 class Layered(nn.Module):
@@ -154,18 +160,20 @@ def layered(sizes, way, balance, experts):
         module(x).backward()
     if way == "neither":
         ep.average_gradients(module)
-    return gradients_of(module)
+    return gradients_of(module), ep.clip_gradients(module, LIMIT)
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "neither"])
 @pytest.mark.parametrize("sizes", [{"ep": 2}, {"ep": 4}, {"dp": 2, "ep": 2}], ids=str)
 @pytest.mark.parametrize("experts", [4, EXPERTS])
-def test_gradients_of_the_layer_are_those_of_one_process(sizes, way, experts):
+def test_gradients_of_the_layer_and_their_norm_are_those_of_one_process(sizes, way, experts):
     balance = 0.0 if "dp" in sizes else 0.5
-    (expected,) = on_processes(1, layered, {"ep": 1}, "neither", balance, experts)
+    ((expected, wanted_norm),) = on_processes(1, layered, {"ep": 1}, "neither", balance, experts)
     results = on_processes(4 if len(sizes) > 1 else sizes["ep"], layered, sizes, way, balance, experts)
+    for _, norm in results:
+        torch.testing.assert_close(norm, wanted_norm, rtol=2e-5, atol=0)
     for name, want in expected.items():
-        found = [rank[name] for rank in results]
+        found = [rank[name] for rank, _ in results]
         if "experts." in name and experts != 4:
             found = [torch.cat(found[i : i + sizes["ep"]]) for i in range(0, len(found), sizes["ep"])]
         for got in found:

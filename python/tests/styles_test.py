@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import expar
 import expar.torch as ep
+from expar.torch.shards import local_of
 
 HIDDEN, INNER, EXPERTS = 16, 7, 5
 
@@ -170,6 +171,19 @@ def test_weights_lie_as_dtensors_with_the_values_of_one_process():
         }
         for name, value in expected.items():
             assert torch.equal(loaded[name], value) and torch.equal(again[name], value)
+
+
+def compiled():
+    mesh = init_device_mesh("cpu", (2,))
+    experts = parallelize_module(weights(), mesh, ep.ExpertParallel())
+    plain = trained(experts, "uneven", mesh.get_rank(), 2)
+    again = trained(torch.compile(experts, backend="aot_eager", fullgraph=True), "uneven", mesh.get_rank(), 2)
+    for one, other in zip(plain[0] + plain[1], again[0] + again[1]):
+        assert torch.equal(local_of(one), local_of(other))
+
+
+def test_torch_compile_takes_a_style_as_one_graph():
+    on_processes(2, compiled)
 
 
 def refusals():

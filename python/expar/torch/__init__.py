@@ -21,7 +21,7 @@ except ImportError as error:
 
 from .activation import activate
 from .checkpoint import checkpoint_context, checkpoint_policy
-from .data_parallel import average_gradients, distributed_data_parallel, fully_shard
+from .data_parallel import average_gradients, clip_gradients, distributed_data_parallel, fully_shard
 from .dispatcher import TokenDispatcher
 from .experts import GroupedExperts
 from .layer import MoELayer
@@ -44,6 +44,7 @@ __all__ = [
     "average_gradients",
     "checkpoint_context",
     "checkpoint_policy",
+    "clip_gradients",
     "combine",
     "communicator",
     "context",

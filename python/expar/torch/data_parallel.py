@@ -7,6 +7,7 @@ of the mean loss, as in one process. Replicas of the same experts (a dim dp besi
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, Optional, Sequence, Union
 
@@ -128,6 +129,37 @@ def average_gradients(module: nn.Module, context: Optional[Context] = None) -> N
         if parameter.grad is not None:
             gradient = local_of(parameter.grad)
             gradient.copy_(mean(gradient))
+
+
+@torch.no_grad()
+def clip_gradients(module: nn.Module, max_norm: float, context: Optional[Context] = None) -> Tensor:
+    """Scales all gradients so that their norm, as one process would have it, is ``max_norm`` at the most.
+
+    context : all ranks that the module is on, those along tp too; None: all ranks
+    returns : [] f32, the norm before, the same bytes on every rank
+    Each part of an expert or of a sharded parameter counts once, wherever it lies; torch.nn.utils.clip_grad_norm_ sees
+    this rank's alone or refuses them. After backward, and average_gradients where that is in use. Collective.
+    """
+    context = context or ranks.context()
+    parts = {id(p): shard.parts * shard.slices for _, p, shard in expert_parameters(module)}
+    gradients = [(p.grad, parts.get(id(p)) or _parts_of(p.grad)) for p in module.parameters() if p.grad is not None]
+    squares = torch.zeros(1, 1)
+    for gradient, count in gradients:
+        # This part is on so many ranks, which together count it once.
+        squares += torch.linalg.vector_norm(local_of(gradient), dtype=torch.float32).square() * count / context.size
+    total = torch.empty(1)
+    all_reduce(context, squares, total)
+    norm = total[0].sqrt()
+    for gradient, _ in gradients:
+        local_of(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _parts_of(tensor: Tensor) -> int:
+    """Into how many different parts a tensor is cut over the ranks."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(n for n, how in zip(tensor.device_mesh.shape, tensor.placements) if how.is_shard())
 
 
 def _average(parameters: Sequence[nn.Parameter], context: Context) -> None:

@@ -34,15 +34,15 @@ class TokenDispatcher:
         self.num_experts = num_experts
         self.top_k = top_k
         self.score_before_experts = score_before_experts
-        self.ep_mesh: Optional[DeviceMesh] = None
-        self._context: Optional[Context] = None
+        self.wire_meshes(ep_mesh=None)
 
     def wire_meshes(self, *, ep_mesh: Optional[DeviceMesh]) -> None:
         """The ranks that share the experts: a mesh of one dim on the CPU; None: this rank alone. Collective over it."""
         if ep_mesh is not None and ep_mesh.ndim != 1:
             raise BadArgument(f"ep_mesh has dims {ep_mesh.mesh_dim_names}, should have one: hand in mesh['ep']")
-        self._context = None if ep_mesh is None else ranks.context(ep_mesh)
         self.ep_mesh = ep_mesh
+        self._context: Context = ranks.alone() if ep_mesh is None else ranks.context(ep_mesh)
+        self._first_experts = first_experts(self.num_experts, self._context.size)
 
     def dispatch(
         self, x: Tensor, scores: Tensor, ids: Tensor, num_local_tokens_per_expert: Optional[Tensor] = None
@@ -61,16 +61,15 @@ class TokenDispatcher:
                 f"x is {list(x.shape)}, scores {list(scores.shape)}, ids {list(ids.shape)}; the last two should be "
                 f"[{x.shape[0]}, {self.top_k}]"
             )
-        context = self._context or ranks.alone()
         scores = scores.float()
         before = self.score_before_experts
         sent = dispatch(
             x,
             ids,
             scores if before else None,
-            context=context,
+            context=self._context,
             experts=self.num_experts,
-            first_experts=first_experts(self.num_experts, context.size),
+            first_experts=self._first_experts,
         )
         if not before:
             return sent.rows, sent.counts, Metadata(sent, scores)

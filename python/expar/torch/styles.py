@@ -94,7 +94,7 @@ class ExpertParallel(_Style):
     def plan(self, mesh: DeviceMesh, experts: int):
         context = ranks.context(mesh)
         shard = ExpertShard(context.rank, context.size, replica=_replica(mesh))
-        return context, shard, functools.partial(_travel, context, None, experts)
+        return context, shard, functools.partial(_travel, context, None, first_experts(experts, context.size))
 
 
 class TensorParallel(_Style):
@@ -132,7 +132,7 @@ class ExpertTensorParallel(_Style):
         context = ranks.context(mesh["ep"])
         slices = context.on(ranks.communicator(mesh["tp"]))
         shard = ExpertShard(context.rank, context.size, slices.rank, slices.size, _replica(mesh))
-        return context, shard, functools.partial(_travel, context, slices, experts)
+        return context, shard, functools.partial(_travel, context, slices, first_experts(experts, context.size))
 
 
 def _replica(mesh: DeviceMesh) -> int:
@@ -141,18 +141,17 @@ def _replica(mesh: DeviceMesh) -> int:
 
 
 def _travel(
-    context: Context, slices: Optional[Context], experts: int, forward: Callable[..., Tensor], x: Tensor, counts: Tensor
+    context: Context,
+    slices: Optional[Context],
+    first: list[int],
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    counts: Tensor,
 ) -> Tensor:
+    experts = first[-1]
     _check_rows(x, counts, experts)
     ids = torch.arange(experts).repeat_interleave(counts, output_size=x.shape[0])
-    sent = dispatch(
-        x,
-        ids[:, None],
-        context=context,
-        experts=experts,
-        first_experts=first_experts(experts, context.size),
-        slices=slices,
-    )
+    sent = dispatch(x, ids[:, None], context=context, experts=experts, first_experts=first, slices=slices)
     return combine(forward(sent.rows, sent.counts), sent)
 
 
