@@ -36,6 +36,9 @@ Raises Unsupported, BadArgument, NoMemory, Mismatch, Timeout, PeerLost.)")
           "with_timeout", [](const Context& c, double timeout) { return c.with_timeout(seconds(timeout)); },
           "seconds"_a, "The same context with another limit on how long one call may wait.")
       .def("on", &Context::on, "group"_a, "The same kernels and threads for a group of these ranks. Not collective.")
+      .def(
+          "__deepcopy__", [](nb::object self, nb::handle) { return self; }, "memo"_a,
+          "The same context: copies of a module compute among the same ranks.")
       .def("__repr__", [](const Context& c) {
         return "<expar.Context: rank " + std::to_string(c.rank()) + " of " + std::to_string(c.size()) + ", " +
                std::string(c.kernels().isa) + ", threads " + std::to_string(c.pool().threads()) + ">";

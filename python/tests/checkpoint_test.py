@@ -1,4 +1,4 @@
-"""Checkpoints of activations, which repeat no communication, and of parameters, which load on another number of ranks."""
+"""Checkpoints of activations, which repeat no communication, and of parameters, which load on other meshes."""
 
 from __future__ import annotations
 

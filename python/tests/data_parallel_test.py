@@ -97,10 +97,7 @@ def on_ranks(sizes, way):
             module(batch(place, places)[0]).backward()
         module(batch(place, places)[1]).backward()
     elif way == "fsdp":
-        if len(data) == 1:
-            where = mesh[data[0]]
-        else:
-            where = init_device_mesh("cpu", (places,))
+        where = mesh if data == mesh.mesh_dim_names else mesh[data]  # two dims: replicas of what is sharded
         for block in module.blocks:
             ep.fully_shard(block, mesh=where)
         ep.fully_shard(module, mesh=where)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from processes import on_processes
@@ -171,6 +173,79 @@ def test_weights_lie_as_dtensors_with_the_values_of_one_process():
         }
         for name, value in expected.items():
             assert torch.equal(loaded[name], value) and torch.equal(again[name], value)
+
+
+class Model(nn.Module):
+    def __init__(self, device=None):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in range(2))
+        for layer in self.layers:
+            layer["experts"] = ep.GroupedExperts(HIDDEN, INNER, EXPERTS, device=device)
+
+    def init_weights(self):
+        torch.manual_seed(8)
+        for layer in self.layers:
+            layer["experts"].init_weights()
+
+
+def without_memory():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    model = Model("meta")
+    parallelize_module(model, mesh, {"layers.*.experts": ep.ExpertTensorParallel()})
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu").init_weights()
+    plain = Model()
+    plain.init_weights()
+    for name, p in model.named_parameters():
+        assert p.requires_grad and torch.equal(p.full_tensor(), plain.get_parameter(name)), name
+
+
+def test_a_model_made_without_memory_is_sliced_by_name_and_drawn_afterwards():
+    on_processes(4, without_memory)
+
+
+def copied():
+    mesh = init_device_mesh("cpu", (2,))
+    experts = parallelize_module(weights(), mesh, ep.ExpertParallel())
+    copy = deepcopy(experts)
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.zero_()
+    (out, _), _ = trained(experts, "uneven", mesh.get_rank(), 2)
+    (kept, _), gradients = trained(copy, "uneven", mesh.get_rank(), 2)
+    assert not out.any() and kept.any() and all(g is not None for g in gradients)
+
+
+def test_a_copy_of_sliced_experts_has_weights_of_its_own():
+    on_processes(2, copied)
+
+
+class ForeignExperts(nn.Module):
+    """Somebody else's, with the same three matrices."""
+
+    def __init__(self, w1, w2, w3):
+        super().__init__()
+        self.w1, self.w2, self.w3 = (nn.Parameter(w.detach().clone()) for w in (w1, w2, w3))
+
+    def forward(self, x, num_tokens_per_expert):
+        w1, w2, w3 = (w.to_local() for w in (self.w1, self.w2, self.w3))
+        rows = x.split(num_tokens_per_expert.tolist())
+        return torch.cat([(nn.functional.silu(r @ w1[e].T) * (r @ w3[e].T)) @ w2[e].T for e, r in enumerate(rows)])
+
+
+def foreign():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep", "tp"))
+    own = weights()
+    style, results = ep.ExpertTensorParallel(), []
+    for experts in (ForeignExperts(own.w1, own.w2, own.w3), own):
+        shared, gradients = trained(style.apply(experts, mesh), "uneven", mesh.get_local_rank("ep"), 2)
+        results.append(shared + [g.to_local() for g in gradients])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_experts_of_others_with_the_same_matrices_are_sliced_too():
+    on_processes(4, foreign)
 
 
 def compiled():
