@@ -48,7 +48,8 @@ def sliced(sizes):
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     styles = {("ep",): ep.ExpertParallel, ("tp",): ep.TensorParallel, ("ep", "tp"): ep.ExpertTensorParallel}
     block = Block()
-    styles[tuple(sizes)]().apply(block.experts, mesh)
+    dims = tuple(name for name in sizes if name != "dp")
+    styles[dims]().apply(block.experts, mesh if dims == mesh.mesh_dim_names else mesh[dims])
     return block, mesh.get_local_rank("ep") if "ep" in sizes else 0
 
 
@@ -135,9 +136,10 @@ def trained(sizes, path=None, load=None):
     return whole
 
 
+@pytest.mark.parametrize("first", [{"ep": 2, "tp": 2}, {"dp": 2, "ep": 2}], ids=str)
 @pytest.mark.parametrize("then", [{"ep": 2}, {"ep": 4}, {"tp": 2}, {"ep": 1}, {}], ids=str)
-def test_a_distributed_checkpoint_of_2x2_ranks_loads_on_others(tmp_path, then):
-    saved = on_processes(4, trained, {"ep": 2, "tp": 2}, str(tmp_path))[0]
+def test_a_distributed_checkpoint_of_2x2_ranks_loads_on_others(tmp_path, first, then):
+    saved = on_processes(4, trained, first, str(tmp_path))[0]
     ranks = 1
     for size in then.values():
         ranks *= size

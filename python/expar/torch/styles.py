@@ -100,9 +100,9 @@ class ExpertParallel(_Style):
 class TensorParallel(_Style):
     """Each rank holds a slice of every expert; all ranks hand in the same tokens. For a mesh of one dim.
 
-    w1 and w3 are Shard(1), w2 is Shard(2). forward returns the complete results on every rank: the sum over the slices
-    is part of it, and of the gradient of the input. Collective, backward too. Raises BadArgument where F has fewer
-    elements than the mesh has ranks.
+    w1 and w3 are Shard(1), w2 is Shard(2). forward returns the complete results on every rank: it sums the slices, as
+    backward does for the input's gradient, and leaves no all-reduce to the caller. A slice may be empty. Collective,
+    backward too.
     """
 
     dims = ("tp",)
