@@ -124,9 +124,9 @@ def test_gradients_are_those_of_finite_differences():
     # A difference over 2 eps errs by rounding, 2^-24 / eps for a number about 1 and some ten times that for a sum of
     # many, and by the step itself, eps^2 times a third derivative of about 1: with eps = 2^-7 by 1e-4 and 6e-5.
     def body(context):
-        layer = layer_of(context, shared_inner=8)
+        layer = MoELayer(6, 4, 3, 2, context=context, balance=0.5, z=0.125, shared_inner=4)
         names = [name for name, _ in layer.named_parameters()]
-        x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(7)) / 2
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2)) / 2
         with torch.no_grad():
             top = (x @ layer.router.weight.T).topk(3).values
         assert (top[:, 1] - top[:, 2]).min() > 0.04, "no step of eps changes a choice"

@@ -1,4 +1,4 @@
-"""MoELayer on processes of a process group: the bytes of one, and gradients averaged as DistributedDataParallel does."""
+"""MoELayer on processes of a process group: the bytes of one, and averaged gradients those of one."""
 
 from __future__ import annotations
 
