@@ -35,7 +35,8 @@ def losses(tmp_path, ranks, *arguments):
 
 
 def test_a_model_learns_like_its_eager_twin_and_goes_on_from_its_checkpoint(tmp_path):
-    """200 steps on 4 ranks; the twin has experts of plain PyTorch. Steps 40 to 80 again, on 2 ranks."""
+    """200 steps on 4 ranks; the twin has experts of plain PyTorch. The first 80 steps
+    again without DDP, from step 40 on with FSDP on 2 ranks."""
     whole = losses(tmp_path, 4, "--steps", 200)
     assert len(whole) == 200 and whole[0] > 5.4 and whole[-1] < 2.5
     eager = losses(tmp_path, 4, "--steps", 200, "--layer", "eager")
@@ -43,13 +44,7 @@ def test_a_model_learns_like_its_eager_twin_and_goes_on_from_its_checkpoint(tmp_
     assert max(abs(a - b) for a, b in zip(whole, eager)) < 1e-3
 
     saved = tmp_path / "saved"
-    start = losses(tmp_path, 4, "--steps", 40, "--save", saved)
-    resumed = losses(tmp_path, 2, "--steps", 80, "--resume", saved)
+    start = losses(tmp_path, 4, "--steps", 40, "--wrap", "none", "--save", saved)
+    resumed = losses(tmp_path, 2, "--steps", 80, "--wrap", "fsdp", "--resume", saved)
     assert len(resumed) == 40
     assert max(abs(a - b) for a, b in zip(whole, start + resumed)) < 1e-4
-
-
-def test_ddp_fsdp_and_neither_train_alike(tmp_path):
-    ddp, fsdp, none = (losses(tmp_path, 2, "--steps", 20, "--wrap", wrap) for wrap in ("ddp", "fsdp", "none"))
-    assert max(abs(a - b) for a, b in zip(ddp, fsdp)) < 1e-4
-    assert max(abs(a - b) for a, b in zip(ddp, none)) < 1e-4

@@ -45,21 +45,58 @@ def torchrun(ranks, program, **environment):
     return run([f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={ranks}", "--no-python", sys.executable], program, **environment)
 
 
-def test_torchrun_with_and_without_a_process_group():
+@pytest.fixture(scope="module")
+def printed():
+    """What four ranks of torchrun print, each of them its own line."""
     code, text = torchrun(
-        3,
+        4,
         """
         alone = checked(ep.context())
-        assert (alone.size, alone.communicator.transport_name) == (3, "shm")
+        assert (alone.size, alone.communicator.transport_name) == (4, "shm")
         dist.init_process_group("gloo")
+        r = dist.get_rank()
         both = checked(ep.context())
-        assert (both.rank, both.size) == (dist.get_rank(), 3)
-        assert ep.communicator().rank == both.rank
+        assert (both.rank, both.size, ep.communicator().rank) == (r, 4, r)
+        print("all ranks", flush=True)
+
+        odd = [dist.new_group([0, 2]), dist.new_group([1, 3])][r % 2]
+        half = checked(ep.context(odd))
+        assert (half.rank, half.size) == (r // 2, 2)
+        print("groups", flush=True)
+
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        row = checked(ep.context(mesh["ep"]))
+        assert (row.rank, row.size) == (r % 2, 2)
+        assert ep.communicator(mesh["ep"]) is ep.communicator(mesh["ep"])
+        grid = ep.parallel(mesh)
+        assert (grid.all.rank, grid.experts.rank, grid.replicas.rank) == (r, r % 2, r // 2) and grid.tensor is None
+        checked(grid.experts)
+        print("meshes", flush=True)
+
+        def refused(call, why):
+            try:
+                call()
+            except ValueError as error:
+                assert why in str(error), error
+            else:
+                raise AssertionError(why)
+
+        wrong = dist.init_device_mesh("cpu", (4,), mesh_dim_names=("experts",))
+        refused(lambda: ep.parallel(wrong), "mesh_dim_names=('dp', 'ep')")
+        wrong._device_type = "cuda"
+        refused(lambda: ep.context(wrong), "init_device_mesh('cpu', ...)")
         dist.destroy_process_group()
-        print("fine", flush=True)
+        refused(lambda: ep.context(mesh), "torch.distributed.init_process_group('gloo')")
+        print("mistakes", flush=True)
         """,
     )
-    assert code == 0 and text.count("fine") == 3, text
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("what", ["all ranks", "groups", "meshes", "mistakes"])
+def test_torchruns_ranks_find_each_other(printed, what):
+    assert printed.count(what) == 4
 
 
 @pytest.mark.parametrize("mpirun", ["mpirun.openmpi", "mpirun.mpich"])
@@ -78,53 +115,7 @@ def test_mpirun(mpirun):
     assert code == 0 and text.count("fine") == 2, text
 
 
-def test_groups_and_meshes_become_ranks_in_their_order():
-    code, text = torchrun(
-        4,
-        """
-        dist.init_process_group("gloo")
-        r = dist.get_rank()
-        odd = [dist.new_group([0, 2]), dist.new_group([1, 3])][r % 2]
-        half = checked(ep.context(odd))
-        assert (half.rank, half.size) == (r // 2, 2)
-
-        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
-        row = checked(ep.context(mesh["ep"]))
-        assert (row.rank, row.size) == (r % 2, 2)
-        assert ep.communicator(mesh["ep"]) is ep.communicator(mesh["ep"])
-        grid = ep.parallel(mesh)
-        assert (grid.all.rank, grid.experts.rank, grid.replicas.rank) == (r, r % 2, r // 2) and grid.tensor is None
-        checked(grid.experts)
-        print("fine", flush=True)
-        """,
-    )
-    assert code == 0 and text.count("fine") == 4, text
-
-
-def test_wrong_setups_say_what_to_type():
-    code, text = torchrun(
-        2,
-        """
-        def refused(call, why):
-            try:
-                call()
-            except ValueError as error:
-                assert why in str(error), error
-            else:
-                raise AssertionError(why)
-
-        from torch.distributed.device_mesh import DeviceMesh
-        dist.init_process_group("gloo")
-        mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("experts",))
-        refused(lambda: ep.parallel(mesh), "mesh_dim_names=('dp', 'ep')")
-        mesh._device_type = "cuda"
-        refused(lambda: ep.context(mesh), "init_device_mesh('cpu', ...)")
-        dist.destroy_process_group()
-        refused(lambda: ep.context(mesh), "torch.distributed.init_process_group('gloo')")
-        print("fine", flush=True)
-        """,
-    )
-    assert code == 0 and text.count("fine") == 2, text
+def test_half_an_environment_is_refused():
     code, text = run([sys.executable], "ep.context()", RANK="1")
     assert code != 0 and "RANK is set but WORLD_SIZE is not" in text, text
 
@@ -153,10 +144,10 @@ def test_a_killed_rank_is_named():
         """
         import signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends when a rank has died
-        context = ep.context()
-        if context.rank == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
         try:
+            context = ep.context()
+            if context.rank == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             expar.barrier(context)
         except ConnectionError as error:
             print("told", error.peer, flush=True)
