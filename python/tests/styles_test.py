@@ -280,11 +280,23 @@ def refusals():
     note("cuda", ep.TensorParallel(), weights(), cuda)
     experts = parallelize_module(weights(), mesh, ep.ExpertParallel())
     note("twice", ep.ExpertParallel(), experts, mesh)
-    with pytest.raises(expar.BadArgument, match=r"adds up to 3, but there are 2 rows"):
-        experts(torch.zeros(2, HIDDEN), torch.tensor([1, 1, 1, 0, 0]))
     with pytest.raises(expar.BadArgument, match=r"is \[2\], should be \[5\]: one for every expert"):
         experts(torch.zeros(2, HIDDEN), torch.tensor([1, 1]))
     return said
+
+
+def wrong_counts():
+    experts = ep.ExpertParallel().apply(weights(), init_device_mesh("cpu", (2,)))
+    counts = torch.tensor([1, 1, 0, 0, 0])
+    counts[3] = torch.distributed.get_rank()
+    with pytest.raises(expar.BadArgument, match="rank 1: dispatch: x has 2 tokens, the plan 3"):
+        experts(torch.zeros(2, HIDDEN), counts)
+    counts[3] = 0
+    assert experts(torch.zeros(2, HIDDEN), counts).shape == (2, HIDDEN)
+
+
+def test_counts_that_do_not_fit_one_rank_s_rows_are_told_to_all():
+    on_processes(2, wrong_counts)
 
 
 def test_what_cannot_be_parallelised_says_what_to_type():

@@ -149,21 +149,17 @@ def _travel(
     counts: Tensor,
 ) -> Tensor:
     experts = first[-1]
-    _check_rows(x, counts, experts)
-    ids = torch.arange(experts).repeat_interleave(counts, output_size=x.shape[0])
+    if counts.shape != (experts,):
+        raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
+    # Traced, they are as many as the rows; else dispatch compares the two, for all ranks.
+    size = x.shape[0] if torch.compiler.is_compiling() else None
+    ids = torch.arange(experts).repeat_interleave(counts, output_size=size)
     sent = dispatch(x, ids[:, None], context=context, experts=experts, first_experts=first, slices=slices)
     return combine(forward(sent.rows, sent.counts), sent)
 
 
 def _in_slices(context: Context, forward: Callable[..., Tensor], x: Tensor, counts: Tensor) -> Tensor:
     return reduce_over(forward(copy_over(x, context), counts), context)
-
-
-def _check_rows(x: Tensor, counts: Tensor, experts: int) -> None:
-    if counts.shape != (experts,):
-        raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
-    if not torch.compiler.is_compiling() and int(counts.sum()) != x.shape[0]:
-        raise BadArgument(f"num_tokens_per_expert adds up to {int(counts.sum())}, but there are {x.shape[0]} rows")
 
 
 def _check_mesh(style: str, dims: tuple[str, ...], mesh: DeviceMesh) -> None:
