@@ -28,8 +28,17 @@ collectives, transports and backends.
 """
 
 from ._native import *  # noqa: F401,F403
-from ._native import __version__, unweighted
-from .errors import BadArgument, Error, Internal, IoError, Mismatch, NoMemory, PeerLost, Timeout, Unsupported
-from .traces import write_trace
+from ._native import __version__ as __version__
+from ._native import unweighted as unweighted
+from .errors import BadArgument as BadArgument
+from .errors import Error as Error
+from .errors import Internal as Internal
+from .errors import IoError as IoError
+from .errors import Mismatch as Mismatch
+from .errors import NoMemory as NoMemory
+from .errors import PeerLost as PeerLost
+from .errors import Timeout as Timeout
+from .errors import Unsupported as Unsupported
+from .traces import write_trace as write_trace
 
 __all__ = [name for name in dir() if not name.startswith("_")]

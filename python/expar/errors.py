@@ -26,7 +26,7 @@ class Error(Exception):
         self.peer = peer
         self.operation = operation
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.message, self.rank, self.peer, self.operation)
 
     def __str__(self) -> str:  # OSError has one of its own

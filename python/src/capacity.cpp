@@ -47,7 +47,7 @@ rows   : so many)")
           "Raises BadArgument (a policy without a bound, a bound without a policy, both bounds), naming the value.")
       .def("__copy__", [](const CapacityOptions& o) { return o; })
       .def(
-          "__deepcopy__", [](const CapacityOptions& o, nb::dict) { return o; }, "memo"_a);
+          "__deepcopy__", [](const CapacityOptions& o, const nb::object&) { return o; }, "memo"_a);
 
   nb::class_<Capacity>(m, "Capacity", R"(
 What a bound left of a choice. Counts are over all ranks, the same on each, and empty where there was no bound.)")

@@ -3,8 +3,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <utility>
 #include <vector>
 
 #include "python/src/bind.h"
@@ -49,7 +51,7 @@ As all_reduce, but rank r keeps elements ``part_of(N, r, P)``. Collective.)");
       "part_of",
       [](std::int64_t elements, int rank, int ranks) {
         const Part part = part_of(elements, rank, ranks);
-        return nb::make_tuple(part.begin, part.end);
+        return std::pair(part.begin, part.end);
       },
       "elements"_a, "rank"_a, "ranks"_a, "(begin, end) of the elements that a rank keeps in reduce_scatter.");
   m.def(

@@ -38,6 +38,7 @@ Raises Unsupported, BadArgument, NoMemory, Mismatch, Timeout, PeerLost.)")
       .def("on", &Context::on, "group"_a, "The same kernels and threads for a group of these ranks. Not collective.")
       .def(
           "__deepcopy__", [](nb::object self, nb::handle) { return self; }, "memo"_a,
+          nb::sig("def __deepcopy__(self, memo: object) -> Context"),
           "The same context: copies of a module compute among the same ranks.")
       .def("__repr__", [](const Context& c) {
         return "<expar.Context: rank " + std::to_string(c.rank()) + " of " + std::to_string(c.size()) + ", " +

@@ -42,7 +42,7 @@ struct Added {
 };
 
 std::optional<ConstTensor> slot_weights(const In& weights) {
-  if (!weights) return unweighted;
+  if (weights.absent()) return unweighted;
   return read(weights, "weights");
 }
 

@@ -34,7 +34,7 @@ down [L, H, F].)")
       .def(
           "__init__",
           [](ExpertShape* self, std::int64_t hidden, std::int64_t inner, const std::string& activation,
-             const nb::dict& numbers, bool bias, const std::string& weights_on, const std::string& dtype) {
+             const ActivationSettings& numbers, bool bias, const std::string& weights_on, const std::string& dtype) {
             const NamedActivation act = activation_of(activation, numbers);
             const ExpertShape shape{.hidden = hidden,
                                     .inner = inner,
@@ -46,8 +46,8 @@ down [L, H, F].)")
             validate(shape);
             new (self) ExpertShape(shape);
           },
-          "hidden"_a, "inner"_a, nb::kw_only(), "activation"_a = "swiglu", "numbers"_a = nb::dict(), "bias"_a = false,
-          "weights_on"_a = "output", "dtype"_a = "f32", R"(
+          "hidden"_a, "inner"_a, nb::kw_only(), "activation"_a = "swiglu", "numbers"_a = ActivationSettings(),
+          "bias"_a = false, "weights_on"_a = "output", "dtype"_a = "f32", R"(
 hidden, inner : H, F
 activation    : "swiglu", "clamped_swiglu", "quick_geglu", "geglu", "gelu", "silu", "relu2"
 numbers       : alpha, limit, offset of its formula, where they differ

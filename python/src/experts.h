@@ -15,7 +15,10 @@ namespace expar::python {
 inline constexpr Named<WeightsOn> kWeightsOn[] = {
     {"output", WeightsOn::output}, {"inner", WeightsOn::inner}, {"input", WeightsOn::input}};
 
-/// An activation by name, with its numbers or those of {"alpha": 1.5, ...}. Throws Error: bad_argument.
+/// {"alpha": 1.5, ...}
+using ActivationSettings = nanobind::typed<nanobind::dict, nanobind::str, float>;
+
+/// An activation by name, with its numbers or other ones. Throws Error: bad_argument.
 NamedActivation activation_of(const std::string& name, const nanobind::dict& numbers);
 
 /// The arrays of a rank's experts.

@@ -29,8 +29,12 @@ struct Hidden {
 
 /// Of a batch whose memory goes when the kernel has returned.
 struct BatchArrays {
-  nb::object rows, group_list, out;
+  View rows;
+  Integers<std::int64_t> group_list;
+  View out;
 };
+
+using Kernel = nb::typed<nb::callable, void(BatchArrays)>;
 
 void make_hidden(Hidden* self, const Context& context, std::int64_t hidden, const RouterOptions& router,
                  bool normalize_router_logits, const std::string& partition, bool slices,
@@ -58,7 +62,7 @@ struct InputArrays {
 };
 
 /// The kernel in Python, which must not keep what it is given. With the GIL.
-void call(const nb::callable& kernel, const ExpertBatch& batch) {
+void call(const Kernel& kernel, const ExpertBatch& batch) {
   const nb::object lease = nb::dict();  // every view of the batch holds it
   kernel(BatchArrays{view(batch.rows, lease), view(batch.group_list, lease), view(batch.out, lease)});
   if (Py_REFCNT(lease.ptr()) > 1) PyGC_Collect();
@@ -66,7 +70,7 @@ void call(const nb::callable& kernel, const ExpertBatch& batch) {
   throw Error(ErrorCode::bad_argument, "the kernel has kept an array of its batch, whose memory goes: keep a copy");
 }
 
-void forward_kernel(Hidden& self, const Context& context, const In& x, const nb::callable& kernel, const Out& out,
+void forward_kernel(Hidden& self, const Context& context, const In& x, const Kernel& kernel, const Out& out,
                     const In& logits, const In& ids, const In& weights, const In& bias) {
   std::optional<nb::python_error> raised;
   HiddenMoeInputs inputs;

@@ -73,7 +73,7 @@ IoError. Ctrl-C goes to the processes, and is raised here when none is left.)");
         if (!PyExceptionInstance_Check(error.ptr())) throw nb::type_error("error should be an exception");
         report_error(as_error(error, job_from_environment().rank));
       },
-      "error"_a, R"(
+      "error"_a, nb::sig("def report_error(error: BaseException) -> None"), R"(
 In a process that launch() or ``expar launch`` has started: hands the exception that ends this rank to the launcher,
 which names it where the process alone would say "exited with 1". Elsewhere: does nothing.)");
 }

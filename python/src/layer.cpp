@@ -3,6 +3,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -20,6 +21,8 @@ namespace {
 using namespace nb::literals;
 using Numbers = std::vector<std::int64_t>;
 
+using ArraysByName = nb::typed<nb::dict, nb::str, Out>;
+
 /// A layer, and the arrays of others that it computes on.
 struct Layer {
   MoeLayer layer;
@@ -32,7 +35,7 @@ std::optional<DType> payload(const std::optional<std::string>& name) {
 }
 
 void make_layer(Layer* self, const Context& context, std::int64_t hidden, std::int64_t inner,
-                const RouterOptions& router, const std::string& activation, const nb::dict& numbers,
+                const RouterOptions& router, const std::string& activation, const ActivationSettings& numbers,
                 const CapacityOptions& capacity, const std::vector<std::int64_t>& special, bool bias,
                 const std::string& weights_on, std::int64_t shared_inner, int shared_ranks, bool shared_gate,
                 const std::string& dtype, std::int64_t bound, const std::optional<std::string>& payload_name,
@@ -66,7 +69,7 @@ void make_layer(Layer* self, const Context& context, std::int64_t hidden, std::i
   new (self) Layer{MoeLayer(context, options)};
 }
 
-void lend(Layer& self, const nb::dict& values, const nb::dict& gradients) {
+void lend(Layer& self, const ArraysByName& values, const ArraysByName& gradients) {
   std::vector<Out> arrays;
   std::vector<Parameter> parameters;
   const auto take = [&](nb::handle array, const std::string& name) {
@@ -83,8 +86,8 @@ void lend(Layer& self, const nb::dict& values, const nb::dict& gradients) {
   self.lent = std::move(arrays);
 }
 
-nb::list listed(std::vector<Parameter> parameters, nb::handle owner) {
-  nb::list all;
+nb::typed<nb::list, Parameter> listed(std::vector<Parameter> parameters, nb::handle owner) {
+  nb::typed<nb::list, Parameter> all;
   for (Parameter& p : parameters) {
     nb::object one = nb::cast(std::move(p));
     one.attr("_layer") = owner;  // whose memory it views
@@ -93,13 +96,13 @@ nb::list listed(std::vector<Parameter> parameters, nb::handle owner) {
   return all;
 }
 
-void forward(Layer& self, const Context& context, const nb::object& x, const Out& out, const In& residual,
-             const nb::object& record, const std::optional<Numbers>& shards, const nb::object& mask, const In& tokens,
-             const In& ids, const Numbers& sequences, const Numbers& counts_so_far, std::int64_t tokens_so_far,
-             std::uint64_t seed, const std::string& stream) {
-  const In rows(nb::cast<In::value_type>(x));
-  const In masked = mask.is_none() ? In() : In(nb::cast<In::value_type>(mask));
-  const MoeInputs inputs{.mask = read(masked, "mask"),
+void forward(Layer& self, const Context& context, const nb::typed<nb::object, In>& x, const Out& out,
+             const In& residual, const nb::typed<nb::object, std::optional<MoeRecord>>& record,
+             const std::optional<Numbers>& shards, const In& mask, const In& tokens, const In& ids,
+             const Numbers& sequences, const Numbers& counts_so_far, std::int64_t tokens_so_far, std::uint64_t seed,
+             const std::string& stream) {
+  const In rows = nb::cast<In>(nb::object(x));
+  const MoeInputs inputs{.mask = read(mask, "mask"),
                          .tokens = read(tokens, "tokens"),
                          .losses = {sequences, counts_so_far, tokens_so_far},
                          .ids = read(ids, "ids"),
@@ -183,7 +186,7 @@ afterwards. Raises BadArgument, NoMemory.)")
       .def(
           "refresh", [](Layer& l) { l.layer.refresh(); }, Waits(),
           "Refreshes the bf16 copies after the masters were written by hand.")
-      .def("lend", &lend, "values"_a, "gradients"_a = nb::dict(), R"(
+      .def("lend", &lend, "values"_a, "gradients"_a = ArraysByName(), R"(
 Of a layer that was made with ``lent=True``: from here on it computes on these arrays, and keeps them alive.
 
 values    : {name: array} of expert_parameters("") and dense_parameters(""); f32, or bf16 where the layer is bf16 and
@@ -209,7 +212,7 @@ shared.down, shared.gate [H], special.mix, special.value. Their gradients are in
       .def(
           "dense_shard_gradients",
           [](nb::handle self) {
-            nb::list all;
+            nb::typed<nb::list, View> all;
             for (const ConstTensor& g : nb::cast<Layer&>(self).layer.dense_shard_gradients()) all.append(view(g, self));
             return all;
           },
@@ -234,7 +237,7 @@ void bind_layer(nb::module_& m) {
 The MoE layer: router, plan, dispatch, experts and combine in one object, for inference and for training.)");
   layer
       .def("__init__", &make_layer, "context"_a, nb::kw_only(), "hidden"_a, "inner"_a, "router"_a,
-           "activation"_a = "swiglu", "numbers"_a = nb::dict(), "capacity"_a = CapacityOptions(),
+           "activation"_a = "swiglu", "numbers"_a = ActivationSettings(), "capacity"_a = CapacityOptions(),
            "special"_a = std::vector<std::int64_t>{0, 0, 0}, "bias"_a = false, "weights_on"_a = "output",
            "shared_inner"_a = 0, "shared_ranks"_a = 0, "shared_gate"_a = false, "dtype"_a = "f32", "bound"_a = 0,
            "payload"_a = nb::none(), "gradient_payload"_a = nb::none(), "recompute"_a = false, "inference"_a = false,
@@ -263,14 +266,14 @@ every rank.)")
           "local_experts",
           [](const Layer& l) {
             const ExpertRange range = l.layer.local_experts();
-            return nb::make_tuple(range.first, range.count);
+            return std::pair(range.first, range.count);
           },
           "(first, count) of this rank's experts")
       .def_prop_ro(
           "local_inner",
           [](const Layer& l) {
             const ExpertRange range = l.layer.local_inner();
-            return nb::make_tuple(range.first, range.count);
+            return std::pair(range.first, range.count);
           },
           "(first, count) of each expert's inner dimension")
       .def_prop_ro("holds_shared", [](const Layer& l) { return l.layer.holds_shared(); })

@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <optional>
 #include <vector>
 
 #include "python/src/bind.h"
@@ -17,10 +18,10 @@ using namespace nb::literals;
 
 /// None where there is nothing, or the shape of something that was not lent yet.
 template <auto member>
-nb::object tensor(nb::handle self) {
+std::optional<View> tensor(nb::handle self) {
   const Tensor& values = nb::cast<const Parameter&>(self).*member;
   const bool none = values.absent() || (values.data() == nullptr && values.elements() > 0);
-  return none ? nb::none() : view(values, self);
+  return none ? std::nullopt : std::optional(view(values, self));
 }
 
 struct Optimizer {
@@ -44,7 +45,7 @@ void bind_optimizer(nb::module_& m) {
                      const Shape& shape = any_view(p).shape();
                      nb::list extents;
                      for (int axis = 0; axis < shape.rank(); ++axis) extents.append(shape[axis]);
-                     return nb::tuple(extents);
+                     return nb::typed<nb::tuple, int, nb::ellipsis>(nb::tuple(extents));
                    })
       .def_prop_ro("value", &tensor<&Parameter::value>, "f32, the master copy")
       .def_prop_ro("gradient", &tensor<&Parameter::gradient>, "f32")
@@ -77,7 +78,7 @@ are sharded.)")
       .def(
           "moments",
           [](nb::handle self, const std::vector<Parameter>& parameters) {
-            nb::list all;
+            nb::typed<nb::list, nb::typed<nb::tuple, View, View>> all;
             for (const AdamWMoments& one : nb::cast<Optimizer&>(self).adamw.moments(parameters)) {
               all.append(nb::make_tuple(view(one.m, self), view(one.v, self)));
             }

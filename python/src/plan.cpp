@@ -3,8 +3,11 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <utility>
 #include <vector>
 
 #include "python/src/bind.h"
@@ -17,7 +20,7 @@ using namespace nb::literals;
 using FirstExperts = std::vector<std::int64_t>;
 
 template <auto accessor>
-nb::object numbers(nb::handle self) {
+auto numbers(nb::handle self) {
   return view((nb::cast<const Plan&>(self).*accessor)(), self);
 }
 
@@ -25,7 +28,7 @@ PlanOptions options(std::int64_t experts, const FirstExperts& first_experts, std
   return {.experts = experts, .first_experts = first_experts, .alignment = alignment};
 }
 
-nb::tuple as_tuple(const ExpertRange& range) { return nb::make_tuple(range.first, range.count); }
+std::pair<std::int64_t, std::int64_t> as_tuple(const ExpertRange& range) { return {range.first, range.count}; }
 
 }  // namespace
 

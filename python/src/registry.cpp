@@ -157,7 +157,8 @@ launcher: one rank alone.
 Collective over the job's processes. Raises: as job_from_environment() and join().)");
   m.def(
       "run_threads",
-      [](int ranks, nb::callable rank_main, double timeout, bool mapping, const std::string& transport) {
+      [](int ranks, nb::typed<nb::callable, nb::object(Communicator)> rank_main, double timeout, bool mapping,
+         const std::string& transport) {
         Threads(ranks, std::move(rank_main)).run(ranks, run_options(timeout, mapping, transport));
       },
       "ranks"_a, "rank_main"_a, nb::kw_only(), "timeout"_a = 0.0, "mapping"_a = true, "transport"_a = "", R"(

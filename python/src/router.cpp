@@ -65,7 +65,8 @@ nan              : "error" or "propagate", of logits that are no finite numbers)
             nb::inst_mark_ready(self.h);
             for (const auto& [name, value] : settings) nb::setattr(self.h, name, value);
           },
-          "experts"_a, "topk"_a, "settings"_a)
+          "experts"_a, "topk"_a, "settings"_a,
+          nb::sig("def __init__(self, experts: int, topk: int, **settings: bool | int | float | str) -> None"))
       .def_rw("experts", &RouterOptions::experts)
       .def_rw("topk", &RouterOptions::topk)
       .def_rw("renormalise", &RouterOptions::renormalise)
@@ -86,7 +87,7 @@ nan              : "error" or "propagate", of logits that are no finite numbers)
       .def_rw("load_deviation", &RouterOptions::load_deviation)
       .def("__copy__", [](const RouterOptions& o) { return o; })
       .def(
-          "__deepcopy__", [](const RouterOptions& o, nb::dict) { return o; }, "memo"_a)
+          "__deepcopy__", [](const RouterOptions& o, const nb::object&) { return o; }, "memo"_a)
       .def(
           "validate", [](const RouterOptions& o) { validate(o); },
           "Raises BadArgument (a number out of its range, options that contradict each other), naming the value.");
@@ -96,11 +97,14 @@ nan              : "error" or "propagate", of logits that are no finite numbers)
 
   m.def("router_preset", &router_preset, "name"_a, "experts"_a, "topk"_a, R"(
 The RouterOptions of a family of models, one of router_presets(). Raises BadArgument (another name, with the list).)");
-  m.def("router_presets", [] {
-    nb::list all;
-    for (const std::string_view name : router_presets()) all.append(nb::str(name.data(), name.size()));
-    return all;
-  });
+  m.def(
+      "router_presets",
+      [] {
+        nb::typed<nb::list, nb::str> all;
+        for (const std::string_view name : router_presets()) all.append(nb::str(name.data(), name.size()));
+        return all;
+      },
+      "The names of router_preset.");
   m.def("slots_of", &slots_of, "options"_a, "Slots per token: K, or E where experts choose.");
   m.def(
       "is_collective", [](const std::string& choice) { return is_collective(named(kChoices, "choice", choice).value); },
@@ -110,7 +114,7 @@ The RouterOptions of a family of models, one of router_presets(). Raises BadArgu
 }
 
 template <auto member>
-nb::object tensor(nb::handle self) {
+std::optional<View> tensor(nb::handle self) {
   return view_or_none(nb::cast<const Routing&>(self).*member, self);
 }
 

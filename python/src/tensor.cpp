@@ -92,8 +92,8 @@ void* nowhere() {
   return memory;
 }
 
-template <class View, class Pointer>
-nb::object make_view(Pointer data, const ConstTensor& tensor, nb::handle owner) {
+template <class Viewed, class Pointer>
+View make_view(Pointer data, const ConstTensor& tensor, nb::handle owner) {
   std::array<std::size_t, Shape::kMaxRank> extents{};
   const int rank = tensor.shape().rank();
   for (int axis = 0; axis < rank; ++axis) extents[static_cast<std::size_t>(axis)] = tensor.size(axis);
@@ -101,30 +101,63 @@ nb::object make_view(Pointer data, const ConstTensor& tensor, nb::handle owner) 
   for (const Pair& pair : kPairs) {
     if (pair.dtype == tensor.dtype()) dtype = {static_cast<std::uint8_t>(pair.code), pair.bits, 1};
   }
-  const View view(data, static_cast<std::size_t>(rank), extents.data(), owner, nullptr, dtype, nb::device::cpu::value);
-  return nb::cast(view, nb::rv_policy::reference);
+  const Viewed viewed(data, static_cast<std::size_t>(rank), extents.data(), owner, nullptr, dtype,
+                      nb::device::cpu::value);
+  return nb::steal<View>(nb::cast(viewed, nb::rv_policy::reference).release());
 }
 
 template <class T>
-nb::object numbers(std::span<const T> values, nb::handle owner) {
+Integers<T> numbers(std::span<const T> values, nb::handle owner) {
   const std::size_t extent = values.size();
   const nb::ndarray<nb::numpy, const T> view(values.data() == nullptr ? nowhere() : values.data(), 1, &extent, owner);
-  return nb::cast(view, nb::rv_policy::reference);
+  return Integers<T>(nb::cast(view, nb::rv_policy::reference));
 }
 
 }  // namespace
 
-ConstTensor read(const In& array, const char* what) {
-  if (!array) return {};
-  require_cpu(*array, what);
-  const void* data = array->size() == 0 ? nowhere() : array->data();
-  return ConstTensor(data, dtype_of(*array, what), shape_of(*array, what));
+ConstTensor read(const In& in, const char* what) {
+  if (!in.refused.empty()) refuse(what, in.refused);
+  if (!in.array) return {};
+  require_cpu(*in.array, what);
+  const void* data = in.array->size() == 0 ? nowhere() : in.array->data();
+  return ConstTensor(data, dtype_of(*in.array, what), shape_of(*in.array, what));
 }
 
-Tensor written(const Out& array, const char* what) {
-  require_cpu(array, what);
-  void* data = array.size() == 0 ? nowhere() : array.data();
-  return Tensor(data, dtype_of(array, what), shape_of(array, what));
+Tensor written(const Out& out, const char* what) {
+  if (!out.refused.empty()) refuse(what, out.refused);
+  if (!out.array) return {};
+  require_cpu(*out.array, what);
+  void* data = out.array->size() == 0 ? nowhere() : out.array->data();
+  return Tensor(data, dtype_of(*out.array, what), shape_of(*out.array, what));
+}
+
+bool records_gradient(nb::handle object) noexcept {
+  PyObject* const requires_grad = PyObject_GetAttrString(object.ptr(), "requires_grad");
+  if (requires_grad == nullptr) PyErr_Clear();
+  const bool wanted = requires_grad == Py_True;
+  Py_XDECREF(requires_grad);
+  if (!wanted) return false;
+  try {
+    return nb::cast<bool>(nb::module_::import_("torch").attr("is_grad_enabled")());
+  } catch (const std::exception&) {
+    return true;
+  }
+}
+
+std::string refusal(nb::handle object, bool to_write) noexcept {
+  try {
+    if (!nb::hasattr(object, "__dlpack__")) return {};
+    if (records_gradient(object)) {
+      return "requires a gradient, which is lost here; pass x.detach(), or call what expar.torch has";
+    }
+    nb::ndarray<nb::ro> readable;
+    if (to_write && nb::try_cast(object, readable)) return "is read-only and would be written; pass a copy";
+    object.attr("__dlpack__")();
+  } catch (const nb::python_error& error) {
+    return std::string("is not handed out by its framework: ") + nb::str(nb::borrow(error.value())).c_str();
+  } catch (const std::exception&) {
+  }
+  return {};
 }
 
 void require(const char* what, const ConstTensor& tensor, DType dtype, const Shape& shape) {
@@ -133,18 +166,19 @@ void require(const char* what, const ConstTensor& tensor, DType dtype, const Sha
                    std::string(name(dtype)) + " " + shape.str());
 }
 
-nb::object view(const Tensor& tensor, nb::handle owner) {
+View view(const Tensor& tensor, nb::handle owner) {
   return make_view<nb::ndarray<nb::array_api>>(tensor.data() == nullptr ? nowhere() : tensor.data(), tensor, owner);
 }
-nb::object view_or_none(const Tensor& tensor, nb::handle owner) {
-  return tensor.absent() ? nb::none() : view(tensor, owner);
+std::optional<View> view_or_none(const Tensor& tensor, nb::handle owner) {
+  if (tensor.absent()) return std::nullopt;
+  return view(tensor, owner);
 }
-nb::object view(const ConstTensor& tensor, nb::handle owner) {
+View view(const ConstTensor& tensor, nb::handle owner) {
   return make_view<nb::ndarray<nb::array_api, nb::ro>>(tensor.data() == nullptr ? nowhere() : tensor.data(), tensor,
                                                        owner);
 }
-nb::object view(std::span<const std::int32_t> values, nb::handle owner) { return numbers(values, owner); }
-nb::object view(std::span<const std::int64_t> values, nb::handle owner) { return numbers(values, owner); }
+Integers<std::int32_t> view(std::span<const std::int32_t> values, nb::handle owner) { return numbers(values, owner); }
+Integers<std::int64_t> view(std::span<const std::int64_t> values, nb::handle owner) { return numbers(values, owner); }
 
 void bind_tensor(nb::module_& m) {
   using namespace nb::literals;

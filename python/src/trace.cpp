@@ -75,7 +75,9 @@ void bind_span(nb::module_& m) {
       .def_ro("peer", &OwnSpan::peer, "of a wait: for which rank; -1 when it is not one")
       .def_ro("start", &OwnSpan::start, "nanoseconds of time.monotonic_ns(), which all ranks of a host share")
       .def_ro("end", &OwnSpan::end)
-      .def("__eq__", [](const OwnSpan& a, const OwnSpan& b) { return a == b; })
+      .def(
+          "__eq__", [](const OwnSpan& a, const OwnSpan& b) { return a == b; }, nb::is_operator(),
+          nb::sig("def __eq__(self, other: object, /) -> bool"))
       .def("__getstate__", [](const OwnSpan& s) { return SpanState(s.name, s.kind, s.what, s.peer, s.start, s.end); })
       .def("__setstate__",
            [](OwnSpan& s, const SpanState& state) {
@@ -117,7 +119,9 @@ write_trace() makes a file of it. One thread at a time uses it. Cost: 72 bytes p
           },
           "trace"_a.none(), "name"_a)
       .def("__enter__", [](PhaseHere& p) { p.phase.emplace(p.trace.get(), p.name); })
-      .def("__exit__", [](PhaseHere& p, const nb::args&) { p.phase.reset(); });
+      .def(
+          "__exit__", [](PhaseHere& p, const nb::args&) { p.phase.reset(); },
+          nb::sig("def __exit__(self, *exception: object) -> None"));
 }
 
 }  // namespace expar::python
