@@ -108,7 +108,7 @@ def batch_of(text: Tensor, step: int, rank: int, ranks: int) -> Tensor:
     return torch.stack([text[s : s + CONTEXT + 1] for s in mine]).long()
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
@@ -117,9 +117,10 @@ def main() -> None:
     parser.add_argument("--save", type=pathlib.Path)
     parser.add_argument("--resume", type=pathlib.Path)
     parser.add_argument("--losses", type=pathlib.Path, help="where rank 0 writes the loss of each step, as JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    dist.init_process_group("gloo")
+
+def train(args: argparse.Namespace) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = dist.init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
     text = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8)
@@ -159,7 +160,12 @@ def main() -> None:
         dcp.save({"model": weights, "optimizer": moments, "step": args.steps}, checkpoint_id=args.save)
     if args.losses and rank == 0:
         args.losses.write_text(json.dumps(losses))
-    dist.destroy_process_group()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    train(arguments())
+    dist.destroy_process_group()  # after the model: DDP holds on to the group
 
 
 if __name__ == "__main__":
