@@ -36,7 +36,10 @@ def test_an_empty_dispatch_costs_at_most_five_microseconds_more_than_in_cpp(libr
     x, ids = np.empty((0, 8), np.float32), np.empty((0, 1), np.int32)
     if library == "torch":
         x, ids = torch.from_numpy(x), torch.from_numpy(ids)
-    pairs = [(in_cpp(), in_python(x, ids)) for _ in range(5)]
-    cpp, python = (min(times) for times in zip(*pairs))
+    cpp = python = float("inf")
+    for _ in range(20):  # the least is what is left without others on the machine
+        cpp, python = min(cpp, in_cpp()), min(python, in_python(x, ids))
+        if python - cpp <= 5000:
+            break
     print(f"{library}: {cpp:.0f} ns in C++, {python:.0f} ns from Python")
     assert python - cpp <= 5000

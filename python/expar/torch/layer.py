@@ -54,6 +54,26 @@ def _placements(mesh: DeviceMesh, experts: int) -> list[Placement]:
     return [Shard(0) if name == "ep" else Replicate() for name in names]
 
 
+class _SomeExperts(nn.Module):
+    """Some of the experts as plain tensors, which look alike on all ranks: a state dict says which they are."""
+
+    def __init__(self, which: ExpertShard) -> None:
+        super().__init__()
+        self.held = [which.part, which.parts, which.slice, which.slices]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.held)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.tolist() == self.held:
+            return
+        experts = "part {} of {} of the experts, slice {} of {}"
+        raise expar.BadArgument(
+            f"the state dict holds {experts.format(*state.tolist())}, this rank {experts.format(*self.held)}: load the "
+            "file of this rank, or a distributed checkpoint of layers that were made on a DeviceMesh"
+        )
+
+
 class MoELayer(nn.Module):
     """``out = moe(x) + shared(x) + residual`` over the ranks of ``context``, which hold E / P experts each.
 
@@ -156,7 +176,8 @@ class MoELayer(nn.Module):
         for p in native.expert_parameters() + native.dense_parameters():
             part, name = p.name.split(".")
             if not hasattr(self, part):
-                self.add_module(part, nn.Module())
+                plain = part == "experts" and placements is None and shard.parts * shard.slices > 1
+                self.add_module(part, _SomeExperts(shard) if plain else nn.Module())
             reads = torch.bfloat16 if p.has_low else torch.float32
             values = torch.zeros(p.shape, dtype=reads)
             if part == "experts" and placements is not None:
@@ -313,21 +334,6 @@ class MoELayer(nn.Module):
         self._parts = []
         self._use(Core(self.context, native, self.router_options, lent=False))
         return self.eval()
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["experts"] = self.local_experts
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        held = local_metadata.get("experts", self.local_experts)
-        if tuple(held) != self.local_experts:
-            (first, count), (mine, others) = held, self.local_experts
-            errors.append(
-                f"{prefix}experts are {count} from number {first} on, this rank holds {others} from number {mine} on: "
-                "load the file of this rank, or a distributed checkpoint of layers that were made on a DeviceMesh"
-            )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _apply(self, fn, recurse=True):
         bias = self.selection_bias
