@@ -160,6 +160,7 @@ def train(args: argparse.Namespace) -> None:
         dcp.save({"model": weights, "optimizer": moments, "step": args.steps}, checkpoint_id=args.save)
     if args.losses and rank == 0:
         args.losses.write_text(json.dumps(losses))
+    dist.barrier()
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ def printed():
 
         wrong = dist.init_device_mesh("cpu", (4,), mesh_dim_names=("experts",))
         refused(lambda: ep.parallel(wrong), "mesh_dim_names=('dp', 'ep')")
+        dist.barrier()
         wrong._device_type = "cuda"
         refused(lambda: ep.context(wrong), "init_device_mesh('cpu', ...)")
         dist.destroy_process_group()
