@@ -15,7 +15,9 @@
 namespace expar::cli {
 namespace {
 
-std::vector<Verb> all_verbs() { return {train_verb(), run_verb(), bench_verb(), plan_verb(), launch_program(), doctor()}; }
+std::vector<Verb> all_verbs() {
+  return {train_verb(), run_verb(), bench_verb(), plan_verb(), launch_program(), doctor()};
+}
 
 std::vector<std::string> names(const std::vector<Verb>& verbs) {
   std::vector<std::string> result;

@@ -17,6 +17,9 @@
 
 namespace expar {
 
+/// "prefix.name", or the name alone.
+std::string join(std::string_view prefix, const std::string& name);
+
 class LayerParameters {
  public:
   /// Of the experts in `range` the `slice` of their inner dimension. `kernels` pack what is for inference alone.
