@@ -9,6 +9,7 @@
 NB_MODULE(_native, m) {
   using namespace expar::python;
   m.doc() = "expar's C++ library. Import expar.";
+  nb::set_leak_warnings(false);  // PyTorch keeps graphs, and what they hold, to the very end
   m.attr("__version__") = expar::version();
   bind_error(m);
   bind_tensor(m);

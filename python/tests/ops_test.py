@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -230,6 +232,18 @@ def test_a_pass_that_is_over_is_refused(context):
     gc.collect()
     with pytest.raises(ValueError, match="this handle's pass is over"):
         ep.combine(copy.rows, copy)
+
+
+def test_a_program_may_end_with_a_graph_in_its_hands():
+    program = """
+import torch, expar.torch as ep
+layer = ep.MoELayer(8, 8, 4, 2, context=ep.alone())
+out = layer(torch.randn(3, 8, requires_grad=True))
+sent = ep.dispatch(out, torch.zeros(3, 1, dtype=torch.int32), context=ep.alone(), experts=4)
+y = ep.grouped_mm(sent.rows, torch.randn(4, 8, 8), sent.counts, context=ep.alone())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_wrong_inputs_are_refused(context):

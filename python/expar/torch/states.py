@@ -9,6 +9,7 @@ an operator, as torch.library.opcheck does, finds their handles alike.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import weakref
 from typing import Any
@@ -20,6 +21,8 @@ from ..errors import BadArgument
 
 _states: dict[int, Any] = {}
 _numbers = itertools.count(1)
+# The interpreter ends without telling who still holds a graph.
+atexit.register(_states.clear)
 
 
 def attach(state: Any) -> torch.Tensor:
