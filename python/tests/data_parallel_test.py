@@ -224,3 +224,30 @@ def test_a_parameter_that_some_ranks_have_used_has_a_gradient_on_all():
     assert first == second
     assert first["never"] is None and first["first"] is not None and first["bias"] == [1.0, 1.0]
     assert first["weight"] == [[1.5] * 3] * 2
+
+
+def replicated():
+    """However a layer is told of its ranks, replicas of it get the mean of both ranks' gradients."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "ep"))
+    row = mesh["ep"]
+    for where in (mesh, row, row.get_group(), ep.context(row), ep.communicator(row), ep.alone()):
+        layer = ep.MoELayer(HIDDEN, INNER, 4, 2, context=where)
+        for parameter in layer.experts.parameters():
+            parameter.requires_grad_(False)  # until after the wrapping
+        wrapped = ep.distributed_data_parallel(layer)
+        for parameter in layer.experts.parameters():
+            parameter.requires_grad_(True)
+        wrapped(batch(dist.get_rank(), 2)[0]).sum().backward()
+        grad = layer.experts.up.grad
+        grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        alone = ep.MoELayer(HIDDEN, INNER, 4, 2, context=ep.alone())
+        (sum(alone(batch(r, 2)[0]).sum() for r in (0, 1)) / 2).backward()
+        torch.testing.assert_close(grad, alone.experts.up.grad)
+
+    own = ep.MoELayer(HIDDEN, INNER, 4, 2, context=expar.Context(ep.alone().communicator))
+    with pytest.raises(ValueError, match="several ranks say that they hold the same part"):
+        ep.distributed_data_parallel(own)
+
+
+def test_replicas_are_told_apart_however_a_layer_was_given_its_ranks():
+    on_processes(2, replicated)

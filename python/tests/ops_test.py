@@ -281,3 +281,44 @@ def test_activations_are_pytorchs_and_an_elements_bytes_do_not_depend_on_its_nei
             ep.activate(whole, "tanh", context=c)
 
     on_ranks(1, body)
+
+
+def test_slices_sum_the_gradient_of_the_weights_too():
+    def sliced(context):
+        x, ids, weights, up, down, dout = batch()
+        alone = context.on(context.communicator.split(context.rank))
+        half = slice(context.rank * INNER // 2, (context.rank + 1) * INNER // 2)
+        weights = weights.clone().requires_grad_()
+        sent = ep.dispatch(x, ids, context=alone, experts=EXPERTS, slices=context)
+        h = torch.relu(ep.grouped_mm(sent.rows, up[:, half], sent.counts, context=alone))
+        ep.combine(ep.grouped_mm(h, down[..., half], sent.counts, context=alone), sent, weights).backward(dout)
+        return weights.grad
+
+    first, second = on_ranks(2, sliced)
+    assert first.equal(second)
+    torch.testing.assert_close(first, joined(on_ranks(1, step))[2], rtol=1e-4, atol=1e-4)
+
+
+def test_results_and_ids_that_do_not_fit_are_refused(context):
+    x, ids, weights, _, _, _ = batch()
+    sent = ep.dispatch(x, ids, context=context, experts=EXPERTS)
+    for y in (sent.rows[:1], sent.rows[1:], sent.rows.double()):
+        with pytest.raises(ValueError, match="row i is the result of"):
+            ep.combine(y, sent)
+    with pytest.raises(ValueError, match="ids is torch.float32, should be integers"):
+        ep.dispatch(x, ids.float(), context=context, experts=EXPERTS)
+    with pytest.raises(ValueError, match="not below num_experts"):
+        ep.dispatch(x, ids + 2**32, context=context, experts=EXPERTS)
+
+
+def test_a_graph_keeps_the_layer_and_the_context_that_it_needs():
+    x = torch.randn(3, HIDDEN, requires_grad=True)
+    ep.MoELayer(HIDDEN, 8, 4, 2, context=ep.alone())(x).sum().backward()
+
+    def product():
+        own = expar.Context(ep.alone().communicator)
+        return ep.grouped_mm(x, torch.ones(1, 4, HIDDEN), torch.tensor([3]), context=own)
+
+    y = product()
+    gc.collect()
+    y.sum().backward()

@@ -15,9 +15,11 @@
 """
 
 try:
-    import torch as _torch  # noqa: F401
+    import torch as _torch
 except ImportError as error:
     raise ImportError("expar.torch needs PyTorch 2.9 or newer: pip install torch") from error
+if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 9):
+    raise ImportError(f"expar.torch needs PyTorch 2.9 or newer, this is {_torch.__version__}: pip install -U torch")
 
 from .activation import activate
 from .checkpoint import checkpoint_context, checkpoint_policy

@@ -43,6 +43,7 @@ def _(pre, dh, name, context):
 
 def _keep(ctx, inputs, output):
     pre, ctx.name, ctx.context = inputs
+    ctx.held = context_of(ctx.context)
     ctx.save_for_backward(pre)
 
 

@@ -8,6 +8,7 @@ import weakref
 import torch
 
 from .. import Context
+from ..errors import BadArgument
 
 _contexts: weakref.WeakValueDictionary[str, Context] = weakref.WeakValueDictionary()
 _names: weakref.WeakKeyDictionary[Context, str] = weakref.WeakKeyDictionary()
@@ -28,5 +29,8 @@ def name_of(context: Context | None) -> str:
 
 
 def context_of(name: str) -> Context:
-    """Raises KeyError where nobody holds it any more."""
-    return _contexts[name]
+    """Raises BadArgument where nobody holds it any more."""
+    try:
+        return _contexts[name]
+    except KeyError:
+        raise BadArgument("the context of this operator is gone: keep it as long as you call or compile with it") from None

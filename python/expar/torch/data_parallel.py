@@ -24,34 +24,49 @@ from ..errors import BadArgument
 from . import ranks
 from .shards import ExpertShard, expert_parameters, local_of
 
-# Of the ranks of a context: those that hold the same shard as this one; None where it is the only one.
-_holders: weakref.WeakKeyDictionary[Context, dict[ExpertShard, Optional[Context]]] = weakref.WeakKeyDictionary()
+# Of the ranks of a context: those that hold the same experts as this one, by what all hold; None where it is alone.
+_groups: weakref.WeakKeyDictionary[Context, dict[tuple, Optional[Context]]] = weakref.WeakKeyDictionary()
 
 
-def _holders_of(shard: ExpertShard, context: Context) -> Optional[Context]:
-    """Collective at first. Raises BadArgument where the ranks of ``context`` have a part of the experts' gradients."""
-    known = _holders.setdefault(context, {})
-    if shard in known:
-        return known[shard]
-    all_of_them = torch.empty(context.size, 2, dtype=torch.int64)
-    all_gather(context, torch.tensor([[shard.replica, shard.part]]), all_of_them)
-    present = {tuple(pair) for pair in all_of_them.tolist()}
-    replicas = {replica for replica, _ in present}
-    if len(present) != len(replicas) * shard.parts:
+def _means(module: nn.Module, context: Context) -> list[tuple[str, nn.Parameter, _Mean]]:
+    """What becomes of the gradient of each expert parameter. Collective: ranks tell each other, in one exchange, what
+    they hold. Raises BadArgument (ranks that are a part of those that share experts; replicas that look like one)."""
+    experts = list(expert_parameters(module))
+    if not experts:
+        return []
+    mine = torch.tensor([[[shard.replica, shard.part, shard.slice] for _, _, shard in experts]])
+    table = mine.new_empty(context.size, *mine.shape[1:])
+    all_gather(context, mine, table)
+    means = []
+    for (name, parameter, shard), rows in zip(experts, table.transpose(0, 1).tolist()):
+        means.append((name, parameter, _Mean(shard, _holders(name, shard, context, tuple(map(tuple, rows))))))
+    return means
+
+
+def _holders(name: str, shard: ExpertShard, context: Context, held: tuple) -> Optional[Context]:
+    replicas = {replica for replica, _, _ in held}
+    if len(set(held)) != context.size:
+        raise BadArgument(
+            f"several ranks say that they hold the same part of the same experts ({name}): make the layer with "
+            "context=mesh or a process group, which tell replicas apart"
+        )
+    if len({row[:2] for row in held}) != len(replicas) * shard.parts:
         raise BadArgument(
             f"gradients are to be averaged over {context.size} ranks, which are only some of those that share experts, "
             f"{shard.parts} along ep: hand in a process group or mesh of all ranks that have different tokens"
         )
-    same = shard.part * shard.slices + shard.slice
-    known[shard] = context.on(context.communicator.split(same)) if len(replicas) > 1 else None
-    return known[shard]
+    known = _groups.setdefault(context, {})
+    if held not in known:
+        same = shard.part * shard.slices + shard.slice
+        known[held] = context.on(context.communicator.split(same)) if len(replicas) > 1 else None
+    return known[held]
 
 
 class _Mean:
     """Turns this rank's gradients of a shard of experts into those of the mean loss of the ranks of ``context``."""
 
-    def __init__(self, shard: ExpertShard, context: Context) -> None:
-        self.replicas = _holders_of(shard, context)
+    def __init__(self, shard: ExpertShard, replicas: Optional[Context]) -> None:
+        self.replicas = replicas
         self.divisor = shard.parts * (1 if self.replicas is None else self.replicas.size)
 
     def __call__(self, gradient: Tensor) -> Tensor:
@@ -119,13 +134,14 @@ def average_gradients(module: nn.Module, context: Optional[Context] = None) -> N
     Raises BadArgument (ranks that are a part of those that share experts; gradients that DDP or FSDP averages already).
     """
     context = context or ranks.context()
-    experts = list(expert_parameters(module))
-    if any(hasattr(parameter, "_expar_divisor") for _, parameter, _ in experts):
+    experts = [parameter for _, parameter, _ in expert_parameters(module)]
+    if any(hasattr(parameter, "_expar_divisor") for parameter in experts):
         raise BadArgument("average_gradients: DDP or FSDP, which the module is in, average its gradients already")
-    apart = {id(parameter) for _, parameter, _ in experts}
+    apart = {id(parameter) for parameter in experts}
     _average([p for p in module.parameters() if p.requires_grad and id(p) not in apart], context)
-    for _, parameter, shard in experts:
-        mean = _Mean(shard, context)
+    for _, parameter, mean in _means(module, context):
+        if parameter.grad is None and mean.replicas is not None and parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)  # the other replicas may have one
         if parameter.grad is not None:
             gradient = local_of(parameter.grad)
             gradient.copy_(mean(gradient))
@@ -181,13 +197,13 @@ def _average(parameters: Sequence[nn.Parameter], context: Context) -> None:
 
 def _divide_on_the_way(module: nn.Module, context: Context, same_values: bool = False) -> None:
     """What backward adds to an expert parameter becomes its part of the mean. Once for each parameter."""
-    for name, parameter, shard in expert_parameters(module):
-        mean = _Mean(shard, context)
+    for name, parameter, mean in _means(module, context):
         known = getattr(parameter, "_expar_divisor", None)
         if known is None:
             parameter._expar_divisor = mean.divisor
-            if parameter.requires_grad:
-                parameter.register_hook(mean.hook)
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True).register_hook(mean.hook)  # also of those that are frozen for now
+            parameter.requires_grad_(trained)
             if same_values and mean.replicas is not None:
                 broadcast(mean.replicas, local_of(parameter), 0)
         elif known != mean.divisor:

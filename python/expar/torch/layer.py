@@ -7,7 +7,7 @@ from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -26,14 +26,12 @@ Where = Union[None, expar.Context, expar.Communicator, expar.Parallel, DeviceMes
 
 def _ranks(where: Where) -> tuple[expar.Context, Optional[expar.Communicator], ExpertShard]:
     """The ranks that tokens travel among, those that hold slices of the same experts, and which this rank's are."""
-    replica = 0
-    if isinstance(where, ProcessGroup):
-        replica = min(get_process_group_ranks(where))
+    replica = ranks.first_of(where)
     if isinstance(where, DeviceMesh):
         where = ranks.parallel(where)
     slices = None
     if isinstance(where, expar.Parallel):
-        replica = where.replicas.rank if where.replicas else 0
+        replica = where.replicas.rank if where.replicas else replica
         where, slices = where.experts, where.tensor
     if isinstance(where, expar.Communicator):
         where = expar.Context(where)
@@ -198,7 +196,7 @@ class MoELayer(nn.Module):
     def _make(self) -> expar.MoeLayer:
         """The library's layer, on parameters that each pass hands in. Collective."""
         native = expar.MoeLayer(self.context, **self._options, recompute=self._recompute, lent=True)
-        self._use(Core(self.context, native, self.router_options))
+        self._use(Core(self.context, native, self.router_options, slices=self._options["tensor"]))
         return native
 
     def _use(self, core: Core) -> None:
@@ -240,8 +238,15 @@ class MoELayer(nn.Module):
 
     def _parameters_read(self) -> list[tuple[Tensor, torch.dtype]]:
         """What this rank holds of each parameter, and the dtype in which the layer reads it."""
-        held = [(getattr(part, name), reads) for part, name, reads in self._parts]
-        return [(p.to_local() if isinstance(p, DTensor) else p, reads) for p, reads in held]
+        held = []
+        for part, name, reads in self._parts:
+            p = getattr(part, name)
+            if isinstance(p, DTensor):
+                if part is not self.experts:
+                    raise expar.BadArgument(f"{name} of the layer is sharded by FSDP here: call unshard() first")
+                p = p.to_local()
+            held.append((p, reads))
+        return held
 
     def forward(
         self,

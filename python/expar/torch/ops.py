@@ -12,11 +12,12 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from .. import Communicator, Context, Inbox, Plan, all_reduce, experts_of, fetch_slots, make_outbox, make_plan
+from .. import Context, Inbox, Plan, all_reduce, experts_of, fetch_slots, make_outbox, make_plan
 from .. import combine as native_combine
 from .. import dispatch as native_dispatch
 from .. import grouped_mm as native_grouped_mm
 from .. import grouped_mm_to_rows, grouped_mm_to_weights
+from ..errors import BadArgument
 from .contexts import context_of, name_of
 from .states import attach, fake_handle, state_of
 
@@ -31,7 +32,7 @@ class _Pass:
     plan: Plan
     inbox: Inbox
     payload: Optional[str]
-    sum_over: Optional[Communicator]
+    slices: Optional[Context]
 
     def again(self, rows: Tensor, weights: Optional[Tensor]) -> Inbox:
         """``rows`` [T, H] go the way of the tokens; without weights only they travel."""
@@ -42,19 +43,38 @@ class _Pass:
 
     def home(self, rows: Tensor, weights: Optional[Tensor]) -> Tensor:
         """``rows`` [R, H] by expert, summed by token."""
+        if rows.dtype not in DTYPES or rows.dim() != 2 or rows.shape[0] != self.plan.received:
+            raise BadArgument(
+                f"combine: y is {rows.dtype} {list(rows.shape)}, should be float32 or bfloat16 [{self.plan.received}, H]: "
+                "row i is the result of dispatched.rows[i]"
+            )
         y = make_outbox(self.context, self.inbox, rows.shape[1], DTYPES[rows.dtype])
         torch.from_dlpack(y.rows).copy_(rows)
         out = rows.new_empty(self.plan.tokens, rows.shape[1])
-        native_combine(self.context, self.plan, y, weights, out, sum_over=self.sum_over)
+        sum_over = None if self.slices is None else self.slices.communicator
+        native_combine(self.context, self.plan, y, weights, out, sum_over=sum_over)
         return out
 
     def by_slot(self, values: Tensor) -> Tensor:
-        """``values`` [R] f32 by expert, as [T, K]."""
+        """``values`` [R] f32 by expert, as [T, K]; summed over slices, each of which has a part."""
         y = make_outbox(self.context, self.inbox, 1, "f32")
         torch.from_dlpack(y.rows).copy_(values[:, None])
         out = values.new_empty(self.plan.tokens, self.plan.topk, 1)
         fetch_slots(self.context, self.plan, y, out)
-        return out.squeeze(2)
+        if self.slices is not None:
+            parts, out = out, torch.empty(out.numel())
+            all_reduce(self.slices, parts.view(1, -1), out)
+        return out.view(self.plan.tokens, self.plan.topk)
+
+
+def as_int32(numbers: Tensor, what: str) -> Tensor:
+    """Whole numbers as the library takes them; what int32 cannot hold stays out of any range.
+
+    Raises BadArgument (numbers that are not whole).
+    """
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise BadArgument(f"{what} is {numbers.dtype}, should be integers")
+    return numbers.detach().clamp(-(2**31), 2**31 - 1).to(torch.int32).contiguous()
 
 
 class Dispatched(NamedTuple):
@@ -81,14 +101,13 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = context_of(context)
     x, weights = x.detach().contiguous(), None if weights is None else weights.detach().contiguous()
-    plan = make_plan(c, ids.to(torch.int32).contiguous(), experts, first_experts=list(first_experts))
+    plan = make_plan(c, as_int32(ids, "ids"), experts, first_experts=list(first_experts))
     inbox = native_dispatch(c, x, weights, plan, layout="expert_major", payload=payload)
-    sum_over = context_of(slices).communicator if slices else None
     return (
         torch.from_dlpack(inbox.packed),
         torch.from_dlpack(inbox.weights).clone(),
         torch.tensor(plan.rows),
-        attach(_Pass(c, plan, inbox, payload, sum_over)),
+        attach(_Pass(c, plan, inbox, payload, context_of(slices) if slices else None)),
     )
 
 
@@ -262,6 +281,7 @@ def _(dy, x, w, counts, context):
 
 def _keep_for_grouped_mm_backward(ctx, inputs, output):
     x, w, counts, ctx.context = inputs
+    ctx.held = context_of(ctx.context)
     ctx.save_for_backward(x, w, counts)
 
 
@@ -309,6 +329,7 @@ def _(x, context):
 
 def _keep_context(ctx, inputs, output):
     ctx.context = inputs[1]
+    ctx.held = context_of(ctx.context)
 
 
 _sum_over.register_autograd(

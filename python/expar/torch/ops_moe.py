@@ -15,6 +15,7 @@ from torch import Tensor
 
 import expar
 
+from .ops import as_int32
 from .states import attach, fake_handle, state_of
 
 _numbers = itertools.count(1)
@@ -30,9 +31,15 @@ class Core:
     """
 
     def __init__(
-        self, context: expar.Context, native: expar.MoeLayer, router: expar.RouterOptions, lent: bool = True
+        self,
+        context: expar.Context,
+        native: expar.MoeLayer,
+        router: expar.RouterOptions,
+        lent: bool = True,
+        slices: Optional[expar.Communicator] = None,
     ) -> None:
         self.context = context
+        self.slices = None if slices is None else context.on(slices)
         self.native = native
         self.router = router
         self.experts = [p.name for p in native.expert_parameters()] if lent else []
@@ -54,6 +61,14 @@ class Core:
         self._lent = None
         self.native.lend(dict(zip(self.names, parameters)))
         self._lent = addresses
+
+    def agreed(self, seed: Tensor) -> int:
+        """The first rank's seed: jitter goes by the token, whatever P is, and slices see the same tokens. Collective."""
+        seed = seed.detach().clone().view(1)
+        for ranks in (self.context, self.slices):
+            if ranks is not None:
+                expar.broadcast(ranks, seed, 0)
+        return int(seed)
 
     def read(self, selection_bias: Optional[Tensor], token_table: Optional[Tensor]) -> None:
         for mine, given in ((self.native.selection_bias, selection_bias), (self.native.token_table, token_table)):
@@ -88,7 +103,8 @@ class Core:
 class _Kept:
     """What a forward pass leaves."""
 
-    def __init__(self, record: expar.MoeRecord) -> None:
+    def __init__(self, core: Core, record: expar.MoeRecord) -> None:
+        self.core = core
         self.record = record
         self.counted = False
 
@@ -99,8 +115,8 @@ def _sum_over_ranks(context: expar.Context, value: float) -> float:
     return float(total)
 
 
-def _dense(tensor: Optional[Tensor], dtype: Optional[torch.dtype] = None) -> Optional[Tensor]:
-    return None if tensor is None else tensor.detach().to(dtype or tensor.dtype).contiguous()
+def _dense(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    return None if tensor is None else tensor.detach().contiguous()
 
 
 @torch.library.custom_op("expar::moe", mutates_args=())
@@ -139,9 +155,9 @@ def moe(
     out = torch.empty_like(x)
     inputs: dict[str, Any] = {
         "residual": _dense(residual),
-        "mask": _dense(mask, torch.int8),
-        "tokens": _dense(tokens, torch.int32),
-        "ids": _dense(ids, torch.int32),
+        "mask": None if mask is None else (mask != 0).to(torch.int8).contiguous(),
+        "tokens": None if tokens is None else as_int32(tokens, "tokens"),
+        "ids": None if ids is None else as_int32(ids, "ids"),
     }
     handle = torch.zeros(1, dtype=torch.float64)
     losses = 0.0
@@ -150,10 +166,10 @@ def moe(
         if core.router.sequence_balance > 0:
             inputs["sequences"] = list(range(0, x.shape[0] + 1, max(sequence, 1)))
         if seed is not None:
-            inputs.update(seed=int(seed), stream="jitter")
+            inputs.update(seed=core.agreed(seed), stream="jitter")
         core.native.forward(core.context, x, out, record=record, **inputs)
         losses = record.losses.total
-        handle = attach(_Kept(record))
+        handle = attach(_Kept(core, record))
     else:
         core.native.forward(core.context, x, out, **inputs)
         record = core.native.inference_record()
@@ -178,25 +194,26 @@ def _(x, parameters, residual, mask, tokens, selection_bias, token_table, seed, 
 
 @torch.library.custom_op("expar::moe_backward", mutates_args=())
 def moe_backward(
-    dout: Tensor, dlosses: Tensor, handle: Tensor, x: Tensor, parameters: List[Tensor], layer: str
+    dout: Tensor, dlosses: Tensor, handle: Tensor, x: Tensor, parameters: List[Tensor]
 ) -> List[Tensor]:
     """The gradients of x and of each of ``parameters``.
 
     Collective. Raises: as expar.MoeLayer.backward.
     """
     dense = [_dense(p) for p in parameters]
-    return _cores[layer].backward(state_of(handle), dense, _dense(dout), float(dlosses))
+    kept = state_of(handle)
+    return kept.core.backward(kept, dense, _dense(dout), float(dlosses))
 
 
 @moe_backward.register_fake
-def _(dout, dlosses, handle, x, parameters, layer):
+def _(dout, dlosses, handle, x, parameters):
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *parameters)]
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, parameters, residual = inputs[0], inputs[1], inputs[2]
     ctx.has_residual = residual is not None
-    ctx.layer, ctx.trains = inputs[9], inputs[11]
+    ctx.trains = inputs[11]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(x, output[5], *parameters)
 
@@ -205,7 +222,7 @@ def _backward(ctx, dout, dlosses, *others):
     if not ctx.trains:
         raise RuntimeError("this pass was for inference and kept nothing to go backward from")
     x, handle, *parameters = ctx.saved_tensors
-    dx, *gradients = moe_backward(dout, dlosses, handle, x, parameters, ctx.layer)
+    dx, *gradients = moe_backward(dout, dlosses, handle, x, parameters)
     return dx, gradients, dout if ctx.has_residual else None, *[None] * 9
 
 

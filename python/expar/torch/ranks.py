@@ -95,6 +95,21 @@ def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = N
     return known[dims]
 
 
+def first_of(where: Union[Where, Context, Communicator, Parallel]) -> int:
+    """The first of these ranks, as PyTorch numbers them: another for ranks that have none in common. 0 where PyTorch does
+    not know them."""
+    if not dist.is_initialized():
+        return 0
+    if isinstance(where, (DeviceMesh, dist.ProcessGroup)):
+        return min(_ranks_of(where))
+    if where is not None and where is _alone.get(os.getpid()):
+        return dist.get_rank()
+    for ranks, joined in _joined.get(dist.group.WORLD, {}).items():
+        if where is joined or any(where is context for context in _contexts.get(joined, {}).values()):
+            return min(ranks)
+    return 0
+
+
 def _ranks_of(where: Where) -> tuple[int, ...]:
     if isinstance(where, DeviceMesh):
         if where.device_type != "cpu":
