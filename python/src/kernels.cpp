@@ -41,8 +41,16 @@ struct Product {
     }
     require("grouped_mm: x", rows, w.dtype(), {offsets.back(), w.size(row_axis)});
   }
-  Groups groups() const { return {static_cast<int>(offsets.size()) - 1, offsets.data()}; }
   std::int64_t rows() const { return offsets.back(); }
+  /// One of the three products; it reads the offsets here.
+  template <class Gemm>
+  Gemm gemm() const {
+    Gemm gemm;
+    gemm.groups = {static_cast<int>(offsets.size()) - 1, offsets.data()};
+    gemm.n = n;
+    gemm.k = k;
+    return gemm;
+  }
 
   Counts offsets;
   std::int64_t n = 0, k = 0;
@@ -53,10 +61,7 @@ void forward(const Context& c, const In& x_array, const In& w_array, const Count
   const Tensor y = written(y_array, "y");
   const Product product(x, w, counts, 2);
   require("grouped_mm: y", y, w.dtype(), {product.rows(), product.n});
-  GemmNT gemm;
-  gemm.groups = product.groups();
-  gemm.n = product.n;
-  gemm.k = product.k;
+  auto gemm = product.gemm<GemmNT>();
   gemm.rows = {.base = {x.data(), nullptr}, .dtype = x.dtype(), .width = product.k};
   gemm.w = {w.data(), w.dtype(), false};
   gemm.y = y.data();
@@ -69,10 +74,7 @@ void to_rows(const Context& c, const In& dy_array, const In& w_array, const Coun
   const Tensor dx = written(dx_array, "dx");
   const Product product(dy, w, counts, 1);
   require("grouped_mm: dx", dx, w.dtype(), {product.rows(), product.k});
-  GemmNN gemm;
-  gemm.groups = product.groups();
-  gemm.n = product.n;
-  gemm.k = product.k;
+  auto gemm = product.gemm<GemmNN>();
   gemm.dy = dy.data();
   gemm.w = {w.data(), w.dtype(), false};
   gemm.dx = dx.data();
@@ -86,10 +88,7 @@ void to_weights(const Context& c, const In& dy_array, const In& x_array, const C
   const Product product(x, ConstTensor(dw.data(), x.dtype(), dw.shape()), counts, 2);
   require("grouped_mm: dy", dy, x.dtype(), {product.rows(), product.n});
   require("grouped_mm: dw", dw, DType::f32, dw.shape());
-  GemmTN gemm;
-  gemm.groups = product.groups();
-  gemm.n = product.n;
-  gemm.k = product.k;
+  auto gemm = product.gemm<GemmTN>();
   gemm.dy = dy.data();
   gemm.rows = {.base = {x.data(), nullptr}, .dtype = x.dtype(), .width = product.k};
   gemm.dw = dw.as<float>();

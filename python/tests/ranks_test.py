@@ -103,6 +103,7 @@ def test_torchruns_ranks_find_each_other(printed, what):
 @pytest.mark.parametrize("mpirun", ["mpirun.openmpi", "mpirun.mpich"])
 def test_mpirun(mpirun):
     if shutil.which(mpirun) is None:
+        # script/bootstrap installs both; whoever runs this file alone need not have them.
         pytest.skip(f"no {mpirun} on this machine")
     options = ["--allow-run-as-root", "--oversubscribe"] if "openmpi" in mpirun else []
     code, text = run(

@@ -47,8 +47,8 @@ def _holders(name: str, shard: ExpertShard, context: Context, held: tuple) -> Op
     replicas = {replica for replica, _, _ in held}
     if len(set(held)) != context.size:
         raise BadArgument(
-            f"several ranks say that they hold the same part of the same experts ({name}): make the layer with "
-            "context=mesh or a process group, which tell replicas apart"
+            f"several ranks say that they hold the same part of the same experts ({name}): make the layer with a process "
+            "group, or with a mesh (or its ep.parallel) that has the replicas along a dim dp"
         )
     if len({row[:2] for row in held}) != len(replicas) * shard.parts:
         raise BadArgument(
@@ -202,7 +202,8 @@ def _divide_on_the_way(module: nn.Module, context: Context, same_values: bool = 
         if known is None:
             parameter._expar_divisor = mean.divisor
             trained = parameter.requires_grad
-            parameter.requires_grad_(True).register_hook(mean.hook)  # also of those that are frozen for now
+            # Frozen ones refuse a hook, and may be trained later.
+            parameter.requires_grad_(True).register_hook(mean.hook)
             parameter.requires_grad_(trained)
             if same_values and mean.replicas is not None:
                 broadcast(mean.replicas, local_of(parameter), 0)
