@@ -6,8 +6,10 @@
 #include <chrono>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include <expar/context.h>
 #include <expar/error.h>
 #include <expar/tensor.h>
 
@@ -26,6 +28,15 @@ inline std::chrono::nanoseconds seconds(double value) {
 }
 
 inline double in_seconds(std::chrono::nanoseconds value) { return std::chrono::duration<double>(value).count(); }
+
+/// Reads what this rank hands in to a collective call, as a tuple, and makes the call with it: what cannot be read is
+/// an error of every rank.
+template <class Read, class Call>
+auto collective(const Context& context, Read read, Call call) {
+  decltype(read()) arguments;
+  const Context asked = context.attempt([&] { arguments = read(); });
+  return std::apply([&](const auto&... each) { return call(asked, each...); }, arguments);
+}
 
 /// This rank's micro-shards of T tokens: those that were given, else one. Throws Error: bad_argument (not ascending
 /// from 0 to T).

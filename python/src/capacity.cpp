@@ -71,7 +71,16 @@ What a bound left of a choice. Counts are over all ranks, the same on each, and 
   m.def(
       "bound_rows",
       [](const Context& c, const CapacityOptions& options, std::int64_t experts, const Out& ids, const Routing& routing,
-         Capacity& capacity) { bound_rows(c, options, experts, written(ids, "ids"), routing, capacity); },
+         Capacity& capacity) {
+        if (options.policy == CapacityPolicy::none) {
+          return bound_rows(c, options, experts, written(ids, "ids"), routing, capacity);
+        }
+        collective(
+            c, [&] { return std::tuple(written(ids, "ids")); },
+            [&](const Context& asked, Tensor chosen) {
+              bound_rows(asked, options, experts, chosen, routing, capacity);
+            });
+      },
       "context"_a, "options"_a, "experts"_a, "ids"_a, "routing"_a, "capacity"_a, Waits(), nb::keep_alive<6, 4>(), R"(
 Bounds the rows of each expert.
 

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "python/src/bind.h"
 #include "python/src/norm.h"
@@ -16,35 +17,41 @@ namespace {
 
 using namespace nb::literals;
 
-DispatchOptions options(const std::string& layout, std::int64_t capacity, const std::optional<std::string>& payload,
-                        const Inbox* lists_of) {
-  DispatchOptions all{.layout = parse_name(kLayouts, "layout", layout), .capacity = capacity, .lists_of = lists_of};
-  if (payload) all.payload = parse_dtype(*payload);
-  return all;
-}
+/// What dispatch and its first phase are handed.
+struct Sent {
+  const In &x, &weights;
+  const std::string& layout;
+  std::int64_t capacity;
+  const std::optional<std::string>& payload;
+  const Inbox* lists_of;
 
-/// What combine and its first phase take, as Python's keyword arguments.
-struct Added {
-  In shared, shared_weights, residual;
+  std::tuple<ConstTensor, ConstTensor, DispatchOptions> operator()() const {
+    DispatchOptions options{
+        .layout = parse_name(kLayouts, "layout", layout), .capacity = capacity, .lists_of = lists_of};
+    if (payload) options.payload = parse_dtype(*payload);
+    return {read(x, "x"), read(weights, "weights"), options};
+  }
+};
+
+/// What combine and its first phase are handed beside the outbox.
+struct Summed {
+  const In& weights;
+  const Out& out;
+  const In &shared, &shared_weights, &residual;
   bool slice = false;
   const Communicator* sum_over = nullptr;
   const NormArrays* norm = nullptr;
 
-  CombineOptions options() const {
-    CombineOptions all{.shared = read(shared, "shared"),
-                       .shared_weights = read(shared_weights, "shared_weights"),
-                       .residual = read(residual, "residual"),
-                       .slice = slice};
-    if (sum_over != nullptr) all.sum_over = *sum_over;
-    if (norm != nullptr) all.norm = norm->get();
-    return all;
+  std::tuple<std::optional<ConstTensor>, Tensor, CombineOptions> operator()() const {
+    CombineOptions options{.shared = read(shared, "shared"),
+                           .shared_weights = read(shared_weights, "shared_weights"),
+                           .residual = read(residual, "residual"),
+                           .slice = slice};
+    if (sum_over != nullptr) options.sum_over = *sum_over;
+    if (norm != nullptr) options.norm = norm->get();
+    return {weights.absent() ? unweighted : std::optional(read(weights, "weights")), written(out, "out"), options};
   }
 };
-
-std::optional<ConstTensor> slot_weights(const In& weights) {
-  if (weights.absent()) return unweighted;
-  return read(weights, "weights");
-}
 
 void bind_dispatching(nb::module_& m) {
   nb::class_<Inbox>(m, "Inbox", R"(
@@ -77,7 +84,10 @@ neither move nor change while the inbox is in use. Arrays are views of the inbox
       "dispatch",
       [](const Context& c, const In& x, const In& weights, const Plan& plan, const std::string& layout,
          std::int64_t capacity, const std::optional<std::string>& payload, const Inbox* lists_of) {
-        return dispatch(c, read(x, "x"), read(weights, "weights"), plan, options(layout, capacity, payload, lists_of));
+        return collective(c, Sent{x, weights, layout, capacity, payload, lists_of},
+                          [&](const Context& asked, ConstTensor rows, ConstTensor beside, const DispatchOptions& all) {
+                            return dispatch(asked, rows, beside, plan, all);
+                          });
       },
       "context"_a, "x"_a, "weights"_a.none(), "plan"_a, nb::kw_only(), "layout"_a = "indexed", "capacity"_a = 0,
       "payload"_a = nb::none(), "lists_of"_a = nb::none(), Waits(), nb::keep_alive<0, 2>(), R"(
@@ -97,8 +107,10 @@ Cost: one read and one write of each row that leaves; packing reads and writes e
       "start_dispatch",
       [](const Context& c, const In& x, const In& weights, const Plan& plan, const std::string& layout,
          std::int64_t capacity, const std::optional<std::string>& payload, const Inbox* lists_of) {
-        return start_dispatch(c, read(x, "x"), read(weights, "weights"), plan,
-                              options(layout, capacity, payload, lists_of));
+        return collective(c, Sent{x, weights, layout, capacity, payload, lists_of},
+                          [&](const Context& asked, ConstTensor rows, ConstTensor beside, const DispatchOptions& all) {
+                            return start_dispatch(asked, rows, beside, plan, all);
+                          });
       },
       "context"_a, "x"_a, "weights"_a.none(), "plan"_a, nb::kw_only(), "layout"_a = "indexed", "capacity"_a = 0,
       "payload"_a = nb::none(), "lists_of"_a = nb::none(), Waits(), nb::keep_alive<0, 2>(), nb::keep_alive<0, 3>(),
@@ -133,8 +145,9 @@ void bind_combining(nb::module_& m) {
       [](const Context& c, const Plan& plan, Outbox& y, const In& weights, const Out& out, const In& shared,
          const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over,
          const NormArrays* norm) {
-        const Added added{shared, shared_weights, residual, slice, sum_over, norm};
-        combine(c, plan, y, slot_weights(weights), written(out, "out"), added.options());
+        return collective(c, Summed{weights, out, shared, shared_weights, residual, slice, sum_over, norm},
+                          [&](const Context& asked, const std::optional<ConstTensor>& by, Tensor to,
+                              const CombineOptions& all) { return combine(asked, plan, y, by, to, all); });
       },
       "context"_a, "plan"_a, "y"_a, "weights"_a.none(), "out"_a, nb::kw_only(), "shared"_a = nb::none(),
       "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(),
@@ -158,8 +171,9 @@ Cost: one read of each of the T K rows where they lie, one write of T rows.)");
       [](const Context& c, const Plan& plan, Outbox& y, const In& weights, const Out& out, const In& shared,
          const In& shared_weights, const In& residual, bool slice, const Communicator* sum_over,
          const NormArrays* norm) {
-        const Added added{shared, shared_weights, residual, slice, sum_over, norm};
-        return start_combine(c, plan, y, slot_weights(weights), written(out, "out"), added.options());
+        return collective(c, Summed{weights, out, shared, shared_weights, residual, slice, sum_over, norm},
+                          [&](const Context& asked, const std::optional<ConstTensor>& by, Tensor to,
+                              const CombineOptions& all) { return start_combine(asked, plan, y, by, to, all); });
       },
       "context"_a, "plan"_a, "y"_a, "weights"_a.none(), "out"_a, nb::kw_only(), "shared"_a = nb::none(),
       "shared_weights"_a = nb::none(), "residual"_a = nb::none(), "slice"_a = false, "sum_over"_a = nb::none(),
@@ -169,7 +183,9 @@ Cost: one read of each of the T K rows where they lie, one write of T rows.)");
   m.def(
       "fetch_slots",
       [](const Context& c, const Plan& plan, Outbox& values, const Out& out) {
-        fetch_slots(c, plan, values, written(out, "out"));
+        collective(
+            c, [&] { return std::tuple(written(out, "out")); },
+            [&](const Context& asked, Tensor to) { fetch_slots(asked, plan, values, to); });
       },
       "context"_a, "plan"_a, "values"_a, "out"_a, Waits(), R"(
 Brings one f32 row per slot home, unsummed: out [T, K, W] from values [R, W]; zeros where a slot is -1. With W = 1: the

@@ -102,37 +102,43 @@ void forward(Layer& self, const Context& context, const nb::typed<nb::object, In
              const Numbers& sequences, const Numbers& counts_so_far, std::int64_t tokens_so_far, std::uint64_t seed,
              const std::string& stream) {
   const In rows = nb::cast<In>(nb::object(x));
-  const MoeInputs inputs{.mask = read(mask, "mask"),
-                         .tokens = read(tokens, "tokens"),
-                         .losses = {sequences, counts_so_far, tokens_so_far},
-                         .ids = read(ids, "ids"),
-                         .seed = seed,
-                         .stream = stream};
-  const ConstTensor taken = read(rows, "x");
-  const Tensor result = written(out, "out");
-  const ConstTensor added = read(residual, "residual");
+  MoeInputs inputs{.losses = {sequences, counts_so_far, tokens_so_far}, .seed = seed, .stream = stream};
+  ConstTensor taken, added;
+  Tensor result;
+  const Context asked = context.attempt([&] {
+    inputs.mask = read(mask, "mask");
+    inputs.tokens = read(tokens, "tokens");
+    inputs.ids = read(ids, "ids");
+    taken = read(rows, "x");
+    result = written(out, "out");
+    added = read(residual, "residual");
+  });
   if (record.is_none()) {
     const nb::gil_scoped_release others_run;
-    return self.layer.forward(context, taken, result, added, inputs);
+    return self.layer.forward(asked, taken, result, added, inputs);
   }
   auto& kept = nb::cast<MoeRecord&>(record);
   record.attr("_x") = x;  // which backward reads
   const Numbers all{0, taken.shape().rank() > 0 ? taken.size(0) : 0};
   const nb::gil_scoped_release others_run;
-  self.layer.forward(context, taken, result, added, shards ? *shards : all, kept, inputs);
+  self.layer.forward(asked, taken, result, added, shards ? *shards : all, kept, inputs);
 }
 
 void backward(Layer& self, const Context& context, MoeRecord& record, const In& dout, const Out& dx,
               float loss_gradient) {
-  const ConstTensor given = read(dout, "dout");
-  const Tensor result = written(dx, "dx");
+  ConstTensor given;
+  Tensor result;
+  const Context asked = context.attempt([&] {
+    given = read(dout, "dout");
+    result = written(dx, "dx");
+  });
   const nb::gil_scoped_release others_run;
-  if (loss_gradient == 1.0F) return self.layer.backward(context, record, given, result);
+  if (loss_gradient == 1.0F) return self.layer.backward(asked, record, given, result);
   RouterLosses plain = record.losses;
   for (float& d : record.losses.dscores) d *= loss_gradient;
   record.losses.dlogsumexp *= loss_gradient;
   try {
-    self.layer.backward(context, record, given, result);
+    self.layer.backward(asked, record, given, result);
   } catch (...) {
     record.losses = std::move(plain);
     throw;

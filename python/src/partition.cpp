@@ -15,13 +15,9 @@ void bind_partition(nb::module_& m) {
   m.def(
       "join_slices",
       [](const Context& c, const Plan& plan, const In& slices, const Out& x) {
-        ConstTensor from;
-        Tensor to;
-        const Context asked = c.attempt([&] {
-          from = read(slices, "slices");
-          to = written(x, "x");
-        });
-        join_slices(asked, plan, from, to);
+        collective(
+            c, [&] { return std::tuple(read(slices, "slices"), written(x, "x")); },
+            [&](const Context& asked, ConstTensor from, Tensor to) { join_slices(asked, plan, from, to); });
       },
       "context"_a, "plan"_a, "slices"_a, "x"_a, Waits(), R"(
 Rebuilds on each rank the rows that its experts read, from the slices of all ranks.

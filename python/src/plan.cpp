@@ -76,7 +76,11 @@ of the plan's memory. A bounded plan is open at first; the inbox of its dispatch
   m.def(
       "make_plan",
       [](const Context& c, const In& ids, std::int64_t experts, const FirstExperts& first, std::int64_t alignment) {
-        return make_plan(c, read(ids, "ids"), options(experts, first, alignment));
+        return collective(
+            c, [&] { return std::tuple(read(ids, "ids")); },
+            [&](const Context& asked, ConstTensor chosen) {
+              return make_plan(asked, chosen, options(experts, first, alignment));
+            });
       },
       "context"_a, "ids"_a, "experts"_a, nb::kw_only(), "first_experts"_a = FirstExperts(), "alignment"_a = 1, Waits(),
       R"(
@@ -93,7 +97,11 @@ every rank. Cost: one exchange of P x (E + P) integers.)");
   m.def(
       "start_plan",
       [](const Context& c, const In& ids, std::int64_t experts, const FirstExperts& first, std::int64_t alignment) {
-        return start_plan(c, read(ids, "ids"), options(experts, first, alignment));
+        return collective(
+            c, [&] { return std::tuple(read(ids, "ids")); },
+            [&](const Context& asked, ConstTensor chosen) {
+              return start_plan(asked, chosen, options(experts, first, alignment));
+            });
       },
       "context"_a, "ids"_a, "experts"_a, nb::kw_only(), "first_experts"_a = FirstExperts(), "alignment"_a = 1, Waits(),
       nb::keep_alive<0, 2>(), "make_plan in two phases: returns at once; PendingPlan.finish() waits.");

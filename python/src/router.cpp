@@ -160,13 +160,21 @@ void bind_router(nb::module_& m) {
       "route",
       [](const Context& c, const RouterOptions& options, const In& logits, Routing& routing, const In& selection_bias,
          const In& mask, const In& tokens, const In& token_table, const In& ids, std::int64_t first_token) {
-        route(c, options, read(logits, "logits"), routing,
-              {.selection_bias = read(selection_bias, "selection_bias"),
-               .mask = read(mask, "mask"),
-               .tokens = read(tokens, "tokens"),
-               .token_table = read(token_table, "token_table"),
-               .ids = read(ids, "ids"),
-               .first_token = first_token});
+        const auto arguments = [&] {
+          return std::tuple(read(logits, "logits"),
+                            RouteInputs{.selection_bias = read(selection_bias, "selection_bias"),
+                                        .mask = read(mask, "mask"),
+                                        .tokens = read(tokens, "tokens"),
+                                        .token_table = read(token_table, "token_table"),
+                                        .ids = read(ids, "ids"),
+                                        .first_token = first_token});
+        };
+        const auto call = [&](const Context& asked, ConstTensor scored, const RouteInputs& inputs) {
+          route(asked, options, scored, routing, inputs);
+        };
+        if (is_collective(options.choice) && ids.absent()) return collective(c, arguments, call);
+        const auto [scored, inputs] = arguments();
+        call(c, scored, inputs);
       },
       "context"_a, "options"_a, "logits"_a, "routing"_a, nb::kw_only(), "selection_bias"_a = nb::none(),
       "mask"_a = nb::none(), "tokens"_a = nb::none(), "token_table"_a = nb::none(), "ids"_a = nb::none(),

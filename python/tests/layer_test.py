@@ -7,17 +7,11 @@ import gc
 
 import numpy as np
 import pytest
+from ranks import on_ranks
 
 import expar
 
 EXPERTS, TOPK, HIDDEN, INNER, TOKENS = 4, 2, 16, 12, 9
-
-
-def on_ranks(ranks, body):
-    """What body(context) returns on each of ``ranks`` threads."""
-    results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c, threads=1))))
-    return results
 
 
 def options(**changes):

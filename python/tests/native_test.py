@@ -13,17 +13,11 @@ import time
 
 import numpy as np
 import pytest
+from ranks import on_ranks
 
 import expar
 
 EXPERTS, TOPK, HIDDEN, TOKENS = 5, 3, 8, 6
-
-
-def on_ranks(ranks, body, **options):
-    """What body(context) returns on each of ``ranks`` threads."""
-    results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c))), **options)
-    return results
 
 
 def tokens(rank, count=TOKENS):

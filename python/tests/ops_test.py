@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from torch.library import opcheck
+from ranks import on_ranks
 
 import expar
 import expar.torch as ep
@@ -18,12 +19,6 @@ from expar.torch.states import live_states
 TOKENS, TOPK, EXPERTS, HIDDEN, INNER = 12, 3, 5, 16, 8
 
 torch.set_num_threads(1)
-
-
-def on_ranks(ranks, body, **options):
-    results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c))), **options)
-    return results
 
 
 def batch(dtype=torch.float32):

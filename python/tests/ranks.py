@@ -8,7 +8,7 @@ import expar
 def on_ranks(ranks, body, **options):
     """What body(context) returns on each of ``ranks`` threads."""
     results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c))), **options)
+    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c, threads=1))), **options)
     return results
 
 

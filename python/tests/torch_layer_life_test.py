@@ -9,6 +9,7 @@ import resource
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from ranks import on_ranks
 
 import expar
 from expar.torch import MoELayer
@@ -17,13 +18,6 @@ from expar.torch.states import live_states
 HIDDEN, INNER, TOKENS = 16, 12, 10
 
 torch.set_num_threads(1)
-
-
-def on_ranks(ranks, body):
-    """What body(context) returns on each of ``ranks`` threads."""
-    results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c, threads=1))))
-    return results
 
 
 def layer_of(context, **options):

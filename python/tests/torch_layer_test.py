@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from ranks import on_ranks
 
 import expar
 from expar.torch import MoELayer
@@ -14,13 +15,6 @@ from moe_twin import twin
 HIDDEN, INNER, TOKENS = 16, 12, 24
 
 torch.set_num_threads(1)
-
-
-def on_ranks(ranks, body):
-    """What body(context) returns on each of ``ranks`` threads."""
-    results = [None] * ranks
-    expar.run_threads(ranks, lambda c: results.__setitem__(c.rank, body(expar.Context(c, threads=1))))
-    return results
 
 
 def batch(seed=0, tokens=TOKENS, dtype=torch.float32):
