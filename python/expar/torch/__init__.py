@@ -31,6 +31,7 @@ from .ops import Dispatched, combine, copy_over, dispatch, grouped_mm, reduce_ov
 from .ranks import alone, communicator, context, parallel
 from .shards import ExpertShard, expert_parameters
 from .styles import ExpertParallel, ExpertTensorParallel, TensorParallel
+from .visit import visit_experts
 
 __all__ = [
     "Dispatched",
@@ -58,4 +59,5 @@ __all__ = [
     "grouped_mm",
     "parallel",
     "reduce_over",
+    "visit_experts",
 ]

@@ -1,0 +1,195 @@
+"""Experts of the library between a dispatch and a combine, as one operator: for routers that PyTorch computes.
+
+Rows are gathered where they lie and results written where their sources read them, so that nothing is packed or copied
+between the three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import (
+    Context,
+    ExpertGradients,
+    ExpertShape,
+    ExpertsRecord,
+    ExpertsScratch,
+    ExpertWeights,
+    Inbox,
+    Outbox,
+    Plan,
+    combine,
+    dispatch,
+    experts_backward,
+    experts_forward,
+    experts_of,
+    fetch_slots,
+    make_outbox,
+    make_plan,
+)
+from ..errors import BadArgument
+from .contexts import context_of, name_of
+from .ops import DTYPES, as_int32
+from .states import attach, fake_handle, state_of
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """What forward leaves for backward."""
+
+    context: Context
+    shape: ExpertShape
+    plan: Plan
+    inbox: Inbox
+    y: Outbox
+    record: ExpertsRecord
+    payload: Optional[str]
+
+
+def _given(
+    shape: ExpertShape, experts: int, up: Tensor, down: Tensor, up_bias: Optional[Tensor], down_bias: Optional[Tensor]
+) -> ExpertWeights:
+    """Raises BadArgument (what does not fit the shape and this rank's number of experts), before anything travels."""
+    if (up_bias is None) != (down_bias is None):
+        raise BadArgument("experts have both biases or neither: hand in up_bias and down_bias")
+    wanted: dict[str, tuple[Optional[Tensor], list[int]]] = {
+        "up": (up, [experts, shape.up_rows, shape.hidden]),
+        "down": (down, [experts, shape.hidden, shape.inner]),
+        "up_bias": (up_bias, [experts, shape.up_rows]),
+        "down_bias": (down_bias, [experts, shape.hidden]),
+    }
+    for name, (p, sizes) in wanted.items():
+        if p is not None and list(p.shape) != sizes:
+            raise BadArgument(f"{name} is {list(p.shape)}, should be {sizes}: this rank has {experts} experts")
+    for name, p in (("up", up), ("down", down)):
+        if DTYPES.get(p.dtype) != shape.dtype:
+            raise BadArgument(f"{name} is {p.dtype}, x is {shape.dtype}: cast one of them")
+    biases = (None if b is None else b.detach().float().contiguous() for b in (up_bias, down_bias))
+    return ExpertWeights(up.detach().contiguous(), down.detach().contiguous(), *biases)
+
+
+@torch.library.custom_op("expar::visit_experts", mutates_args=())
+def _visit_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor],
+    down_bias: Optional[Tensor],
+    context: str,
+    experts: int,
+    activation: str,
+    first_experts: Sequence[int],
+    payload: Optional[str],
+) -> tuple[Tensor, Tensor]:
+    c = context_of(context)
+    x, weights = x.detach().contiguous(), weights.detach().contiguous()
+    dtype, bias = DTYPES.get(x.dtype, str(x.dtype)), up_bias is not None
+    shape = ExpertShape(x.shape[1], down.shape[2], activation=activation, bias=bias, dtype=dtype)
+    first = list(first_experts)
+    local = first[c.rank + 1] - first[c.rank] if first else experts_of(c.rank, c.size, experts)[1]
+    given = _given(shape, local, up, down, up_bias, down_bias)
+    plan = make_plan(c, as_int32(ids, "ids"), experts, first_experts=first)
+    inbox = dispatch(c, x, weights, plan, payload=payload)
+    y, record = make_outbox(c, inbox, shape.hidden, shape.dtype), ExpertsRecord()
+    experts_forward(c, shape, given, inbox, y, record)
+    out = torch.empty_like(x)
+    combine(c, plan, y, weights, out)
+    return out, attach(_Visit(c, shape, plan, inbox, y, record, payload))
+
+
+@_visit_experts.register_fake
+def _(x, ids, weights, up, down, up_bias, down_bias, context, experts, activation, first_experts, payload):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), fake_handle(x)
+
+
+@torch.library.custom_op("expar::visit_experts_backward", mutates_args=())
+def _visit_experts_backward(
+    dout: Tensor,
+    handle: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor],
+    down_bias: Optional[Tensor],
+) -> list[Tensor]:
+    v: _Visit = state_of(handle)
+    dout, weights = dout.contiguous(), weights.detach().contiguous()
+    came = dispatch(v.context, dout, weights, v.plan, payload=v.payload, lists_of=v.inbox)
+    parameters = [p for p in (up, down, up_bias, down_bias) if p is not None]
+    gradients = [torch.empty(p.shape) for p in parameters]
+    drows = make_outbox(v.context, v.inbox, v.shape.hidden, v.shape.dtype)
+    dweights = make_outbox(v.context, v.inbox, 1)
+    given = _given(v.shape, v.plan.local[1], up, down, up_bias, down_bias)
+    scratch = ExpertsScratch()
+    experts_backward(
+        v.context, v.shape, given, v.inbox, came, v.y, v.record, ExpertGradients(*gradients), drows, dweights, scratch
+    )
+    dx, dslots = torch.empty_like(dout), weights.new_empty(*weights.shape, 1)
+    combine(v.context, v.plan, drows, None, dx)
+    fetch_slots(v.context, v.plan, dweights, dslots)
+    return [dx, dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, parameters))]
+
+
+@_visit_experts_backward.register_fake
+def _(dout, handle, weights, up, down, up_bias, down_bias):
+    like = [dout, weights, *(p for p in (up, down, up_bias, down_bias) if p is not None)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+
+
+def _keep(ctx, inputs, output):
+    x, _ids, weights, up, down, up_bias, down_bias = inputs[:7]
+    ctx.mark_non_differentiable(output[1])
+    # x is read again by backward, through the inbox.
+    ctx.save_for_backward(x, output[1], weights, up, down, up_bias, down_bias)
+
+
+def _differentiate(ctx, dout, _dhandle):
+    _x, *kept = ctx.saved_tensors
+    dx, dweights, *gradients = torch.ops.expar.visit_experts_backward(dout, *kept)
+    dup, ddown, dup_bias, ddown_bias = (*gradients, None, None)[:4]
+    return dx, None, dweights, dup, ddown, dup_bias, ddown_bias, None, None, None, None, None
+
+
+_visit_experts.register_autograd(_differentiate, setup_context=_keep)
+
+
+def visit_experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Optional[Tensor] = None,
+    down_bias: Optional[Tensor] = None,
+    *,
+    context: Context,
+    experts: int,
+    activation: str = "swiglu",
+    first_experts: Sequence[int] = (),
+    payload: Optional[str] = None,
+) -> Tensor:
+    """out[t] = sum over slots k of weights[t, k] * expert(ids[t, k])(x[t]), in slot order, in f32, rounded once, where
+    expert(x) = down act(up x + up_bias) + down_bias.
+
+    x             : [T, H] f32 or bf16; T may differ per rank and be 0
+    ids           : [T, K] integers in [-1, experts); -1 is left out
+    weights       : [T, K] f32
+    up            : [L, F, H], of gated activations [L, 2F, H], gate then up; L experts of this rank, of x's dtype
+    down          : [L, H, F] likewise
+    up_bias       : [L, F] or [L, 2F], and down_bias [L, H], both or neither
+    activation    : "swiglu", "clamped_swiglu", "quick_geglu", "geglu"; plain "gelu" (exact), "silu", "relu2"
+    context, experts, first_experts, payload : as ``dispatch``
+    returns       : [T, H] of x's dtype
+    Differentiable in x, weights and the experts' parameters, whose gradients are of the sum of all ranks' losses.
+    Collective, backward too. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost: the same on every rank, but
+    for parameters that do not fit this rank's experts.
+    Cost: a row travels once to each other rank; each weight is read once forwards and once backwards.
+    """
+    where = (name_of(context), experts, activation, list(first_experts), payload)
+    return torch.ops.expar.visit_experts(x, ids, weights, up, down, up_bias, down_bias, *where)[0]
