@@ -12,7 +12,7 @@ serves any number of layers. What goes in and comes out is what one process woul
 from __future__ import annotations
 
 import functools
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement
 from .. import Context
 from ..errors import BadArgument
 from . import ranks
-from .ops import combine, copy_over, dispatch, reduce_over
+from .ops import Dispatched, combine, copy_over, dispatch, reduce_over
 from .shards import ExpertShard
 
 WEIGHTS = ("w1", "w2", "w3")
@@ -36,6 +36,14 @@ def first_experts(experts: int, size: int) -> list[int]:
     """[P + 1] where each rank's experts begin, as DTensor's Shard(0) has it: ceil(E / P) each, the last fewer."""
     each = -(-experts // size)
     return [min(rank * each, experts) for rank in range(size + 1)]
+
+
+class Way(NamedTuple):
+    """To the experts and back."""
+
+    context: Context
+    slices: Optional[Context]
+    first: list[int]  # [P + 1] where each rank's experts begin
 
 
 class _Style(ParallelStyle):
@@ -55,6 +63,12 @@ class _Style(ParallelStyle):
         return self._apply(module, device_mesh)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        run = self.partition(module, device_mesh)
+        module.forward = functools.partial(run, module.forward)
+        return module
+
+    def partition(self, module: nn.Module, device_mesh: DeviceMesh) -> Callable[..., Tensor]:
+        """What apply does to the weights. Returns run(local forward, routed_input, num_tokens_per_expert)."""
         _check_mesh(type(self).__name__, self.dims, device_mesh)
         _check_module(type(self).__name__, module)
         experts = module.w1.shape[0]
@@ -65,15 +79,14 @@ class _Style(ParallelStyle):
             )
             module.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
         module.context, module.expert_shard, run = self.plan(device_mesh, experts)
-        module.forward = functools.partial(run, module.forward)
-        return module
+        return run
 
     def placements(self, name: str) -> list[Placement]:
         """How the parameter of that name lies on the mesh."""
         raise NotImplementedError
 
     def plan(self, mesh: DeviceMesh, experts: int) -> tuple[Context, ExpertShard, Callable[..., Tensor]]:
-        """Where the experts compute, which they are, and run(local forward, routed_input, num_tokens_per_expert)."""
+        """Where the experts compute, which they are, and what partition returns."""
         raise NotImplementedError
 
 
@@ -91,10 +104,15 @@ class ExpertParallel(_Style):
     def placements(self, name: str) -> list[Placement]:
         return [Shard(0)]
 
-    def plan(self, mesh: DeviceMesh, experts: int):
+    def way(self, mesh: DeviceMesh, experts: int) -> Way:
+        """Collective over the mesh, the first time."""
         context = ranks.context(mesh)
-        shard = ExpertShard(context.rank, context.size, replica=_replica(mesh))
-        return context, shard, functools.partial(_travel, context, None, first_experts(experts, context.size))
+        return Way(context, None, first_experts(experts, context.size))
+
+    def plan(self, mesh: DeviceMesh, experts: int):
+        way = self.way(mesh, experts)
+        shard = ExpertShard(way.context.rank, way.context.size, replica=_replica(mesh))
+        return way.context, shard, functools.partial(_travel, way)
 
 
 class TensorParallel(_Style):
@@ -128,11 +146,16 @@ class ExpertTensorParallel(_Style):
     def placements(self, name: str) -> list[Placement]:
         return [Shard(0), Shard(INNER[name])]
 
-    def plan(self, mesh: DeviceMesh, experts: int):
+    def way(self, mesh: DeviceMesh, experts: int) -> Way:
+        """Collective over the mesh, the first time."""
         context = ranks.context(mesh["ep"])
         slices = context.on(ranks.communicator(mesh["tp"]))
+        return Way(context, slices, first_experts(experts, context.size))
+
+    def plan(self, mesh: DeviceMesh, experts: int):
+        context, slices, _ = way = self.way(mesh, experts)
         shard = ExpertShard(context.rank, context.size, slices.rank, slices.size, _replica(mesh))
-        return context, shard, functools.partial(_travel, context, slices, first_experts(experts, context.size))
+        return context, shard, functools.partial(_travel, way)
 
 
 def _replica(mesh: DeviceMesh) -> int:
@@ -140,21 +163,19 @@ def _replica(mesh: DeviceMesh) -> int:
     return int(mesh.mesh.min())
 
 
-def _travel(
-    context: Context,
-    slices: Optional[Context],
-    first: list[int],
-    forward: Callable[..., Tensor],
-    x: Tensor,
-    counts: Tensor,
-) -> Tensor:
-    experts = first[-1]
+def send(way: Way, x: Tensor, counts: Tensor) -> Dispatched:
+    """``x`` [N, H], sorted by expert, ``counts`` [E] for each, to the experts; combine brings the results home."""
+    experts = way.first[-1]
     if counts.shape != (experts,):
         raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
     # Traced, they are as many as the rows; else dispatch compares the two, for all ranks.
     size = x.shape[0] if torch.compiler.is_compiling() else None
     ids = torch.arange(experts).repeat_interleave(counts, output_size=size)
-    sent = dispatch(x, ids[:, None], context=context, experts=experts, first_experts=first, slices=slices)
+    return dispatch(x, ids[:, None], context=way.context, experts=experts, first_experts=way.first, slices=way.slices)
+
+
+def _travel(way: Way, forward: Callable[..., Tensor], x: Tensor, counts: Tensor) -> Tensor:
+    sent = send(way, x, counts)
     return combine(forward(sent.rows, sent.counts), sent)
 
 
