@@ -24,6 +24,15 @@ def test_dispatch(launcher):
     assert done.stdout.count("rows for") == (3 if launcher else 1)
 
 
+def test_dlinfer_guide():
+    program = f"{ROOT}/examples/python/dlinfer_guide.py"
+    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=4", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = ["slices, EP=4", "whole rows, EP=4", "slices, TP=2 x EP=2"]
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [f"experts of {kind}" for kind in kinds]
+
+
 def losses(tmp_path, ranks, *arguments):
     """Of each step of examples/python/train_text.py."""
     file = tmp_path / "losses.json"
