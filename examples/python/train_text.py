@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.nn.functional import all_reduce
 
 import expar.torch as ep
+from expar import plot
+from expar.recorder import Recorder
 
 HIDDEN, INNER, EXPERTS, TOPK, HEADS, LAYERS, CONTEXT, BATCH = 64, 96, 8, 2, 4, 2, 64, 32
 BALANCE = 0.01
@@ -117,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=pathlib.Path)
     parser.add_argument("--resume", type=pathlib.Path)
     parser.add_argument("--losses", type=pathlib.Path, help="where rank 0 writes the loss of each step, as JSON")
+    parser.add_argument("--loads", help="where rank 0 draws the loads of the first layer's experts, step by step")
     return parser.parse_args()
 
 
@@ -141,6 +144,8 @@ def train(args: argparse.Namespace) -> None:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         first = state["step"]
 
+    layers = [module for module in model.modules() if isinstance(module, ep.MoELayer)]
+    recorder = Recorder(LAYERS, EXPERTS)
     losses, began = [], time.monotonic()
     for step in range(first, args.steps):
         loss, aux = model(batch_of(text, step, rank, ranks))
@@ -149,6 +154,8 @@ def train(args: argparse.Namespace) -> None:
         if args.wrap == "none":
             ep.average_gradients(model, ep.context(mesh))
         optimizer.step()
+        for i, layer in enumerate(layers):
+            recorder.record(step, i, layer)
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / ranks)
@@ -160,6 +167,8 @@ def train(args: argparse.Namespace) -> None:
         dcp.save({"model": weights, "optimizer": moments, "step": args.steps}, checkpoint_id=args.save)
     if args.losses and rank == 0:
         args.losses.write_text(json.dumps(losses))
+    if args.loads and rank == 0:
+        plot.load_heatmap(recorder.loads[:, 0], args.loads, rows="step", first=first)
     dist.barrier()
 
 

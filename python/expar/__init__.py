@@ -27,6 +27,7 @@ Left to C++ are ``operation.h``, ``transport.h``, ``pool.h`` and the table of ke
 collectives, transports and backends.
 """
 
+from . import uncaught as _uncaught
 from ._native import *  # noqa: F401,F403
 from ._native import __version__ as __version__
 from ._native import unweighted as unweighted

@@ -34,6 +34,23 @@ def test_the_root_cause_is_raised():
         expar.launch(1, ["/no-such-program"])
 
 
+def test_an_uncaught_exception_comes_back_as_the_root_cause():
+    with pytest.raises(expar.BadArgument, match="ids.* = 9") as caught:
+        expar.launch(
+            2,
+            program(
+                """
+                import numpy as np
+                context = expar.Context(expar.init())
+                expar.make_plan(context, np.full((4, 2), 9 if context.rank == 1 else 0, np.int32), 8)
+                """
+            ),
+        )
+    assert caught.value.rank == 1
+    with pytest.raises(expar.Internal, match="rank 0: ZeroDivisionError"):
+        expar.launch(2, program("1 / expar.init().rank"))
+
+
 def test_an_error_that_is_reported_comes_back_whole():
     with pytest.raises(expar.Internal, match="rank 1: KeyError: 'mine'") as caught:
         expar.launch(

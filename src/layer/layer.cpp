@@ -50,11 +50,17 @@ std::vector<Parameter> MoeLayer::dense_parameters(std::string_view prefix) { ret
 std::vector<ConstTensor> MoeLayer::dense_shard_gradients() const {
   const SharedGradients& shared = state_->shared.gradients();
   const SpecialGradients& special = state_->special.gradients();
-  std::vector<ConstTensor> all{state_->router.weight_gradients()};
-  if (state_->options.router.bias) all.emplace_back(state_->router.bias_gradients());
-  if (state_->options.shared_inner > 0) all.insert(all.end(), {shared.up, shared.down});
-  if (state_->options.shared_gate) all.emplace_back(shared.gate);
-  if (state_->options.special.constant > 0) all.insert(all.end(), {special.mix, special.value});
+  std::vector<ConstTensor> all;
+  const auto add = [&](bool held, ConstTensor gradient) {
+    if (held) all.push_back(gradient);
+  };
+  add(true, state_->router.weight_gradients());
+  add(state_->options.router.bias, state_->router.bias_gradients());
+  add(state_->options.shared_inner > 0, shared.up);
+  add(state_->options.shared_inner > 0, shared.down);
+  add(state_->options.shared_gate, shared.gate);
+  add(state_->options.special.constant > 0, special.mix);
+  add(state_->options.special.constant > 0, special.value);
   return all;
 }
 Tensor MoeLayer::selection_bias() { return state_->parameters->selection_bias(); }

@@ -57,12 +57,12 @@ void TokenForward::score_by_softmax(std::int64_t t, double* scores) const {
     return;
   }
   const float* z = logits + t * options.experts;
-  double largest = z[0];
-  for (std::int64_t e = 1; e < options.experts; ++e) largest = std::fmax(largest, double{z[e]});
+  float largest = z[0];
+  for (std::int64_t e = 1; e < options.experts; ++e) largest = std::fmax(largest, z[e]);
   double sum = 0;
-  for (std::int64_t e = 0; e < options.experts; ++e) sum += scores[e] = std::exp(double{z[e]} - largest);
+  for (std::int64_t e = 0; e < options.experts; ++e) sum += scores[e] = std::exp(double{z[e]} - double{largest});
   for (std::int64_t e = 0; e < options.experts; ++e) stored[e] = static_cast<float>(scores[e] /= sum);
-  routing.logsumexp.as<float>()[t] = static_cast<float>(largest + std::log(sum));
+  routing.logsumexp.as<float>()[t] = static_cast<float>(double{largest} + std::log(sum));
 }
 
 void TokenForward::score_each(std::int64_t t, double* scores) const {
