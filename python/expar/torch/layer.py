@@ -7,37 +7,16 @@ from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 import expar
 
-from . import ranks
 from .ops_moe import Core, moe
-from .shards import ExpertShard
+from .shards import ExpertShard, Where, shard_over
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-Where = Union[None, expar.Context, expar.Communicator, expar.Parallel, DeviceMesh, ProcessGroup]
-
-
-def _ranks(where: Where) -> tuple[expar.Context, Optional[expar.Communicator], ExpertShard]:
-    """The ranks that tokens travel among, those that hold slices of the same experts, and which this rank's are."""
-    replica = ranks.first_of(where)
-    if isinstance(where, DeviceMesh):
-        where = ranks.parallel(where)
-    slices = None
-    if isinstance(where, expar.Parallel):
-        replica = where.replicas.rank if where.replicas else replica
-        where, slices = where.experts, where.tensor
-    if isinstance(where, expar.Communicator):
-        where = expar.Context(where)
-    context = where if isinstance(where, expar.Context) else ranks.context(where)
-    slice_, of = (slices.rank, slices.size) if slices else (0, 1)
-    return context, slices, ExpertShard(context.rank, context.size, slice_, of, replica)
 
 
 def _placements(mesh: DeviceMesh, experts: int) -> list[Placement]:
@@ -145,7 +124,7 @@ class MoELayer(nn.Module):
         for name, value in router_settings.items():
             setattr(options, name, value)
         self.router_options = options
-        self.context, tensor, shard = _ranks(context)
+        self.context, tensor, shard = shard_over(context)
         self._options = {
             "hidden": hidden,
             "inner": inner,

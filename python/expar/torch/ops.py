@@ -253,55 +253,65 @@ def combine(y: Tensor, dispatched: Dispatched, weights: Optional[Tensor] = None)
 
 
 @torch.library.custom_op("expar::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, context: str) -> Tensor:
-    y = x.new_empty(x.shape[0], w.shape[1])
-    native_grouped_mm(context_of(context), x.detach().contiguous(), w.detach().contiguous(), counts.tolist(), y)
+def _grouped_mm(x: Tensor, w: Tensor, counts: Tensor, context: str, transposed: bool = False) -> Tensor:
+    y = x.new_empty(x.shape[0], w.shape[2 if transposed else 1])
+    multiply = grouped_mm_to_rows if transposed else native_grouped_mm
+    multiply(context_of(context), x.detach().contiguous(), w.detach().contiguous(), counts.tolist(), y)
     return y
 
 
 @_grouped_mm.register_fake
-def _(x, w, counts, context):
-    return x.new_empty(x.shape[0], w.shape[1])
+def _(x, w, counts, context, transposed=False):
+    return x.new_empty(x.shape[0], w.shape[2 if transposed else 1])
 
 
 @torch.library.custom_op("expar::grouped_mm_backward", mutates_args=())
-def _grouped_mm_backward(dy: Tensor, x: Tensor, w: Tensor, counts: Tensor, context: str) -> tuple[Tensor, Tensor]:
+def _grouped_mm_backward(
+    dy: Tensor, x: Tensor, w: Tensor, counts: Tensor, context: str, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
     c, sizes, dy = context_of(context), counts.tolist(), dy.contiguous()
     x, w = x.detach().contiguous(), w.detach().contiguous()
     dx, dw = torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
-    grouped_mm_to_rows(c, dy, w, sizes, dx)
-    grouped_mm_to_weights(c, dy, x, sizes, dw)
+    if transposed:
+        native_grouped_mm(c, dy, w, sizes, dx)
+        grouped_mm_to_weights(c, x, dy, sizes, dw)
+    else:
+        grouped_mm_to_rows(c, dy, w, sizes, dx)
+        grouped_mm_to_weights(c, dy, x, sizes, dw)
     return dx, dw.to(w.dtype)
 
 
 @_grouped_mm_backward.register_fake
-def _(dy, x, w, counts, context):
+def _(dy, x, w, counts, context, transposed=False):
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
 def _keep_for_grouped_mm_backward(ctx, inputs, output):
-    x, w, counts, ctx.context = inputs
+    x, w, counts, ctx.context, ctx.transposed = inputs
     ctx.held = context_of(ctx.context)
     ctx.save_for_backward(x, w, counts)
 
 
 def _differentiate_grouped_mm(ctx, dy):
-    dx, dw = torch.ops.expar.grouped_mm_backward(dy, *ctx.saved_tensors, ctx.context)
-    return dx, dw, None, None
+    dx, dw = torch.ops.expar.grouped_mm_backward(dy, *ctx.saved_tensors, ctx.context, ctx.transposed)
+    return dx, dw, None, None, None
 
 
 _grouped_mm.register_autograd(_differentiate_grouped_mm, setup_context=_keep_for_grouped_mm_backward)
 
 
-def grouped_mm(x: Tensor, w: Tensor, counts: Tensor, *, context: Context) -> Tensor:
+def grouped_mm(x: Tensor, w: Tensor, counts: Tensor, *, context: Context, transposed: bool = False) -> Tensor:
     """y[i] = w[g(i)] x[i], where the rows of x stand group by group, ``counts[g]`` of each.
 
-    x : [R, K] · w : [L, N, K] of the same dtype · counts : [L] integers · returns [R, N]
+    x          : [R, K]
+    w          : [L, N, K] of the same dtype; transposed: [L, K, N], which is read as it lies
+    counts     : [L] integers
+    returns    : [R, N]
     An element's bytes depend on its row and its weights alone: neither on the rows beside it nor on threads.
     Differentiable in x and w, whose gradient sums a group's rows in their order. Not collective.
     Raises BadArgument (shapes or dtypes).
     """
-    return torch.ops.expar.grouped_mm(x, w, counts, name_of(context))
+    return torch.ops.expar.grouped_mm(x, w, counts, name_of(context), transposed)
 
 
 @torch.library.custom_op("expar::sum_over", mutates_args=())

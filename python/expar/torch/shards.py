@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterator, Optional, Union
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+
+from .. import Communicator, Context, Parallel
+from . import ranks
+
+Where = Union[None, Context, Communicator, Parallel, DeviceMesh, ProcessGroup]
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,26 @@ class ExpertShard:
     slice: int = 0
     slices: int = 1
     replica: int = 0
+
+
+def shard_over(where: Where) -> tuple[Context, Optional[Communicator], ExpertShard]:
+    """The ranks that tokens travel among, those that hold slices of the same experts, and which this rank's are.
+
+    where : a DeviceMesh with dims as for ranks.parallel; a process group, or None, is what ranks.context makes of it
+    Collective over these ranks. Raises as those do.
+    """
+    replica = ranks.first_of(where)
+    if isinstance(where, DeviceMesh):
+        where = ranks.parallel(where)
+    slices = None
+    if isinstance(where, Parallel):
+        replica = where.replicas.rank if where.replicas else replica
+        where, slices = where.experts, where.tensor
+    if isinstance(where, Communicator):
+        where = Context(where)
+    context = where if isinstance(where, Context) else ranks.context(where)
+    slice_, of = (slices.rank, slices.size) if slices else (0, 1)
+    return context, slices, ExpertShard(context.rank, context.size, slice_, of, replica)
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ExpertShard]]:

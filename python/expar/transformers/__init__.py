@@ -14,5 +14,6 @@ from .version import check as _check
 _check()
 
 from .experts import local_experts, slice_experts
+from .model import enable
 
-__all__ = ["local_experts", "slice_experts"]
+__all__ = ["enable", "local_experts", "slice_experts"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Iterator
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .. import Context, experts_of
 from ..errors import BadArgument
+from ..torch.ops import DTYPES
 
 # What transformers' use_experts_implementation says of a module: these are set wherever it is used.
 FLAGS = ("is_transposed", "has_bias")
@@ -41,35 +43,39 @@ def local_experts(num_experts: int, context: Context) -> tuple[int, int]:
     return experts_of(context.rank, context.size, num_experts)
 
 
-def slice_experts(module: nn.Module, context: Context) -> None:
+def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
     """Keeps of a module with experts those of this rank: parameters [E, ...] become [L, ...], in memory of their own.
 
     Parameters stay the same objects, so that an optimizer that has them goes on with them; gradients are dropped. What is
     this rank's slice already stays as it is. ``module.num_experts`` stays E. Not collective.
-    Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with).
+    Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where`` the
+    module is.
     """
     experts: int = module.num_experts  # type: ignore[assignment]
     first, count = local_experts(experts, context)
     wanted = weight_names(module)
     held = dict(module.named_parameters())
+
+    def refuse(name: str, why: str) -> None:
+        raise BadArgument(f"{'.'.join(filter(None, (where, name)))} of {type(module).__name__} {why}")
+
     for name in sorted(set(held) - set(wanted)):
-        raise BadArgument(
-            f"{type(module).__name__}.{name} belongs to no single expert, so that no rank can hold it alone: expar does "
-            "not support this model"
-        )
+        refuse(name, "belongs to no single expert, so that no rank can hold it alone: expar does not support this model")
     for name in wanted:
-        parameter = held.get(name)
-        if parameter is None:
-            raise BadArgument(f"{type(module).__name__} has no parameter {name}: expar does not support this model")
-        if not parameter.is_floating_point() or parameter.element_size() < 2 or str(parameter.dtype) == "torch.float16":
-            raise BadArgument(
-                f"{type(module).__name__}.{name} is {parameter.dtype}, expar computes in float32 or bfloat16: load the "
-                "model with dtype=torch.bfloat16, without quantization"
-            )
+        if name not in held:
+            refuse(name, "is missing: expar does not support this model")
+        parameter = held[name]
+        if isinstance(parameter, DTensor):
+            refuse(name, "is sharded already: enable the model before fully_shard or any other parallelism")
+        if parameter.device.type not in ("cpu", "meta"):
+            refuse(name, f"is on '{parameter.device}', expar computes on the CPU: load the model with device_map='cpu'")
+        if parameter.dtype not in DTYPES:
+            refuse(name, f"is {parameter.dtype}, expar computes in float32 or bfloat16: load with dtype=torch.bfloat16")
         if parameter.shape[0] not in (experts, count):
-            raise BadArgument(
-                f"{type(module).__name__}.{name} is {list(parameter.shape)}: should hold all {experts} experts, or the "
-                f"{count} of rank {context.rank} of {context.size}"
+            refuse(
+                name,
+                f"is {list(parameter.shape)}, should hold all {experts} experts, or the {count} of rank {context.rank} of "
+                f"{context.size}",
             )
     for name in wanted:
         if held[name].shape[0] != count:

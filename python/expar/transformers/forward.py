@@ -1,0 +1,107 @@
+"""What a module with experts computes once it is expert-parallel: tokens travel to their experts and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
+
+from .. import Context
+from ..errors import BadArgument
+from ..torch import activate, combine, dispatch, grouped_mm
+from .experts import is_transposed, weight_names
+
+# transformers' activations in a gate, and alone, by the names of expar's kernels.
+GATED = {
+    "SiLU": "swiglu",
+    "SiLUActivation": "swiglu",
+    "GELUActivation": "geglu",
+    "QuickGELUActivation": "quick_geglu",
+}
+PLAIN = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "ReLUSquaredActivation": "relu2"}
+
+
+@dataclass(frozen=True)
+class Enabled:
+    """``module.expar``: how a module with experts is computed."""
+
+    context: Context
+    weights: list[str]  # the parameters' names, as weight_names() has them
+    transposed: bool
+    activation: str  # expar's kernel; "": the module's own
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Enabled:
+        return self  # copies of a model live on the same ranks
+
+
+def enabled(module: nn.Module, context: Context) -> Enabled:
+    """How ``module`` is to be computed on the ranks of ``context``."""
+    return Enabled(context, weight_names(module), is_transposed(module), _kernel_of(module))
+
+
+def _kernel_of(module: nn.Module) -> str:
+    act_fn = type(getattr(module, "act_fn", None)).__name__
+    if not getattr(module, "has_gate", True):
+        return PLAIN.get(act_fn, "")
+    if getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate:
+        return GATED.get(act_fn, "")
+    if type(module).__name__ == "GptOssExperts" and (module.alpha, module.limit) == (1.702, 7):
+        return "clamped_swiglu"
+    return ""
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """out [T, H] = for each token the sum of its experts' results, by weight.
+
+    self          : a module with experts that enable() has seen
+    hidden_states : [T, H] this rank's tokens; T may differ per rank and be 0
+    top_k_index   : [T, K] integers in [-1, E); -1 is not routed
+    top_k_weights : [T, K], or [T, E] of which the chosen are taken
+    Summed in f32 in the order of slots, rounded once. Differentiable in the tokens, the weights and the experts.
+    Collective, backward too: each rank makes the same number of passes. Raises as expar.torch.dispatch (transformers' own
+    expert parallelism, whose ids may be E, among them), the same on every rank; BadArgument (a module that enable() has
+    not seen).
+    """
+    if top_k_weights.shape != top_k_index.shape:
+        top_k_weights = top_k_weights.gather(1, top_k_index)
+    return travel(self, hidden_states, top_k_index, top_k_weights.float(), before=False)
+
+
+def travel(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, *, before: bool) -> Tensor:
+    """The same with weights [T, K] f32; ``before``: rows are multiplied by them before the experts."""
+    way: Optional[Enabled] = getattr(module, "expar", None)
+    if way is None:
+        raise BadArgument(
+            f"{type(module).__name__} is to run on expar, as its config says, but its model has not been enabled: call "
+            "expar.transformers.enable(model), or give the model a config of its own"
+        )
+    experts: int = module.num_experts  # type: ignore[assignment]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else getattr(module, "down_proj").dtype
+    sent = dispatch(x.to(dtype), ids, weights if before else None, context=way.context, experts=experts)
+    rows = (sent.rows * sent.weights[:, None]).to(dtype) if before else sent.rows
+    up, down, *biases = (getattr(module, name).to(dtype) for name in way.weights)
+    up_bias, down_bias = biases or (None, None)
+    h = _act(module, way, _linear(way, rows, up, up_bias, sent.counts))
+    y = _linear(way, h, down, down_bias, sent.counts)
+    return combine(y, sent, None if before else weights).to(x.dtype)
+
+
+def _linear(way: Enabled, x: Tensor, w: Tensor, bias: Optional[Tensor], counts: Tensor) -> Tensor:
+    y = grouped_mm(x, w, counts, context=way.context, transposed=way.transposed)
+    if bias is None:
+        return y
+    # A product as well: its gradient is summed over an expert's rows in their order, in f32.
+    return y + grouped_mm(x.new_ones(x.shape[0], 1), bias[:, :, None], counts, context=way.context)
+
+
+def _act(module: nn.Module, way: Enabled, pre: Tensor) -> Tensor:
+    if way.activation:
+        if not getattr(module, "is_concatenated", True):
+            pre = pre.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+        return activate(pre, way.activation, context=way.context)
+    act = module._apply_gate if getattr(module, "has_gate", True) else module.act_fn
+    h: Tensor = act(pre)  # type: ignore[operator]
+    return h

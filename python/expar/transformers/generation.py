@@ -1,0 +1,43 @@
+"""``generate`` over ranks: passes are collective, so a rank that has its tokens goes on until all have theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+
+from .. import Context, all_reduce
+
+
+@dataclass(frozen=True)
+class Together:
+    """``model.expar_ranks``: who generates in step."""
+
+    context: Context
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Together:
+        return self  # copies of a model live on the same ranks
+
+
+def generate_together(model: Any, context: Context) -> None:
+    """Makes ``model.generate`` transformers' own with synced_gpus=True, over the ranks of ``context`` by expar, so that
+    it needs no torch.distributed. A rank's tokens are those that it would generate alone."""
+    model.expar_ranks = Together(context)
+    model.generate = MethodType(_generate, model)
+    model._has_unfinished_sequences = MethodType(_has_unfinished_sequences, model)
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("synced_gpus") is None:
+        kwargs["synced_gpus"] = True
+    return type(self).generate(self, *args, **kwargs)
+
+
+def _has_unfinished_sequences(self: Any, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    if not synced_gpus:
+        return not this_peer_finished
+    unfinished = torch.empty(1)
+    all_reduce(self.expar_ranks.context, torch.tensor([[0.0 if this_peer_finished else 1.0]]), unfinished)
+    return bool(unfinished > 0)
