@@ -9,48 +9,19 @@ import unittest
 
 import torch
 import transformers
+from families import FAMILIES, HIDDEN, random_model
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 EXPAR, TEXT = sys.argv[1:3]
-LAYER, HIDDEN, INNER, EXPERTS, TOPK, TOKENS = 1, 40, 33, 7, 3, 50
-
-# Odd sizes, so that nothing fits by chance. What is not said here is transformers' default.
-SIZES = dict(num_hidden_layers=LAYER + 1, hidden_size=HIDDEN, num_experts_per_tok=TOPK, num_attention_heads=4,
-             num_key_value_heads=4, head_dim=8, vocab_size=64, max_position_embeddings=64, bos_token_id=None,
-             eos_token_id=None, pad_token_id=None)
-ATTENTION = dict(first_k_dense_replace=0, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-                 v_head_dim=4)
-FAMILIES = {
-    "Mixtral": dict(num_local_experts=EXPERTS, intermediate_size=INNER),
-    "Olmoe": dict(num_experts=EXPERTS, intermediate_size=INNER),
-    "Qwen2Moe": dict(num_experts=EXPERTS, moe_intermediate_size=INNER, shared_expert_intermediate_size=17),
-    "Qwen3Moe": dict(num_experts=EXPERTS, moe_intermediate_size=INNER, norm_topk_prob=True),
-    "DeepseekV2": dict(n_routed_experts=8, moe_intermediate_size=INNER, n_shared_experts=1, n_group=4, topk_group=2,
-                       topk_method="group_limited_greedy", routed_scaling_factor=1.5, **ATTENTION),
-    "DeepseekV3": dict(n_routed_experts=8, moe_intermediate_size=INNER, n_shared_experts=2, n_group=4, topk_group=2,
-                       routed_scaling_factor=2.5, **ATTENTION),
-    "GptOss": dict(num_local_experts=EXPERTS, intermediate_size=INNER),
-    "Llama4": dict(num_local_experts=EXPERTS, intermediate_size=INNER, num_experts_per_tok=1),
-}
+LAYER, TOKENS = 1, 50
 
 
 def written_model(family, dtype, directory):
     """The model, in f32, whose checkpoint of `dtype` now lies in `directory`."""
-    config_name = "Llama4TextConfig" if family == "Llama4" else family + "Config"
-    config = getattr(transformers, config_name)(**{**SIZES, **FAMILIES[family]})
-    config._experts_implementation = "eager"  # the others want sizes of whole 16 bytes
-    torch.manual_seed(7)
-    model = getattr(transformers, family + "ForCausalLM")(config)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "layers.1." in name:
-                tensor.normal_(std=0.3)
-        for name, tensor in model.named_buffers():
-            if "correction_bias" in name:
-                tensor.normal_(std=0.3)
+    model = random_model(family)
     model.to(dtype).save_pretrained(directory)
-    return model.float().eval()
+    return model.float()
 
 
 def block_of(model):

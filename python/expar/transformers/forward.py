@@ -11,7 +11,7 @@ from transformers.integrations.moe import _default_apply_gate
 
 from .. import Context
 from ..errors import BadArgument
-from ..torch import activate, combine, dispatch, grouped_mm
+from ..torch import activate, combine, dispatch, grouped_mm, visit_experts
 from .experts import is_transposed, weight_names
 
 # transformers' activations in a gate, and alone, by the names of expar's kernels.
@@ -32,6 +32,7 @@ class Enabled:
     weights: list[str]  # the parameters' names, as weight_names() has them
     transposed: bool
     activation: str  # expar's kernel; "": the module's own
+    visits: bool  # weights lie as the library's own experts have them
 
     def __deepcopy__(self, memo: dict[int, object]) -> Enabled:
         return self  # copies of a model live on the same ranks
@@ -39,7 +40,9 @@ class Enabled:
 
 def enabled(module: nn.Module, context: Context) -> Enabled:
     """How ``module`` is to be computed on the ranks of ``context``."""
-    return Enabled(context, weight_names(module), is_transposed(module), _kernel_of(module))
+    transposed, activation = is_transposed(module), _kernel_of(module)
+    visits = activation != "" and not transposed and getattr(module, "is_concatenated", True)
+    return Enabled(context, weight_names(module), transposed, activation, visits)
 
 
 def _kernel_of(module: nn.Module) -> str:
@@ -48,9 +51,8 @@ def _kernel_of(module: nn.Module) -> str:
         return PLAIN.get(act_fn, "")
     if getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate:
         return GATED.get(act_fn, "")
-    if type(module).__name__ == "GptOssExperts" and (module.alpha, module.limit) == (1.702, 7):
-        return "clamped_swiglu"
-    return ""
+    numbers = [getattr(module, name, None) for name in ("alpha", "limit")]
+    return "clamped_swiglu" if type(module).__name__ == "GptOssExperts" and numbers == [1.702, 7] else ""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     not seen).
     """
     if top_k_weights.shape != top_k_index.shape:
-        top_k_weights = top_k_weights.gather(1, top_k_index)
+        top_k_weights = top_k_weights.gather(1, top_k_index.clamp(min=0))
     return travel(self, hidden_states, top_k_index, top_k_weights.float(), before=False)
 
 
@@ -80,9 +82,14 @@ def travel(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, *, before
         )
     experts: int = module.num_experts  # type: ignore[assignment]
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else getattr(module, "down_proj").dtype
-    sent = dispatch(x.to(dtype), ids, weights if before else None, context=way.context, experts=experts)
-    rows = (sent.rows * sent.weights[:, None]).to(dtype) if before else sent.rows
+    context, rows = way.context, x.to(dtype)
     up, down, *biases = (getattr(module, name).to(dtype) for name in way.weights)
+    if way.visits and not before:
+        activation = way.activation
+        out = visit_experts(rows, ids, weights, up, down, *biases, context=context, experts=experts, activation=activation)
+        return out.to(x.dtype)
+    sent = dispatch(rows, ids, weights if before else None, context=context, experts=experts)
+    rows = (sent.rows * sent.weights[:, None]).to(dtype) if before else sent.rows
     up_bias, down_bias = biases or (None, None)
     h = _act(module, way, _linear(way, rows, up, up_bias, sent.counts))
     y = _linear(way, h, down, down_bias, sent.counts)
@@ -100,7 +107,7 @@ def _linear(way: Enabled, x: Tensor, w: Tensor, bias: Optional[Tensor], counts: 
 def _act(module: nn.Module, way: Enabled, pre: Tensor) -> Tensor:
     if way.activation:
         if not getattr(module, "is_concatenated", True):
-            pre = pre.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1)
+            pre = pre.view(len(pre), pre.shape[1] // 2, 2).transpose(1, 2).flatten(1)
         return activate(pre, way.activation, context=way.context)
     act = module._apply_gate if getattr(module, "has_gate", True) else module.act_fn
     h: Tensor = act(pre)  # type: ignore[operator]
