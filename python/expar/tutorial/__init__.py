@@ -15,7 +15,8 @@ experts in Python, gradients come back the same way, and experts may have a capa
 
 from .all2all import PyTorchAllToAll
 from .config import MoEConfig
-from .layer import EPMoE, Experts
+from .experts import Expert, Experts
+from .layer import EPMoE
 from .training import init_distributed, train_tiny_ep
 
-__all__ = ["EPMoE", "Experts", "MoEConfig", "PyTorchAllToAll", "init_distributed", "train_tiny_ep"]
+__all__ = ["EPMoE", "Expert", "Experts", "MoEConfig", "PyTorchAllToAll", "init_distributed", "train_tiny_ep"]

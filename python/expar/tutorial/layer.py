@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,51 +13,9 @@ from expar.torch.ranks import first_of
 
 from .all2all import PyTorchAllToAll
 from .config import MoEConfig, keep_within
+from .experts import Experts
 
 _PAYLOADS = {torch.float32: None, torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-class Experts(nn.Module):
-    """This rank's experts, Linear(H, F), GELU, Linear(F, H) each, as four stacked parameters.
-
-    up [L, F, H], up_bias [L, F], down [L, H, F], down_bias [L, H]. A state dict has them one by one under the names of
-    the notebook's ModuleList, "0.net.0.weight" and so on. Drawn as nn.Linear draws, in the notebook's order.
-    """
-
-    expert_shard: ep.ExpertShard
-    # What an expert of the notebook calls them.
-    _NAMES = {"up": "net.0.weight", "up_bias": "net.0.bias", "down": "net.2.weight", "down_bias": "net.2.bias"}
-
-    def __init__(self, count: int, hidden: int, inner: int, shard: ep.ExpertShard) -> None:
-        super().__init__()
-        self.expert_shard = shard
-        self.up = nn.Parameter(torch.empty(count, inner, hidden))
-        self.up_bias = nn.Parameter(torch.empty(count, inner))
-        self.down = nn.Parameter(torch.empty(count, hidden, inner))
-        self.down_bias = nn.Parameter(torch.empty(count, hidden))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        for matrices in zip(self.up, self.up_bias, self.down, self.down_bias):
-            for p, inputs in zip(matrices, (self.up.shape[2],) * 2 + (self.down.shape[2],) * 2):
-                p.uniform_(-(inputs**-0.5), inputs**-0.5)
-
-    def __len__(self) -> int:
-        return len(self.up)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for e in range(len(self)):
-            for name, theirs in self._NAMES.items():
-                p = getattr(self, name)[e]
-                destination[f"{prefix}{e}.{theirs}"] = p if keep_vars else p.detach()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name, theirs in self._NAMES.items():
-            keys = [f"{prefix}{e}.{theirs}" for e in range(len(self))]
-            if all(key in state_dict for key in keys):
-                state_dict[prefix + name] = torch.stack([state_dict.pop(key) for key in keys])
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class EPMoE(nn.Module):
@@ -68,8 +26,8 @@ class EPMoE(nn.Module):
     Probabilities are a softmax over all experts, not normalised again over the K. With a capacity the output is x plus
     the results of the slots that were kept: a token whose slots were all dropped is passed on as it is.
 
-    Gradients of experts are of the sum of all ranks' losses, those of the gate of this rank's, which DDP averages;
-    ``expar.torch.distributed_data_parallel`` and ``average_gradients`` make both those of the mean.
+    Gradients of experts are of the sum of all ranks' losses, and none where no token came; those of the gate are of this
+    rank's loss, which DDP averages. ``expar.torch.average_gradients`` makes both those of the mean.
     """
 
     def __init__(self, cfg: MoEConfig, rank: Optional[int] = None, world_size: Optional[int] = None) -> None:
@@ -103,20 +61,18 @@ class EPMoE(nn.Module):
         returns : out [T, H] of out_dtype, and the auxiliary loss of this rank's tokens [], 0 in eval mode
         Differentiable in x and all parameters. Collective, backward too. Raises as expar.torch.visit_experts.
         """
-        cfg, e = self.cfg, self.experts
+        cfg = self.cfg
         probs = F.softmax(self.gate(x.float()), dim=-1)
         weights, indices = probs.topk(cfg.experts_per_token)
         aux_loss = self._aux_loss(probs, indices) if self.training else probs.new_zeros(())
         capacity = cfg.capacity(len(x))
-        out = ep.visit_experts(
+        out = self.experts.visit(
             x.to(cfg.in_dtype).float(),
             keep_within(capacity, indices),
             weights,
-            *(e.up, e.down, e.up_bias, e.down_bias),
-            context=self.ata.context,
-            experts=cfg.num_experts,
-            activation="gelu",
-            payload=_PAYLOADS[cfg.in_dtype],
+            self.ata.context,
+            cfg.num_experts,
+            _PAYLOADS[cfg.in_dtype],
         )
         if capacity is not None:
             out = out + x
