@@ -54,6 +54,7 @@ auto parse_name(const Table& table, const char* what, std::string_view wanted) {
               std::string(what) + " is '" + std::string(wanted) + "', should be one of " + known);
 }
 
+void bind_ascend(nb::module_& m);
 void bind_capacity(nb::module_& m);
 void bind_carried(nb::module_& m);
 void bind_collectives(nb::module_& m);

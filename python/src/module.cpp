@@ -35,4 +35,5 @@ NB_MODULE(_native, m) {
   bind_random(m);
   bind_layer(m);
   bind_hidden_moe(m);
+  bind_ascend(m);
 }

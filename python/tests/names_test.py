@@ -78,6 +78,36 @@ NOT_BOUND = {
     "version": "__version__",
 }
 
+# Of expar/ascend.h, whose names are bound as _ascend_<name>, for expar.ascend.
+ASCEND_NOT_BOUND = {
+    "ClippedSwigluOptions": KEYWORDS,
+    "CombineAddRmsNorm": KEYWORDS,
+    "CombineSetup": KEYWORDS,
+    "CombineTeardown": KEYWORDS,
+    "DequantSwigluQuantOptions": KEYWORDS,
+    "DispatchSetup": KEYWORDS,
+    "DispatchTeardown": KEYWORDS,
+    "DispatchV2": KEYWORDS,
+    "Dispatched": KEYWORDS,
+    "DispatchedV2": KEYWORDS,
+    "FinalizeRoutingInputs": KEYWORDS,
+    "Gating": TUPLE,
+    "GatingOptions": KEYWORDS,
+    "GroupedMatmulOptions": KEYWORDS,
+    "InitRouting": TUPLE,
+    "InitRoutingOptions": KEYWORDS,
+    "InitRoutingV2": TUPLE,
+    "QuantisedRows": TUPLE,
+    "ReRouting": TUPLE,
+    "ReRoutingOptions": KEYWORDS,
+    "SoftmaxGating": TUPLE,
+    "SwigluQuantOptions": KEYWORDS,
+    "TokenPermutation": TUPLE,
+    "TokenUnpermuteGrad": TUPLE,
+    "UpdateExpertOptions": KEYWORDS,
+    "UpdatedExperts": TUPLE,
+}
+
 
 def headers():
     """Those that expar.h includes, and that these include."""
@@ -88,9 +118,9 @@ def headers():
     return found
 
 
-def public_names(header):
-    """What a header defines in namespace expar: classes, and functions, which begin in the first column."""
-    text = (HEADERS / header).read_text().partition("namespace expar {")[2]
+def public_names(header, namespace="expar"):
+    """What a header defines in a namespace: classes, and functions, which begin in the first column."""
+    text = (HEADERS / header).read_text().partition(f"namespace {namespace} {{")[2]
     text = re.sub(r"^namespace \w+ \{.*?^\}", "", text, flags=re.S | re.M)
     found = set(re.findall(r"^(?:struct|class|enum class)(?: alignas\(\d+\))? (\w+)[^;\n]*\{", text, re.M))
     function = r"^(?:inline |constexpr )*(?!namespace|struct|class|enum|template|using|#)[\w:][\w:<>,&* ]*[ &*>](\w+)\("
@@ -115,3 +145,15 @@ def test_the_list_of_what_is_left_out_has_nothing_else():
         assert name in names, f"{name} is no name of the headers any more"
         assert not hasattr(expar, name), f"{name} is bound"
     assert {"make_plan", "Inbox", "run_threads", "init", "all_to_all_v", "SpecialPass", "is_collective"} <= names
+
+
+def ascend_names():
+    headers = re.findall(r"#include <expar/(ascend/\w+\.h)>", (HEADERS / "ascend.h").read_text())
+    return {name for header in headers for name in public_names(header, "expar::ascend")}
+
+
+def test_every_name_of_ascend_is_bound_or_left_out_for_a_reason():
+    names = ascend_names()
+    bound = {name for name in names if hasattr(expar._native, f"_ascend_{name}")}
+    assert names - bound == set(ASCEND_NOT_BOUND)
+    assert {"Domain", "expand_rows", "moe_distribute_dispatch_v2", "swiglu_grad", "CommCmdInfo"} <= bound

@@ -36,11 +36,8 @@ std::vector<NamedNumber> own_numbers(const Domain& domain, std::int64_t bs) {
 
 CommCmdInfo post(const Context& group_ep, const std::function<Mail()>& write) {
   Mail mail;
-  try {
-    mail = write();
-  } catch (...) {
-    return {start_dispatch(group_ep.declining(current_error()), {}, {}, {}), {}};
-  }
+  const Context asked = group_ep.attempt([&] { mail = write(); });
+  if (asked.declines()) return {start_dispatch(asked, {}, {}, {}), {}};
   const std::int64_t rows = std::ssize(mail.experts);
   const auto row_bytes = mail.rows.size(1) * static_cast<std::int64_t>(size_of(mail.rows.dtype()));
   const ConstTensor halves(mail.rows.data(), DType::bf16, {rows, row_bytes / 2});  // dispatch copies them as they are

@@ -23,7 +23,8 @@ struct Mail {
 /// What a teardown must be told as its setup was: the domain's numbers, and BS.
 std::vector<NamedNumber> own_numbers(const Domain& domain, std::int64_t bs);
 
-/// Posts what `write` returns. What it throws becomes an error of the teardown, on every rank.
+/// Posts what `write` returns. What it throws becomes an error of the teardown, on every rank, and so does why a
+/// context declines already.
 CommCmdInfo post(const Context& group_ep, const std::function<Mail()>& write);
 
 /// Where the rows for this rank's experts lie, [R]: expert by expert, in each by source and there in the order posted.

@@ -13,6 +13,7 @@ from ..errors import BadArgument
 _contexts: weakref.WeakValueDictionary[str, Context] = weakref.WeakValueDictionary()
 _names: weakref.WeakKeyDictionary[Context, str] = weakref.WeakKeyDictionary()
 _numbers = itertools.count()
+NAMES = "expar."  # how every name begins
 
 
 @torch.compiler.assume_constant_result  # of a graph that is compiled for this context
@@ -22,7 +23,7 @@ def name_of(context: Context | None) -> str:
         return ""
     name = _names.get(context)
     if name is None:
-        name = f"expar.{next(_numbers)}"
+        name = f"{NAMES}{next(_numbers)}"
         _names[context] = name
         _contexts[name] = context
     return name
