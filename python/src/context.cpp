@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include "python/src/bind.h"
+#include "python/src/error.h"
 
 namespace expar::python {
 
@@ -35,6 +36,14 @@ Raises Unsupported, BadArgument, NoMemory, Mismatch, Timeout, PeerLost.)")
       .def(
           "with_timeout", [](const Context& c, double timeout) { return c.with_timeout(seconds(timeout)); },
           "seconds"_a, "The same context with another limit on how long one call may wait.")
+      .def(
+          "declining",
+          [](const Context& c, const nb::typed<nb::object, nb::handle>& error) {
+            return c.declining(as_error(nb::object(error), c.communicator().job_rank(c.rank())));
+          },
+          "error"_a, nb::sig("def declining(self, error: BaseException) -> Context"), R"(
+The same context for a rank that cannot take part: every rank raises ``error`` where they meet next. One that is none of
+expar's is Internal to the others.)")
       .def("on", &Context::on, "group"_a, "The same kernels and threads for a group of these ranks. Not collective.")
       .def(
           "__deepcopy__", [](nb::object self, nb::handle) { return self; }, "memo"_a,

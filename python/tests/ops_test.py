@@ -306,6 +306,25 @@ def test_results_and_ids_that_do_not_fit_are_refused(context):
         ep.dispatch(x, ids + 2**32, context=context, experts=EXPERTS)
 
 
+def test_what_pytorch_s_tensors_have_wrong_on_one_rank_all_are_told():
+    def body(c):
+        x, ids, weights, up, down, _ = batch()
+        wrong = c.rank == 1
+        sent = ep.dispatch(x, ids, context=c, experts=EXPERTS)
+        with pytest.raises(expar.BadArgument, match="^rank 1: .*row i is the result of"):
+            ep.combine(sent.rows[1:] if wrong else sent.rows, sent)
+        with pytest.raises(expar.BadArgument, match="^rank 1: .*ids is torch.float32, should be integers"):
+            ep.dispatch(x, ids.float() if wrong else ids, context=c, experts=EXPERTS)
+        held = [mine(w, c, EXPERTS) for w in (up, down)]
+        with pytest.raises(expar.BadArgument, match=r"^rank 1: .*up is \[1, 8, 16\], should be \[3, 8, 16\]"):
+            up = held[0][:1] if wrong else held[0]
+            ep.visit_experts(x, ids, weights, up, held[1], context=c, experts=EXPERTS, activation="gelu")
+        assert ep.combine(sent.rows, sent).shape == x.shape
+
+    on_ranks(2, body)
+
+
+
 def test_a_graph_keeps_the_layer_and_the_context_that_it_needs():
     x = torch.randn(3, HIDDEN, requires_grad=True)
     ep.MoELayer(HIDDEN, 8, 4, 2, context=ep.alone())(x).sum().backward()

@@ -18,6 +18,7 @@ from .. import dispatch as native_dispatch
 from .. import grouped_mm as native_grouped_mm
 from .. import grouped_mm_to_rows, grouped_mm_to_weights
 from ..errors import BadArgument
+from .agree import told_to_all
 from .contexts import context_of, name_of
 from .states import attach, fake_handle, state_of
 
@@ -43,11 +44,12 @@ class _Pass:
 
     def home(self, rows: Tensor, weights: Optional[Tensor]) -> Tensor:
         """``rows`` [R, H] by expert, summed by token."""
-        if rows.dtype not in DTYPES or rows.dim() != 2 or rows.shape[0] != self.plan.received:
-            raise BadArgument(
-                f"combine: y is {rows.dtype} {list(rows.shape)}, should be float32 or bfloat16 [{self.plan.received}, H]: "
-                "row i is the result of dispatched.rows[i]"
-            )
+        with told_to_all(self.context):
+            if rows.dtype not in DTYPES or rows.dim() != 2 or rows.shape[0] != self.plan.received:
+                raise BadArgument(
+                    f"combine: y is {rows.dtype} {list(rows.shape)}, should be float32 or bfloat16 "
+                    f"[{self.plan.received}, H]: row i is the result of dispatched.rows[i]"
+                )
         y = make_outbox(self.context, self.inbox, rows.shape[1], DTYPES[rows.dtype])
         torch.from_dlpack(y.rows).copy_(rows)
         out = rows.new_empty(self.plan.tokens, rows.shape[1])
@@ -101,7 +103,9 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     c = context_of(context)
     x, weights = x.detach().contiguous(), None if weights is None else weights.detach().contiguous()
-    plan = make_plan(c, as_int32(ids, "ids"), experts, first_experts=list(first_experts))
+    with told_to_all(c):
+        ids = as_int32(ids, "ids")
+    plan = make_plan(c, ids, experts, first_experts=list(first_experts))
     inbox = native_dispatch(c, x, weights, plan, layout="expert_major", payload=payload)
     return (
         torch.from_dlpack(inbox.packed),

@@ -32,6 +32,7 @@ from .. import (
     make_plan,
 )
 from ..errors import BadArgument
+from .agree import told_to_all
 from .contexts import context_of, name_of
 from .ops import DTYPES, as_int32
 from .states import attach, fake_handle, state_of
@@ -93,8 +94,10 @@ def _visit_experts(
     shape = ExpertShape(x.shape[1], down.shape[2], activation=activation, bias=bias, dtype=dtype)
     first = list(first_experts)
     local = first[c.rank + 1] - first[c.rank] if first else experts_of(c.rank, c.size, experts)[1]
-    given = _given(shape, local, up, down, up_bias, down_bias)
-    plan = make_plan(c, as_int32(ids, "ids"), experts, first_experts=first)
+    with told_to_all(c):
+        given = _given(shape, local, up, down, up_bias, down_bias)
+        ids = as_int32(ids, "ids")
+    plan = make_plan(c, ids, experts, first_experts=first)
     inbox = dispatch(c, x, weights, plan, payload=payload)
     y, record = make_outbox(c, inbox, shape.hidden, shape.dtype), ExpertsRecord()
     experts_forward(c, shape, given, inbox, y, record)
@@ -187,8 +190,7 @@ def visit_experts(
     context, experts, first_experts, payload : as ``dispatch``
     returns       : [T, H] of x's dtype
     Differentiable in x, weights and the experts' parameters, whose gradients are of the sum of all ranks' losses.
-    Collective, backward too. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost: the same on every rank, but
-    for parameters that do not fit this rank's experts.
+    Collective, backward too. Raises BadArgument, Mismatch, NoMemory, Timeout, PeerLost: the same on every rank.
     Cost: a row travels once to each other rank; each weight is read once forwards and once backwards.
     """
     where = (name_of(context), experts, activation, list(first_experts), payload)
