@@ -128,11 +128,12 @@ def test_slices_may_be_of_each_rank_s_own_tokens_of_any_number():
 def test_gathered_slices_are_the_same_bytes_on_any_number_of_ranks(dtype):
     drawn = [t.to(dtype) for t in draw(HIDDEN)]
 
-    def experts(rows, gate_up, down, context):
-        pre = ep.grouped_mm(rows, gate_up, context["counts"], context=ep.alone())
-        return ep.grouped_mm(ep.activate(pre, "swiglu", context=ep.alone()), down, context["counts"], context=ep.alone())
-
     def rank_main(context):
+        def experts(rows, gate_up, down, **told):
+            counts = told["context"]["counts"]
+            hidden = ep.activate(ep.grouped_mm(rows, gate_up, counts, context=context), "swiglu", context=context)
+            return ep.grouped_mm(hidden, down, counts, context=context)
+
         held = slice(context.rank * EXPERTS // context.size, (context.rank + 1) * EXPERTS // context.size)
         kwargs = {"gate_up": drawn[2][held], "down": drawn[3][held]}
         return call(
@@ -183,6 +184,22 @@ def test_what_cannot_be_says_what_to_do():
     on_ranks(2, rank_main)
     with pytest.raises(expar.BadArgument, match=r"num_experts \(5\) must be divisible by ep_world_size \(2\)"):
         MoEConfig(5, 2, 2)
+
+
+def test_what_one_rank_does_wrong_all_are_told_and_go_on():
+    def rank_main(context):
+        def refused(match, error=expar.BadArgument, **changes):
+            with pytest.raises(error, match=match) as caught:
+                call(context, **(changes if context.rank == 1 else {}))
+            assert caught.value.rank == 1
+            assert call(context).shape == (TOKENS, HIDDEN // 2)
+
+        refused("^rank 1: .*hidden size must be divisible by ep_size", hidden_states=torch.zeros(7, 15))
+        refused("^rank 1: .*quant_type is 'w8a8'", expar.Unsupported, quant_type="w8a8")
+        refused(r"^rank 1: .*expert_kernel returned \[0, 8\]", expert_kernel=lambda rows, context: rows[:0])
+        refused("^rank 1: .*should be float32 or bfloat16", expert_kernel=lambda rows, context: rows.double())
+
+    on_ranks(2, rank_main)
 
 
 def test_gathering_slices_of_different_tokens_is_told_to_all():

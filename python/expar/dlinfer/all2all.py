@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import Context
 from ..errors import BadArgument, Mismatch, Unsupported
+from ..torch.agree import told_to_all
 from ..torch.ops import Dispatched, combine, dispatch
 from ..torch.states import state_of
 from .group import Group, context_of_group
@@ -73,13 +74,14 @@ def fused_moe_all2all(
     Differentiable in hidden_states, router_logits, bias and whatever the kernel uses. Gradients of hidden_states and
     router_logits are those that this rank's slice has: their sum over the group is the whole one. Gradients of experts
     are those of the sum of all ranks' losses. Collective, backward too.
-    Raises BadArgument and Unsupported (a quant_type) on the rank that they concern; Mismatch (gathered, and ranks route
-    other tokens), and as ``expar.torch.dispatch``, on every rank.
+    Raises BadArgument, Unsupported (a quant_type), Mismatch (gathered, and ranks route other tokens), and as
+    ``expar.torch.dispatch``: the same on every rank. Another exception of the kernel is for this rank to end with.
     Cost: each slice of a row travels once to each rank that has one of its experts, and its results once back.
     """
     context = context_of_group("ep", ep_group, ep_rank, ep_size)
     kwargs = dict(expert_kwargs or {})
-    _check(hidden_states, router_logits, moe_config, ep_size, kwargs, quant_type, bias, partition)
+    with told_to_all(context):
+        _check(hidden_states, router_logits, moe_config, ep_size, kwargs, quant_type, bias, partition)
     width = hidden_states.shape[1] // ep_size
     columns = slice(ep_rank * width, (ep_rank + 1) * width)
 
@@ -94,13 +96,14 @@ def fused_moe_all2all(
         experts=moe_config.num_experts,
     )
     rows = (sent.rows * sent.weights[:, None]).to(sent.rows.dtype) if on_input else sent.rows
-    if partition == "sliced":
-        results = _run(expert_kernel, kwargs, rows, sent.counts)
-    else:
-        slices = _slices(context, sent)
-        whole = rows[slices.of_row].flatten(1)
-        results = _run(expert_kernel, kwargs, whole, slices.counts)
-        results = results.view(-1, width)[slices.of_row.flatten().argsort()]
+    with told_to_all(context):
+        if partition == "sliced":
+            results = _run(expert_kernel, kwargs, rows, sent.counts)
+        else:
+            slices = _slices(context, sent)
+            whole = rows[slices.of_row].flatten(1)
+            results = _run(expert_kernel, kwargs, whole, slices.counts)
+            results = results.view(-1, width)[slices.of_row.flatten().argsort()]
     out = combine(results, sent, None if on_input else weights)
     if bias is None:
         return out

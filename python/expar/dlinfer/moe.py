@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import Context, all_gather
 from ..errors import BadArgument, Unsupported
+from ..torch.agree import told_to_all
 from ..torch.ranks import alone
 from ..torch.visit import visit_experts
 from .group import Group, context_of_group
@@ -159,15 +160,16 @@ def _experts(
 ) -> Tensor:
     local = gate_up.shape[0]
     experts = local * context.size
-    if layout is not None:
-        raise Unsupported("chunked_moe_layout packs weights for 1024 groups a call; hand in [L, 2I, H] and [L, H, I]")
-    if weights.shape != ids.shape:
-        raise BadArgument(f"topk_weights is {list(weights.shape)}, topk_ids {list(ids.shape)}, should be alike")
-    if places is not None and not torch.equal(places.to(torch.int64), torch.arange(experts) % local):
-        raise BadArgument(
-            f"expert_ids_per_ep_rank is not arange({experts}) % {local}: experts lie on a rank in the order of their "
-            "numbers; for other places renumber topk_ids"
-        )
+    with told_to_all(context):
+        if layout is not None:
+            raise Unsupported("chunked_moe_layout is for weights of 1024 groups a call: hand in [L, 2I, H] and [L, H, I]")
+        if weights.shape != ids.shape:
+            raise BadArgument(f"topk_weights is {list(weights.shape)}, topk_ids {list(ids.shape)}, should be alike")
+        if places is not None and not torch.equal(places.to(torch.int64), torch.arange(experts) % local):
+            raise BadArgument(
+                f"expert_ids_per_ep_rank is not arange({experts}) % {local}: experts lie on a rank in the order of their "
+                "numbers; for other places renumber topk_ids"
+            )
     weights = weights.float()
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
