@@ -14,6 +14,7 @@ from .version import check as _check
 _check()
 
 from .experts import local_experts, slice_experts
+from .loading import from_pretrained
 from .model import enable
 
-__all__ = ["enable", "local_experts", "slice_experts"]
+__all__ = ["enable", "from_pretrained", "local_experts", "slice_experts"]

@@ -14,6 +14,7 @@ from .experts import APART, find_experts, slice_experts
 from .forward import enabled, experts_forward
 from .generation import generate_together
 from .llama4 import block_forward
+from .saving import save_whole
 
 NAME = "expar"
 
@@ -32,7 +33,8 @@ def enable(model: Model, context: Where = None) -> Model:
     included, and gets their results: ``model(...)``, ``generate``, gradient checkpointing. A pass is collective, forward
     and backward: each rank makes the same number of them. Gradients of experts are those of the sum of all ranks' losses;
     expar.torch's average_gradients, distributed_data_parallel and fully_shard make all of them those of the mean loss, as
-    in one process. A second call for the same ranks does nothing.
+    in one process. ``save_pretrained`` is collective too and writes the whole model. A second call for the same ranks does
+    nothing.
 
     Collective over these ranks. Raises BadArgument (no experts that this package knows; experts that it cannot compute, by
     module and attribute; slices of experts; other ranks than before; another owner of the name "expar" among transformers'
@@ -57,6 +59,8 @@ def enable(model: Model, context: Where = None) -> Model:
     _select(model, [module for _, module in modules])
     if ranks.size > 1 and hasattr(model, "generate"):
         generate_together(model, ranks)
+    if ranks.size > 1 and hasattr(model, "save_pretrained"):
+        save_whole(model)
     return model
 
 
