@@ -38,17 +38,8 @@ from .ops import DTYPES, as_int32
 from .states import attach, fake_handle, state_of
 
 
-@dataclass(frozen=True)
-class _Visit:
-    """What forward leaves for backward."""
-
-    context: Context
-    shape: ExpertShape
-    plan: Plan
-    inbox: Inbox
-    y: Outbox
-    record: ExpertsRecord
-    payload: Optional[str]
+# up, down, up_bias, down_bias
+Parameters = tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]
 
 
 def _given(
@@ -73,6 +64,77 @@ def _given(
     return ExpertWeights(up.detach().contiguous(), down.detach().contiguous(), *biases)
 
 
+@dataclass(frozen=True)
+class Visit:
+    """A pass forward, and what it leaves for the pass backward, which is handed the same parameters."""
+
+    context: Context
+    shape: ExpertShape
+    plan: Plan
+    inbox: Inbox
+    y: Outbox
+    record: ExpertsRecord
+    payload: Optional[str]
+
+    @staticmethod
+    def forward(
+        context: Context,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        parameters: Parameters,
+        experts: int,
+        activation: str,
+        first_experts: Sequence[int] = (),
+        payload: Optional[str] = None,
+    ) -> tuple[Tensor, Visit]:
+        """Collective. Memory of x is read again by backward."""
+        x, weights = x.detach().contiguous(), weights.detach().contiguous()
+        dtype, bias = DTYPES.get(x.dtype, str(x.dtype)), parameters[2] is not None
+        shape = ExpertShape(x.shape[1], parameters[1].shape[2], activation=activation, bias=bias, dtype=dtype)
+        first = list(first_experts)
+        local = experts_of(context.rank, context.size, experts)[1]
+        if first:
+            local = first[context.rank + 1] - first[context.rank]
+        with told_to_all(context):
+            given = _given(shape, local, *parameters)
+            ids = as_int32(ids, "ids")
+        plan = make_plan(context, ids, experts, first_experts=first)
+        inbox = dispatch(context, x, weights, plan, payload=payload)
+        y, record = make_outbox(context, inbox, shape.hidden, shape.dtype), ExpertsRecord()
+        experts_forward(context, shape, given, inbox, y, record)
+        out = torch.empty_like(x)
+        combine(context, plan, y, weights, out)
+        return out, Visit(context, shape, plan, inbox, y, record, payload)
+
+    def backward(self, dout: Tensor, weights: Tensor, parameters: Parameters) -> list[Tensor]:
+        """The gradients of x, weights and each of the parameters. Collective."""
+        c, dout, weights = self.context, dout.contiguous(), weights.detach().contiguous()
+        came = dispatch(c, dout, weights, self.plan, payload=self.payload, lists_of=self.inbox)
+        trained = [p for p in parameters if p is not None]
+        gradients = [torch.empty(p.shape) for p in trained]
+        drows = make_outbox(c, self.inbox, self.shape.hidden, self.shape.dtype)
+        dweights = make_outbox(c, self.inbox, 1)
+        given, scratch = _given(self.shape, self.plan.local[1], *parameters), ExpertsScratch()
+        experts_backward(
+            c,
+            self.shape,
+            given,
+            self.inbox,
+            came,
+            self.y,
+            self.record,
+            ExpertGradients(*gradients),
+            drows,
+            dweights,
+            scratch,
+        )
+        dx, dslots = torch.empty_like(dout), weights.new_empty(*weights.shape, 1)
+        combine(c, self.plan, drows, None, dx)
+        fetch_slots(c, self.plan, dweights, dslots)
+        return [dx, dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, trained))]
+
+
 @torch.library.custom_op("expar::visit_experts", mutates_args=())
 def _visit_experts(
     x: Tensor,
@@ -88,22 +150,11 @@ def _visit_experts(
     first_experts: Sequence[int],
     payload: Optional[str],
 ) -> tuple[Tensor, Tensor]:
-    c = context_of(context)
-    x, weights = x.detach().contiguous(), weights.detach().contiguous()
-    dtype, bias = DTYPES.get(x.dtype, str(x.dtype)), up_bias is not None
-    shape = ExpertShape(x.shape[1], down.shape[2], activation=activation, bias=bias, dtype=dtype)
-    first = list(first_experts)
-    local = first[c.rank + 1] - first[c.rank] if first else experts_of(c.rank, c.size, experts)[1]
-    with told_to_all(c):
-        given = _given(shape, local, up, down, up_bias, down_bias)
-        ids = as_int32(ids, "ids")
-    plan = make_plan(c, ids, experts, first_experts=first)
-    inbox = dispatch(c, x, weights, plan, payload=payload)
-    y, record = make_outbox(c, inbox, shape.hidden, shape.dtype), ExpertsRecord()
-    experts_forward(c, shape, given, inbox, y, record)
-    out = torch.empty_like(x)
-    combine(c, plan, y, weights, out)
-    return out, attach(_Visit(c, shape, plan, inbox, y, record, payload))
+    parameters = (up, down, up_bias, down_bias)
+    out, visit = Visit.forward(
+        context_of(context), x, ids, weights, parameters, experts, activation, first_experts, payload
+    )
+    return out, attach(visit)
 
 
 @_visit_experts.register_fake
@@ -121,22 +172,8 @@ def _visit_experts_backward(
     up_bias: Optional[Tensor],
     down_bias: Optional[Tensor],
 ) -> list[Tensor]:
-    v: _Visit = state_of(handle)
-    dout, weights = dout.contiguous(), weights.detach().contiguous()
-    came = dispatch(v.context, dout, weights, v.plan, payload=v.payload, lists_of=v.inbox)
-    parameters = [p for p in (up, down, up_bias, down_bias) if p is not None]
-    gradients = [torch.empty(p.shape) for p in parameters]
-    drows = make_outbox(v.context, v.inbox, v.shape.hidden, v.shape.dtype)
-    dweights = make_outbox(v.context, v.inbox, 1)
-    given = _given(v.shape, v.plan.local[1], up, down, up_bias, down_bias)
-    scratch = ExpertsScratch()
-    experts_backward(
-        v.context, v.shape, given, v.inbox, came, v.y, v.record, ExpertGradients(*gradients), drows, dweights, scratch
-    )
-    dx, dslots = torch.empty_like(dout), weights.new_empty(*weights.shape, 1)
-    combine(v.context, v.plan, drows, None, dx)
-    fetch_slots(v.context, v.plan, dweights, dslots)
-    return [dx, dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, parameters))]
+    visit: Visit = state_of(handle)
+    return visit.backward(dout, weights, (up, down, up_bias, down_bias))
 
 
 @_visit_experts_backward.register_fake

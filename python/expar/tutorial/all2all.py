@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import expar.torch as ep
+from expar.torch.agree import told_to_all
 
 from .. import Context
 from ..errors import BadArgument
@@ -62,8 +63,9 @@ class PyTorchAllToAll:
         Raises BadArgument (too many tokens), and as expar.torch.dispatch.
         """
         cfg, (tokens, topk) = self.cfg, indices.shape
-        if tokens > cfg.max_num_tokens:
-            raise BadArgument(f"{tokens} tokens, max_num_tokens is {cfg.max_num_tokens}: raise it")
+        with told_to_all(self.context):
+            if tokens > cfg.max_num_tokens:
+                raise BadArgument(f"{tokens} tokens, max_num_tokens is {cfg.max_num_tokens}: raise it")
         places = torch.arange(tokens * topk, dtype=torch.int32) + self.rank * cfg.max_num_tokens * topk
         ids = keep_within(cfg.capacity(tokens), indices)
         sent = self._send(dp_x.to(cfg.in_dtype), ids, places.view(tokens, topk), cfg.num_experts)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import expar.torch as ep
-from expar.torch.contexts import name_of
-from expar.torch.states import state_of
+from expar.torch.visit import Visit
 
 from .. import Context
 
@@ -27,7 +26,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """L experts. What gives one of them other memory (``to``, ``load_state_dict(assign=True)``) costs a copy per pass."""
+    """L experts. What gives them other memory (``to``, ``load_state_dict(assign=True)``) costs a copy per pass."""
 
     def __init__(self, count: int, hidden: int, inner: int, shard: ep.ExpertShard) -> None:
         super().__init__(Expert(hidden, inner, hidden) for _ in range(count))
@@ -37,13 +36,20 @@ class Experts(nn.ModuleList):
                 p.data = row
 
     def _by_kind(self) -> list[tuple[nn.Parameter, ...]]:
-        """The L up, up_bias, down and down_bias."""
-        return list(zip(*(expert.parameters() for expert in self)))
+        """The L up, down, up_bias and down_bias."""
+        nets: list[Any] = [expert.net for expert in self]
+        layers = [(net[0], net[2]) for net in nets]
+        return [
+            tuple(up.weight for up, _ in layers),
+            tuple(down.weight for _, down in layers),
+            tuple(up.bias for up, _ in layers),
+            tuple(down.bias for _, down in layers),
+        ]
 
     def visit(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: Context, experts: int, payload: Optional[str]
     ) -> Tensor:
-        """As expar.torch.visit_experts; an expert that no token has met gets no gradient, as if it had not been called."""
+        """As expar.torch.visit_experts. An expert that no token has met gets no gradient, as if it was not called."""
         kinds = self._by_kind()
         parameters = [p for kind in kinds for p in kind]
         return _Visit.apply(x, ids, weights, context, experts, payload, len(self), *parameters)  # type: ignore
@@ -77,22 +83,15 @@ class _Visit(torch.autograd.Function):
         count: int,
         *parameters: Tensor,
     ) -> Tensor:
-        up, up_bias, down, down_bias = (_stacked(parameters[i * count : (i + 1) * count]) for i in range(4))
-        stacks = (up, down, up_bias, down_bias)
-        out, handle = torch.ops.expar.visit_experts(
-            x, ids, weights, *stacks, name_of(context), experts, "gelu", [], payload
-        )
-        ctx.save_for_backward(x, handle, weights, *stacks)
-        ctx.rows = state_of(handle).plan.rows
-        return out  # type: ignore[no-any-return]
+        up, down, up_bias, down_bias = (_stacked(parameters[i * count : (i + 1) * count]) for i in range(4))
+        ctx.stacks = (up, down, up_bias, down_bias)
+        out, ctx.visit = Visit.forward(context, x, ids, weights, ctx.stacks, experts, "gelu", payload=payload)
+        ctx.save_for_backward(x, weights, *parameters)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        _x, *kept = ctx.saved_tensors
-        dx, dweights, up, down, up_bias, down_bias = torch.ops.expar.visit_experts_backward(dout, *kept)
-        gradients = (
-            gradient if rows > 0 else None
-            for stack in (up, up_bias, down, down_bias)
-            for gradient, rows in zip(stack, ctx.rows)
-        )
+        dx, dweights, *stacks = ctx.visit.backward(dout, ctx.saved_tensors[1], ctx.stacks)
+        rows = ctx.visit.plan.rows
+        gradients = (g if n > 0 else None for stack in stacks for g, n in zip(stack.unbind(), rows))
         return dx, None, dweights, None, None, None, None, *gradients

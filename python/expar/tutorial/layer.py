@@ -26,8 +26,8 @@ class EPMoE(nn.Module):
     Probabilities are a softmax over all experts, not normalised again over the K. With a capacity the output is x plus
     the results of the slots that were kept: a token whose slots were all dropped is passed on as it is.
 
-    Gradients of experts are of the sum of all ranks' losses, and none where no token came; those of the gate are of this
-    rank's loss, which DDP averages. ``expar.torch.average_gradients`` makes both those of the mean.
+    Gradients of experts are of the sum of all ranks' losses, and None where no token came; those of the gate are of
+    this rank's loss, which DDP averages. ``expar.torch.average_gradients`` makes both those of the mean.
     """
 
     def __init__(self, cfg: MoEConfig, rank: Optional[int] = None, world_size: Optional[int] = None) -> None:
