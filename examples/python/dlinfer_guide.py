@@ -1,8 +1,8 @@
 """The program of the guide "All2All EP MoE in dlinfer", steps 1 to 6 and its section on tensor parallelism, on any machine.
 
-    torchrun --standalone --nproc-per-node 4 examples/python/dlinfer_guide.py     (or 8, 2, 1)
+    torchrun --standalone --nproc-per-node 8 examples/python/dlinfer_guide.py     (or any number)
 
-Each rank compares what it has joined with an MoE of all experts that it computes alone, in double precision.
+Each rank compares what comes out with a model of all experts that it computes alone, in double precision.
 """
 
 import os
@@ -13,12 +13,8 @@ import torch.distributed as dist
 import expar.torch as ep
 from expar.dlinfer import MoEConfig, fused_moe_all2all
 
-HIDDEN, INNER, TOKENS, EXPERTS, TOPK = 64, 96, 4 * 32, 8, 2
-
-
-def draw(what, *shape):
-    """The same numbers on every rank, so that all agree on the model."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(what)) / shape[-1] ** 0.5
+WORLD = int(os.environ["WORLD_SIZE"])
+TOKENS, HIDDEN, INNER, EXPERTS, TOPK = 4 * 32, 16 * WORLD, 96, 2 * WORLD, 2
 
 
 # Step 3: the experts' kernel. group_list has the rows of each local expert.
@@ -32,18 +28,19 @@ def expert_kernel(hidden_states, gate_up_weights, down_weights, context):
 
 # Step 4: the layer. Experts are functions of `width` columns, and each rank holds some of them.
 class MoELayer(torch.nn.Module):
-    def __init__(self, moe_config, ep_group, ep_rank, ep_size, width, partition):
+    def __init__(self, moe_config, ep_group, ep_rank, ep_size, width, partition="sliced", columns=slice(None)):
         super().__init__()
+        self.moe_config, self.partition, self.columns = moe_config, partition, columns
         self.group = {"ep_group": ep_group, "ep_rank": ep_rank, "ep_size": ep_size}
-        self.moe_config, self.partition = moe_config, partition
+        self.gate = torch.nn.Linear(HIDDEN, EXPERTS, bias=False)
         held = slice(ep_rank * moe_config.num_local_experts, (ep_rank + 1) * moe_config.num_local_experts)
-        self.gate_up_weights = torch.nn.Parameter(draw(1, EXPERTS, 2 * INNER, width)[held])
-        self.down_weights = torch.nn.Parameter(draw(2, EXPERTS, width, INNER)[held])
+        self.gate_up_weights = torch.nn.Parameter(torch.randn(EXPERTS, 2 * INNER, width)[held] / width**0.5)
+        self.down_weights = torch.nn.Parameter(torch.randn(EXPERTS, width, INNER)[held] / INNER**0.5)
 
-    def forward(self, hidden_states, router_logits):
+    def forward(self, hidden_states):
         return fused_moe_all2all(
-            hidden_states=hidden_states,
-            router_logits=router_logits,
+            hidden_states=hidden_states[:, self.columns],
+            router_logits=self.gate(hidden_states),
             moe_config=self.moe_config,
             **self.group,
             expert_kernel=expert_kernel,
@@ -53,61 +50,89 @@ class MoELayer(torch.nn.Module):
         )
 
 
-# Step 5: the slices of all ranks side by side.
-def join(part, group):
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.cat(parts, dim=-1)
+# Step 5: a block that puts the slices of all ranks side by side. The ranks have the same tokens.
+class Block(torch.nn.Module):
+    def __init__(self, moe, *groups):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(HIDDEN, num_heads=2)
+        self.moe, self.groups = moe, groups
+
+    def forward(self, x):
+        x = self.attention(x, x, x, need_weights=False)[0]
+        out = self.moe(x)
+        for group in self.groups:
+            parts = [torch.empty_like(out) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, out, group=group)
+            out = torch.cat(parts, dim=-1)
+        return x + out
 
 
-def dense(x, logits, heads):
-    """Every expert on every token, for each of `heads` slices of x by itself."""
-    weights = torch.zeros(TOKENS, EXPERTS).double()
-    best, ids = logits.double().softmax(-1).topk(TOPK)
-    weights.scatter_(1, ids, best)
-    gate_up, down = draw(1, EXPERTS, 2 * INNER, HIDDEN // heads), draw(2, EXPERTS, HIDDEN // heads, INNER)
-    slices = x.double().unflatten(1, (heads, -1))
-    gate, up = torch.einsum("thd,efd->ethf", slices, gate_up.double()).chunk(2, dim=-1)
-    results = torch.einsum("ethf,edf->ethd", torch.nn.functional.silu(gate) * up, down.double())
-    return torch.einsum("te,ethd->thd", weights, results).flatten(1)
+class Dense(torch.nn.Module):
+    """In place of the layer: every expert on every token, for each of `heads` slices of it by itself."""
+
+    def __init__(self, layer, heads):
+        super().__init__()
+        self.gate, self.heads = layer.gate, heads
+        self.gate_up, self.down = layer.gate_up_weights, layer.down_weights
+
+    def forward(self, x):
+        best, ids = self.gate(x).softmax(-1).topk(TOPK)
+        weights = torch.zeros(TOKENS, EXPERTS).double().scatter(1, ids, best)
+        gate, up = torch.einsum("thd,efd->ethf", x.unflatten(1, (self.heads, -1)), self.gate_up).chunk(2, dim=-1)
+        results = torch.einsum("ethf,edf->ethd", torch.nn.functional.silu(gate) * up, self.down)
+        return torch.einsum("te,ethd->thd", weights, results).flatten(1)
 
 
-def check(name, out, wanted):
+def seeded(make):
+    """The same parameters of the same shapes, on every rank."""
+    torch.manual_seed(1)
+    return make()
+
+
+# Step 6: the block against its twin.
+def check(name, make_layer, groups, heads):
+    block = seeded(lambda: Block(make_layer(), *groups))
+    config = MoEConfig(num_experts=EXPERTS, experts_per_token=TOPK, ep_world_size=1)
+    twin = seeded(lambda: Block(MoELayer(config, None, 0, 1, HIDDEN // heads))).double()
+    twin.moe = Dense(twin.moe, heads)
+    x = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    out, wanted = block(x), twin(x.double())
     error = ((out - wanted).abs().max() / wanted.abs().max()).item()
     assert out.shape == wanted.shape and error < 1e-5, f"{name} is wrong by {error:.1e}"
     if dist.get_rank() == 0:
         print(f"{name}: {list(out.shape)}, largest error {error:.1e} of the largest value", flush=True)
+    return out
 
 
 @torch.no_grad()
 def main():
     dist.init_process_group("gloo")  # Step 2
-    rank, world = dist.get_rank(), dist.get_world_size()
-    x = draw(3, TOKENS, HIDDEN) * HIDDEN**0.5
-    logits = x @ draw(4, EXPERTS, HIDDEN).T
+    rank = dist.get_rank()
+    ep_group = dist.new_group(list(range(WORLD)))
+    # Step 1
+    config = MoEConfig(num_experts=EXPERTS, experts_per_token=TOPK, ep_world_size=WORLD)
+    ep_ranks = config, ep_group, rank, WORLD
 
-    # Steps 1, 4 and 6: all ranks in one ep group. In slices, as the guide has its weights, and as a usual MoE.
-    config = MoEConfig(num_experts=EXPERTS, experts_per_token=TOPK, ep_world_size=world)
-    ep_group = dist.new_group(list(range(world)))
-    layer = MoELayer(config, ep_group, rank, world, HIDDEN // world, "sliced")
-    sliced = layer(x, logits)
-    assert sliced.shape == (TOKENS, HIDDEN // world)
-    sliced = join(sliced, ep_group)
-    check(f"experts of slices, EP={world}", sliced, dense(x, logits, heads=world))
-    layer = MoELayer(config, ep_group, rank, world, HIDDEN, "gathered")
-    check(f"experts of whole rows, EP={world}", join(layer(x, logits), ep_group), dense(x, logits, heads=1))
+    # Experts of slices, as the guide's weights have them; then the usual ones, of whole rows.
+    sliced = check(f"slices, EP={WORLD}", lambda: MoELayer(*ep_ranks, HIDDEN // WORLD), [ep_group], heads=WORLD)
+    check(f"whole rows, EP={WORLD}", lambda: MoELayer(*ep_ranks, HIDDEN, "gathered"), [ep_group], heads=1)
 
     # Beside tensor parallelism: ranks 0, 2, 4, ... are one ep group, the others another; each has half of the columns.
-    if world % 2 == 0:
-        tp_size, ep_size = 2, world // 2
+    if WORLD % 2 == 0:
+        tp_size, ep_size = 2, WORLD // 2
         tp_rank, ep_rank = rank % tp_size, rank // tp_size
         tp_groups = [dist.new_group([i * tp_size + j for j in range(tp_size)]) for i in range(ep_size)]
         ep_groups = [dist.new_group([j + i * tp_size for i in range(ep_size)]) for j in range(tp_size)]
         config = MoEConfig(num_experts=EXPERTS, experts_per_token=TOPK, ep_world_size=ep_size)
-        layer = MoELayer(config, ep_groups[tp_rank], ep_rank, ep_size, HIDDEN // (tp_size * ep_size), "sliced")
-        mine = x.chunk(tp_size, dim=-1)[tp_rank]
-        out = join(join(layer(mine, logits), ep_groups[tp_rank]), tp_groups[ep_rank])
-        check(f"experts of slices, TP={tp_size} x EP={ep_size}", out, dense(x, logits, heads=world))
+        ep_ranks = config, ep_groups[tp_rank], ep_rank, ep_size
+        width = HIDDEN // (tp_size * ep_size)
+        columns = slice(tp_rank * HIDDEN // tp_size, (tp_rank + 1) * HIDDEN // tp_size)
+        out = check(
+            f"slices, TP={tp_size} x EP={ep_size}",
+            lambda: MoELayer(*ep_ranks, width, "sliced", columns),
+            [ep_groups[tp_rank], tp_groups[ep_rank]],
+            heads=WORLD,
+        )
         assert torch.equal(out, sliced)  # the same bytes, wherever the experts are
 
     dist.barrier()
