@@ -29,8 +29,8 @@ def enable(model: Model, context: Where = None) -> Model:
               of the experts) or either; None: all ranks that a launcher has started
 
     Each rank keeps its experts' parameters, [L, ...] of [E, ...], and lets go of the others' memory; what is not experts
-    stays whole, and is to be the same on all ranks. After that each rank hands in its own tokens, of any number, none
-    included, and gets their results: ``model(...)``, ``generate``, gradient checkpointing. A pass is collective, forward
+    stays whole, and is to be the same on all ranks. After that each rank hands in its own tokens, of any number, and gets
+    their results: ``model(...)``, ``generate``, gradient checkpointing. A pass is collective, forward
     and backward: each rank makes the same number of them. Gradients of experts are those of the sum of all ranks' losses;
     expar.torch's average_gradients, distributed_data_parallel and fully_shard make all of them those of the mean loss, as
     in one process. ``save_pretrained`` is collective too and writes the whole model. A second call for the same ranks does
