@@ -1,4 +1,4 @@
-"""expar.transformers.enable: dtypes, ranks without tokens or experts, gates of a module's own, wrappers, memory, refusals."""
+"""What expar.transformers.enable takes, what it does to a model, and what it refuses."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ def routes(experts, topk=TOPK, tokens=TOKENS):
 
 def part(tensor, rank, ranks):
     return tensor[len(tensor) * rank // ranks : len(tensor) * (rank + 1) // ranks]
+
+
+def sequences(rank=0, ranks=1):
+    return part(torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1)), rank, ranks)
 
 
 def first_experts(model):
@@ -119,7 +123,7 @@ def test_a_rank_without_tokens_takes_part():
 
 def with_a_token_that_does_not_count():
     """transformers' attention takes no empty batch."""
-    ids = torch.randint(VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    ids = sequences()
     model = et.enable(random_model("Llama4"))
     if ep.context().rank == 1:
         model(ids, labels=ids).loss.backward()
@@ -129,7 +133,7 @@ def with_a_token_that_does_not_count():
 
 
 def test_a_rank_whose_data_are_used_up_hands_in_a_token_that_does_not_count():
-    ids = torch.randint(VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(1))
+    ids = sequences()
     model = random_model("Llama4")
     model(ids, labels=ids).loss.backward()
     wanted = first_experts(model).down_proj.grad
@@ -162,14 +166,14 @@ def test_a_rank_without_experts_takes_part():
 
 def experts_of_its_own(act="silu", gate=None, **flags):
     """A module as transformers' models have them."""
-    gated, bias, transposed = flags.get("has_gate", True), flags.get("has_bias", False), flags.get("is_transposed", False)
+    gated, bias, transposed = flags.get("has_gate", True), flags.get("has_bias"), flags.get("is_transposed")
 
     class Experts(nn.Module):
         def __init__(self, config):
             super().__init__()
             self.num_experts = EXPERTS
-            up = 2 * INNER if gated else INNER
-            for name, rows, columns in (("gate_up_proj" if gated else "up_proj", up, HIDDEN), ("down_proj", HIDDEN, INNER)):
+            up = ("gate_up_proj", 2 * INNER) if gated else ("up_proj", INNER)
+            for name, rows, columns in ((*up, HIDDEN), ("down_proj", HIDDEN, INNER)):
                 shape = (columns, rows) if transposed else (rows, columns)
                 self.register_parameter(name, nn.Parameter(0.3 * torch.randn(EXPERTS, *shape)))
                 if bias:
@@ -266,7 +270,7 @@ def wrapped(way):
         for layer in model.model.layers:
             ep.fully_shard(layer)
         run = ep.fully_shard(model)
-    ids = part(torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1)), context.rank, context.size)
+    ids = sequences(context.rank, context.size)
     run(ids, labels=ids).loss.backward()
     norm = ep.clip_gradients(model, 1e9)
     grads = {n: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for n, p in model.named_parameters()}
@@ -277,20 +281,20 @@ def wrapped(way):
 def test_within_ddp_and_fsdp_gradients_are_those_of_the_mean_loss(way):
     found = on_processes(2, wrapped, way)
     model = random_model("Qwen3Moe")
-    ids = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1))
+    ids = sequences()
     model(ids, labels=ids).loss.backward()
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
     for name, p in model.named_parameters():
         parts = [rank[0][name] for rank in found]
         got = torch.cat(parts) if name in found[0][1] else parts[0]
-        torch.testing.assert_close(got, p.grad, rtol=0, atol=1e-5 * p.grad.abs().max(), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got, p.grad, rtol=0, atol=1e-5 * p.grad.abs().max(), msg=name)
     torch.testing.assert_close(found[0][2], norm, rtol=1e-5, atol=0)
 
 
 def with_replicas():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     model = et.enable(random_model("Mixtral"), mesh)
-    ids = part(torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1)), mesh.get_rank(), 4)
+    ids = sequences(mesh.get_rank(), 4)
     model(ids, labels=ids).loss.backward()
     ep.average_gradients(model)
     return first_experts(model).down_proj.grad, model.lm_head.weight.grad
@@ -299,7 +303,7 @@ def with_replicas():
 def test_on_a_mesh_experts_have_replicas():
     found = on_processes(4, with_replicas)
     model = random_model("Mixtral")
-    ids = torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1))
+    ids = sequences()
     model(ids, labels=ids).loss.backward()
     wanted = first_experts(model).down_proj.grad
     for pair in (found[:2], found[2:]):
@@ -310,7 +314,7 @@ def test_on_a_mesh_experts_have_replicas():
 def checkpointed():
     """As Trainer has it by default, and the older way, which begins from an input that wants a gradient."""
     context, gradients = ep.context(), []
-    ids = part(torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(1)), context.rank, context.size)
+    ids = sequences(context.rank, context.size)
     for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = et.enable(random_model("GptOss")).train()
         if options is not None:
@@ -425,7 +429,7 @@ def test_an_error_of_one_rank_is_raised_on_all():
     assert on_processes(2, refusals_together) == [1, 1]
 
 
-@pytest.mark.parametrize("version", ["4.57.1", "5.16.2", None])
+@pytest.mark.parametrize("version", ["4.57.1", None])
 def test_a_release_that_is_not_supported_says_what_to_type(version, tmp_path):
     folder = tmp_path / "transformers"
     folder.mkdir()
@@ -437,5 +441,5 @@ def test_a_release_that_is_not_supported_says_what_to_type(version, tmp_path):
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: expar.transformers needs transformers 5.17 or newer")
-    assert "pip install -U 'transformers>=5.17'" in last and (version or "") in last
+    assert last.startswith("ImportError: expar.transformers needs transformers 5.0 or newer")
+    assert "pip install -U 'transformers>=5.0'" in last and (version or "") in last

@@ -46,10 +46,10 @@ def local_experts(num_experts: int, context: Context) -> tuple[int, int]:
 def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
     """Keeps of a module with experts those of this rank: parameters [E, ...] become [L, ...], in memory of their own.
 
-    Parameters stay the same objects, so that an optimizer that has them goes on with them; gradients are dropped. What is
-    this rank's slice already stays as it is. ``module.num_experts`` stays E. Not collective.
-    Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where`` the
-    module is.
+    Parameters stay the same objects, so that an optimizer that has them goes on with them; gradients are dropped. What
+    is this rank's slice already stays as it is. ``module.num_experts`` stays E. Not collective.
+    Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where``
+    the module is.
     """
     experts: int = module.num_experts  # type: ignore[assignment]
     first, count = local_experts(experts, context)
@@ -60,7 +60,7 @@ def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
         raise BadArgument(f"{'.'.join(filter(None, (where, name)))} of {type(module).__name__} {why}")
 
     for name in sorted(set(held) - set(wanted)):
-        refuse(name, "belongs to no single expert, so that no rank can hold it alone: expar does not support this model")
+        refuse(name, "belongs to no single expert, so no rank can hold it alone: expar does not support this model")
     for name in wanted:
         if name not in held:
             refuse(name, "is missing: expar does not support this model")
@@ -74,8 +74,8 @@ def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
         if parameter.shape[0] not in (experts, count):
             refuse(
                 name,
-                f"is {list(parameter.shape)}, should hold all {experts} experts, or the {count} of rank {context.rank} of "
-                f"{context.size}",
+                f"is {list(parameter.shape)}, should hold all {experts} experts, or the {count} of rank {context.rank} "
+                f"of {context.size}",
             )
     for name in wanted:
         if held[name].shape[0] != count:

@@ -51,8 +51,10 @@ def _kernel_of(module: nn.Module) -> str:
         return PLAIN.get(act_fn, "")
     if getattr(type(module), "_apply_gate", _default_apply_gate) is _default_apply_gate:
         return GATED.get(act_fn, "")
-    numbers = [getattr(module, name, None) for name in ("alpha", "limit")]
-    return "clamped_swiglu" if type(module).__name__ == "GptOssExperts" and numbers == [1.702, 7] else ""
+    if type(module).__name__ == "GptOssExperts" and not getattr(module, "is_concatenated", True):
+        numbers = [getattr(module, name) for name in ("alpha", "limit")]
+        return "clamped_swiglu" if numbers == [1.702, 7] else ""
+    return ""
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -63,9 +65,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     top_k_index   : [T, K] integers in [-1, E); -1 is not routed
     top_k_weights : [T, K], or [T, E] of which the chosen are taken
     Summed in f32 in the order of slots, rounded once. Differentiable in the tokens, the weights and the experts.
-    Collective, backward too: each rank makes the same number of passes. Raises as expar.torch.dispatch (transformers' own
-    expert parallelism, whose ids may be E, among them), the same on every rank; BadArgument (a module that enable() has
-    not seen).
+    Collective, backward too: each rank makes the same number of passes. Raises as expar.torch.dispatch, the same on
+    every rank (ids that are E, as in transformers' own expert parallelism, among them); BadArgument (a module that
+    enable() has not seen).
     """
     if top_k_weights.shape != top_k_index.shape:
         top_k_weights = top_k_weights.gather(1, top_k_index.clamp(min=0))
@@ -85,8 +87,9 @@ def travel(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, *, before
     context, rows = way.context, x.to(dtype)
     up, down, *biases = (getattr(module, name).to(dtype) for name in way.weights)
     if way.visits and not before:
-        activation = way.activation
-        out = visit_experts(rows, ids, weights, up, down, *biases, context=context, experts=experts, activation=activation)
+        out = visit_experts(
+            rows, ids, weights, up, down, *biases, context=context, experts=experts, activation=way.activation
+        )
         return out.to(x.dtype)
     sent = dispatch(rows, ids, weights if before else None, context=context, experts=experts)
     rows = (sent.rows * sent.weights[:, None]).to(dtype) if before else sent.rows

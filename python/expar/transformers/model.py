@@ -25,31 +25,31 @@ def enable(model: Model, context: Where = None) -> Model:
     """Makes a Mixture-of-Experts model of transformers expert-parallel over the ranks of ``context``; returns it.
 
     model   : on the CPU, float32 or bfloat16; with all experts, or with this rank's alone
-    context : the ranks that tokens travel among: a process group, a Context, a DeviceMesh with the dims ep and dp (replicas
-              of the experts) or either; None: all ranks that a launcher has started
+    context : the ranks that tokens travel among: a process group, a Context, a DeviceMesh with the dims ep and dp
+              (replicas of the experts) or either; None: all ranks that a launcher has started
 
-    Each rank keeps its experts' parameters, [L, ...] of [E, ...], and lets go of the others' memory; what is not experts
-    stays whole, and is to be the same on all ranks. After that each rank hands in its own tokens, of any number, and gets
-    their results: ``model(...)``, ``generate``, gradient checkpointing. A pass is collective, forward
-    and backward: each rank makes the same number of them. Gradients of experts are those of the sum of all ranks' losses;
-    expar.torch's average_gradients, distributed_data_parallel and fully_shard make all of them those of the mean loss, as
-    in one process. ``save_pretrained`` is collective too and writes the whole model. A second call for the same ranks does
-    nothing.
+    Each rank keeps its experts' parameters, [L, ...] of [E, ...], and lets go of the others' memory; what is not
+    experts stays whole, and is to be the same on all ranks. After that each rank hands in its own tokens, of any
+    number, and gets their results: ``model(...)``, ``generate``, gradient checkpointing. A pass is collective, forward
+    and backward: each rank makes the same number of them. Gradients of experts are those of the sum of all ranks'
+    losses; expar.torch's average_gradients, distributed_data_parallel and fully_shard make all of them those of the
+    mean loss, as in one process. ``save_pretrained`` is collective too and writes the whole model. A second call for
+    the same ranks does nothing.
 
-    Collective over these ranks. Raises BadArgument (no experts that this package knows; experts that it cannot compute, by
-    module and attribute; slices of experts; other ranks than before; another owner of the name "expar" among transformers'
-    experts implementations), and as expar.torch.context.
+    Collective over these ranks. Raises BadArgument (no experts that this package knows; experts that it cannot compute,
+    by module and attribute; slices of experts; other ranks than before; another owner of the name "expar" among
+    transformers' experts implementations), and as expar.torch.context.
     """
     modules = list(find_experts(model))
     if not modules:
         raise BadArgument(
-            f"{type(model).__name__} has no experts that expar knows: it takes models whose experts transformers computes "
-            "through its experts implementations (Mixtral, Qwen2/3-MoE, OLMoE, DeepSeek-V2/V3, GPT-OSS, ...), and Llama 4"
+            f"{type(model).__name__} has no experts that expar knows: it takes models whose experts transformers "
+            "computes through its experts implementations (Mixtral, Qwen3-MoE, DeepSeek-V3, GPT-OSS, ...), and Llama 4"
         )
     _register()
     ranks, slices, shard = shard_over(context)
     if slices is not None and slices.size > 1:
-        raise BadArgument("the mesh slices experts along tp, which enable does not: hand in a mesh of the dims dp and ep")
+        raise BadArgument("the mesh slices experts along tp, which enable cannot: hand in a mesh of the dims dp and ep")
     for name, module in modules:
         _check_owner(name, module, shard)
         slice_experts(module, ranks, name)
@@ -68,24 +68,24 @@ def _check_owner(name: str, module: nn.Module, shard: ExpertShard) -> None:
     known = getattr(module, "expert_shard", shard)
     if known != shard:
         raise BadArgument(
-            f"{name} is part {known.part} of {known.parts} of the experts already, and now should be part {shard.part} of "
-            f"{shard.parts}: load the model again for other ranks"
+            f"{name} is part {known.part} of {known.parts} of the experts already, and now should be part {shard.part} "
+            f"of {shard.parts}: load the model again for other ranks"
         )
     if getattr(module, "_is_expert_parallel", False):
-        raise BadArgument(f"{name} is in transformers' own expert parallelism: load the model without distributed_config")
+        raise BadArgument(f"{name} is in transformers' own expert parallelism: load the model without it")
 
 
 def _register() -> None:
     if ALL_EXPERTS_FUNCTIONS.get(NAME, experts_forward) is not experts_forward:
         raise BadArgument(
-            f"the experts implementation '{NAME}' of transformers is {ALL_EXPERTS_FUNCTIONS[NAME]!r}, which is not ours: "
-            "whoever registered it must choose another name"
+            f"the experts implementation '{NAME}' of transformers is {ALL_EXPERTS_FUNCTIONS[NAME]!r}, which is not "
+            "ours: whoever registered it must choose another name"
         )
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def _select(model: Any, modules: list[nn.Module]) -> None:
-    """Modules call what their config names; where a release has a fixed list of names, the config is set all the same."""
+    """Modules call what their config names; a release with a fixed list of names refuses ours, yet calls it."""
     try:
         model.set_experts_implementation(NAME)
     except (AttributeError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OLDEST = (5, 17)
+OLDEST = (5, 0)
 
 
 def check() -> None:
