@@ -86,16 +86,30 @@ class OneExpertEach(BaseExpertParallel):
         return all_to_all_single_autograd(routed_output, sent, came, device_mesh.get_group())
 
 
+class AskingAnother(GroupedExperts):
+    """Runs another module between its own two hooks."""
+
+    def forward(self, x, num_tokens_per_expert):
+        self.others[0](torch.zeros(1, plain.HIDDEN), torch.tensor([1, 0]))
+        return super().forward(x, num_tokens_per_expert)
+
+
 def programs():
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
     torch.manual_seed(4)
     whole = GroupedExperts(plain.HIDDEN, plain.INNER, 2)
     counted = Counted()
     modules = []
-    for style in (None, counted, OneExpertEach()):
-        module = GroupedExperts(plain.HIDDEN, plain.INNER, 2)
+    for style, kind in (
+        (None, GroupedExperts),
+        (counted, GroupedExperts),
+        (OneExpertEach(), GroupedExperts),
+        (counted, AskingAnother),
+    ):
+        module = kind(plain.HIDDEN, plain.INNER, 2)
         module.load_state_dict(whole.state_dict())
         modules.append(module if style is None else style.apply(module, mesh))
+    modules[3].others = [modules[1]]  # in a list, so that it is no child
     rank = mesh.get_rank()
     rows = torch.randn(2, 5, plain.HIDDEN, generator=torch.Generator().manual_seed(6))[rank]
     counts = torch.tensor([4, 1] if rank == 0 else [5, 0])
@@ -109,7 +123,7 @@ def programs():
     for out, gradient in zip(outs[1:], gradients[1:]):
         torch.testing.assert_close(out, outs[0])
         torch.testing.assert_close(gradient, gradients[0])
-    assert counted.seen == ([[9]] if rank == 0 else [[1]])
+    assert counted.seen == ([[9], [9], [2]] if rank == 0 else [[1], [1], [0]])
     # The experts' gradients are those of the sum of both ranks' losses.
     for mine, theirs in zip(modules[1].parameters(), modules[2].parameters()):
         torch.testing.assert_close(mine.grad.to_local(), theirs.grad.to_local())
