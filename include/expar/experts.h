@@ -66,12 +66,12 @@ struct ExpertsScratch {
 /// The gradient of experts_forward, weighted by the router.
 ///   dout     : the gradient of the layer's output, dispatched with the same plan (lists_of the forward inbox)
 ///   y        : what forward wrote
-///   dx       : [R, H]  gradient of each gathered row, to be combined unweighted
+///   dx       : [R, H]  gradient of each gathered row, to be combined unweighted; null: no rank asks for it
 ///   dweights : [R, 1]  f32, gradient of each row's weight, to be fetched by slot
 /// Not collective. Throws Error: bad_argument (as forward; packed weights; gradients, record, dx or dweights disagree
-/// with the shape; dout came by another plan), no_memory. Cost: two GEMMs per forward GEMM.
+/// with the shape; dout came by another plan), no_memory. Cost: two GEMMs per forward GEMM, one less without dx.
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
                       const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
-                      const ExpertGradients& gradients, Outbox& dx, Outbox& dweights, ExpertsScratch& scratch);
+                      const ExpertGradients& gradients, Outbox* dx, Outbox& dweights, ExpertsScratch& scratch);
 
 }  // namespace expar

@@ -135,19 +135,19 @@ rank_major), NoMemory. Cost: each weight is read once per block of rows; rows ar
   m.def(
       "experts_backward",
       [](const Context& c, const ExpertShape& shape, const ExpertArrays& weights, const Inbox& inbox, const Inbox& dout,
-         const Outbox& y, const ExpertsRecord& record, const GradientArrays& gradients, Outbox& dx, Outbox& dweights,
+         const Outbox& y, const ExpertsRecord& record, const GradientArrays& gradients, Outbox* dx, Outbox& dweights,
          ExpertsScratch& scratch) {
         experts_backward(c, shape, weights.of(shape, inbox.plan().local().count), inbox, dout, y, record,
                          gradients.get(), dx, dweights, scratch);
       },
-      "context"_a, "shape"_a, "weights"_a, "inbox"_a, "dout"_a, "y"_a, "record"_a, "gradients"_a, "dx"_a, "dweights"_a,
-      "scratch"_a, Waits(), R"(
+      "context"_a, "shape"_a, "weights"_a, "inbox"_a, "dout"_a, "y"_a, "record"_a, "gradients"_a, "dx"_a.none(),
+      "dweights"_a, "scratch"_a, Waits(), R"(
 The gradient of experts_forward, weighted by the router.
 
 dout      : Inbox: the gradient of the output, dispatched with the same plan (``lists_of=inbox``)
 y, record : what forward wrote
 gradients : ExpertGradients, overwritten
-dx        : Outbox [R, H] of gradients of the rows, written; to be combined unweighted
+dx        : Outbox [R, H] of gradients of the rows, written; to be combined unweighted. None: no rank asks for it
 dweights  : Outbox [R, 1] f32, the gradient of each row's weight, written; for fetch_slots
 scratch   : ExpertsScratch
 Not collective. Raises BadArgument (as forward; gradients, record, dx or dweights disagree with the shape; dout came by

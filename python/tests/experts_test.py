@@ -63,8 +63,8 @@ def layer(values, ids, options):
     return out
 
 
-def step(context, options):
-    """Output, and gradients of x, the weights and this rank's experts."""
+def step(context, options, wants_dx=True):
+    """Output, and gradients of x, if it wants one, the weights and this rank's experts."""
     values, ids, dout = batch(options)
     r, p = context.rank, context.size
     x, weights, mine, dout = (part(a, r, p) for a in (values["x"], values["weights"], ids, dout))
@@ -93,14 +93,22 @@ def step(context, options):
         y,
         record,
         expar.ExpertGradients(**gradients),
-        dx_rows,
+        dx_rows if wants_dx else None,
         dweight_rows,
         expar.ExpertsScratch(),
     )
     dx, dweights = np.empty_like(x), np.empty((*weights.shape, 1), np.float32)
-    expar.combine(context, plan, dx_rows, expar.unweighted, dx)
+    if wants_dx:
+        expar.combine(context, plan, dx_rows, expar.unweighted, dx)
     expar.fetch_slots(context, plan, dweight_rows, dweights)
     return out, {"x": dx, "weights": dweights[:, :, 0], **gradients}
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_the_other_gradients_need_none_of_x(options):
+    _, with_x = joined(on_ranks(2, lambda c: step(c, options)))
+    _, without = joined(on_ranks(2, lambda c: step(c, options, wants_dx=False)))
+    assert all(np.array_equal(with_x[name], without[name]) for name in with_x if name != "x")
 
 
 def joined(results):

@@ -206,6 +206,17 @@ def test_a_rank_without_rows_goes_backward_with_the_others():
     on_processes(2, one_expert)
 
 
+def one_wants_dx():
+    moe = EPMoE(config())
+    x = torch.ones(4, HIDDEN, requires_grad=moe.rank == 0)
+    with pytest.raises(expar.Mismatch):
+        moe(x)[0].sum().backward()
+
+
+def test_a_gradient_of_x_that_only_one_rank_asks_for_is_refused():
+    on_processes(2, one_wants_dx)
+
+
 def same_bytes():
     moe = model(config())
     x, dout = torch.randn(2, 8, HIDDEN, generator=torch.Generator().manual_seed(1))
@@ -275,13 +286,13 @@ SMALL = ("--hidden-dim", 64, "--lr", 5e-3)
 LINE = re.compile(r"\[step (\d{5})\] task=(\d\.\d{4}) aux=(\d\.\d{4}) total=(\d\.\d{4}) interval_s=\d+\.\d{2}")
 
 
-def trained(ranks, folder, *arguments):
+def trained(ranks, folder, *arguments, timeout=200):
     """(step, task, aux, total) of each line that the example prints."""
     program = [f"{ROOT}/examples/python/tiny_ep.py", *map(str, arguments)]
     torchrun = [os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *program] if ranks == 1 else [*torchrun, *program]
     environment = {**os.environ, "TB_LOGDIR": str(folder)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     *lines, total, last = done.stdout.splitlines()
     assert re.fullmatch(r"\[ep\] total \d+ steps time: \d+\.\d\ds \| \d+\.\d\d ms/step", total)

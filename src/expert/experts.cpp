@@ -124,7 +124,7 @@ void experts_forward(const Context& context, const ExpertShape& shape, const Exp
 
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
                       const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
-                      const ExpertGradients& gradients, Outbox& dx, Outbox& dweights, ExpertsScratch& scratch) {
+                      const ExpertGradients& gradients, Outbox* dx, Outbox& dweights, ExpertsScratch& scratch) {
   validate(shape);
   check(shape, inbox);
   check(shape, dout);
@@ -136,7 +136,7 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   const std::int64_t rows = plan.received();
   require("pre of the record", record.pre, shape.dtype, {rows, shape.up_rows()});
   require("h of the record", record.h, shape.dtype, {rows, shape.inner});
-  require("dx", dx.rows(), shape.dtype, {rows, shape.hidden});
+  if (dx != nullptr) require("dx", dx->rows(), shape.dtype, {rows, shape.hidden});
   require("dweights", dweights.rows(), DType::f32, {rows, 1});
 
   const Tensor dy = scratch.dy.view(shape.dtype, {rows, shape.hidden});
@@ -177,7 +177,8 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   pass.activate_grad(record.pre, dh, dpre);
   if (shape.weights_on != WeightsOn::input) {
     pass.tn(dpre, inbox.expert_rows(), gradients.up, up_bias);
-    return pass.nn(dpre, weights.up, dx.rows());
+    if (dx != nullptr) pass.nn(dpre, weights.up, dx->rows());
+    return;
   }
   const Tensor x = scratch.x.view(shape.dtype, {rows, shape.hidden});
   const Tensor dweighted = scratch.dx.view(shape.dtype, {rows, shape.hidden});
@@ -185,7 +186,7 @@ void experts_backward(const Context& context, const ExpertShape& shape, const Ex
   pass.tn(dpre, Pass::in_order(x), gradients.up, up_bias);
   pass.nn(dpre, weights.up, dweighted);
   pass.dot(inbox.expert_rows(), dweighted, dweights.rows());
-  pass.weigh(Pass::in_order(dweighted), by_row, dx.rows());
+  if (dx != nullptr) pass.weigh(Pass::in_order(dweighted), by_row, dx->rows());
 }
 
 }  // namespace expar

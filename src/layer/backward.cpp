@@ -105,7 +105,7 @@ void BackwardPass::differentiate_experts(const Inbox& gradients) {
     experts_forward(context_, layer_.shape, weights, kept_.inbox, again, made);
   }
   experts_backward(context_, layer_.shape, weights, kept_.inbox, gradients, recomputes() ? again : kept_.y, made,
-                   layer_.parameters->gradients(), dx_rows_, dweights_rows_, workspace_->scratch);
+                   layer_.parameters->gradients(), &dx_rows_, dweights_rows_, workspace_->scratch);
   dweights_ = workspace_->dweights.view(DType::f32, {plan.tokens(), plan.topk(), 1});
 }
 

@@ -87,7 +87,7 @@ class Rank {
     Outbox dx = make_outbox(context_, plan_, kHidden, DType::f32);
     Outbox dweights = make_outbox(context_, plan_, 1, DType::f32);
     ExpertsScratch scratch;
-    experts_backward(context_, shape_, weights(), inbox_, dout, y_, record_, g, dx, dweights, scratch);
+    experts_backward(context_, shape_, weights(), inbox_, dout, y_, record_, g, &dx, dweights, scratch);
     const std::int64_t first = kFirst[context_.rank()];
     combine(context_, plan_, dx, unweighted, Tensor(gradients.at(kX, first * kHidden), {tokens_, kHidden}));
     fetch_slots(context_, plan_, dweights, Tensor(gradients.at(kWeights, first * kTopk), {tokens_, kTopk, 1}));

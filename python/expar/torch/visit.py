@@ -107,13 +107,15 @@ class Visit:
         combine(context, plan, y, weights, out)
         return out, Visit(context, shape, plan, inbox, y, record, payload)
 
-    def backward(self, dout: Tensor, weights: Tensor, parameters: Parameters) -> list[Tensor]:
-        """The gradients of x, weights and each of the parameters. Collective."""
+    def backward(
+        self, dout: Tensor, weights: Tensor, parameters: Parameters, wants_dx: bool = True
+    ) -> tuple[Optional[Tensor], list[Tensor]]:
+        """The gradients of x, of all ranks or none, and of weights and each of the parameters. Collective."""
         c, dout, weights = self.context, dout.contiguous(), weights.detach().contiguous()
         came = dispatch(c, dout, weights, self.plan, payload=self.payload, lists_of=self.inbox)
         trained = [p for p in parameters if p is not None]
         gradients = [torch.empty(p.shape) for p in trained]
-        drows = make_outbox(c, self.inbox, self.shape.hidden, self.shape.dtype)
+        drows = make_outbox(c, self.inbox, self.shape.hidden, self.shape.dtype) if wants_dx else None
         dweights = make_outbox(c, self.inbox, 1)
         given, scratch = _given(self.shape, self.plan.local[1], *parameters), ExpertsScratch()
         experts_backward(
@@ -129,10 +131,13 @@ class Visit:
             dweights,
             scratch,
         )
-        dx, dslots = torch.empty_like(dout), weights.new_empty(*weights.shape, 1)
-        combine(c, self.plan, drows, None, dx)
+        dx = None
+        if drows is not None:
+            dx = torch.empty_like(dout)
+            combine(c, self.plan, drows, None, dx)
+        dslots = weights.new_empty(*weights.shape, 1)
         fetch_slots(c, self.plan, dweights, dslots)
-        return [dx, dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, trained))]
+        return dx, [dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, trained))]
 
 
 @torch.library.custom_op("expar::visit_experts", mutates_args=())
@@ -173,7 +178,9 @@ def _visit_experts_backward(
     down_bias: Optional[Tensor],
 ) -> list[Tensor]:
     visit: Visit = state_of(handle)
-    return visit.backward(dout, weights, (up, down, up_bias, down_bias))
+    dx, gradients = visit.backward(dout, weights, (up, down, up_bias, down_bias))
+    assert dx is not None
+    return [dx, *gradients]
 
 
 @_visit_experts_backward.register_fake

@@ -70,8 +70,9 @@ class PyTorchAllToAll:
         ids = keep_within(cfg.capacity(tokens), indices)
         sent = self._send(dp_x.to(cfg.in_dtype), ids, places.view(tokens, topk), cfg.num_experts)
         most = max(sent.counts.tolist())
-        if most > self.max_recv:
-            raise BadArgument(f"an expert got {most} rows, room is for {self.max_recv}: some token chose it twice")
+        with told_to_all(self.context):
+            if most > self.max_recv:
+                raise BadArgument(f"an expert got {most} rows, room is for {self.max_recv}: some token chose it twice")
         experts = torch.arange(self.num_local_experts).repeat_interleave(sent.counts)
         slots = sent.weights.view(torch.int32)
         columns = [

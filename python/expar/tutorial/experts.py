@@ -49,7 +49,10 @@ class Experts(nn.ModuleList):
     def visit(
         self, x: Tensor, ids: Tensor, weights: Tensor, context: Context, experts: int, payload: Optional[str]
     ) -> Tensor:
-        """As expar.torch.visit_experts. An expert that no token has met gets no gradient, as if it was not called."""
+        """As expar.torch.visit_experts. An expert that no token has met gets no gradient, as if it was not called.
+
+        x asks for a gradient on all ranks or none.
+        """
         kinds = self._by_kind()
         parameters = [p for kind in kinds for p in kind]
         return _Visit.apply(x, ids, weights, context, experts, payload, len(self), *parameters)  # type: ignore
@@ -91,7 +94,8 @@ class _Visit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        dx, dweights, *stacks = ctx.visit.backward(dout, ctx.saved_tensors[1], ctx.stacks)
+        weights = ctx.saved_tensors[1]
+        dx, (dweights, *stacks) = ctx.visit.backward(dout, weights, ctx.stacks, ctx.needs_input_grad[0])
         rows = ctx.visit.plan.rows
         gradients = (g if n > 0 else None for stack in stacks for g, n in zip(stack.unbind(), rows))
         return dx, None, dweights, None, None, None, None, *gradients

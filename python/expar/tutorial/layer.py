@@ -57,7 +57,7 @@ class EPMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """
-        x       : [T, H], any T, which may differ per rank
+        x       : [T, H], any T, which may differ per rank; with a gradient on all ranks or none
         returns : out [T, H] of out_dtype, and the auxiliary loss of this rank's tokens [], 0 in eval mode
         Differentiable in x and all parameters. Collective, backward too. Raises as expar.torch.visit_experts.
         """
