@@ -345,6 +345,18 @@ def test_two_passes_are_in_flight_at_once():
     on_ranks(2, body)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_stay_as_they_are_when_another_layer_goes_backward(dtype):
+    def body(context):
+        first, second = (layer_of(context, seed=s, bias=True, activation="gelu", dtype=dtype) for s in (1, 2))
+        held = gradients(first, tokens(0, dtype))
+        before = [g.clone() for g in held]
+        gradients(second, tokens(1, dtype))
+        expect_same(held, before)
+
+    on_ranks(1, body)
+
+
 def test_a_layer_that_was_made_without_memory_begins_as_any_other():
     def body(context):
         with torch.device("meta"):
