@@ -1,0 +1,1 @@
+"""Ways to run one MoE layer, beside which expar's is measured: one module each."""
