@@ -273,8 +273,10 @@ def test_what_cannot_be_is_named():
         config(capacity_factor=1.0, capacity_per_expert=4)
     with pytest.raises(ValueError, match=r"bounded by \[0\]"):
         config(capacity_per_expert=0)
-    with pytest.raises(ValueError, match="rank 0 of 1, not 1 of 2"):
-        EPMoE(config(), 1, 2)
+    with pytest.raises(ValueError, match="world_size is 2, but this is rank 0 of 1"):
+        EPMoE(config(), 0, 2)
+    with pytest.raises(ValueError, match="rank is 1, but"):
+        EPMoE(config(), 1, 1)
     ata = PyTorchAllToAll(config(), 0, 1)
     with pytest.raises(expar.BadArgument, match="17 tokens, max_num_tokens is 16"):
         ata.dispatch(torch.zeros(17, HIDDEN), torch.zeros(17, TOPK, dtype=torch.int64))

@@ -91,12 +91,12 @@ class Visit:
         """Collective. Memory of x is read again by backward."""
         x, weights = x.detach().contiguous(), weights.detach().contiguous()
         dtype, bias = DTYPES.get(x.dtype, str(x.dtype)), parameters[2] is not None
-        shape = ExpertShape(x.shape[1], parameters[1].shape[2], activation=activation, bias=bias, dtype=dtype)
         first = list(first_experts)
         local = experts_of(context.rank, context.size, experts)[1]
         if first:
             local = first[context.rank + 1] - first[context.rank]
         with told_to_all(context):
+            shape = ExpertShape(x.shape[1], parameters[1].shape[2], activation=activation, bias=bias, dtype=dtype)
             given = _given(shape, local, *parameters)
             ids = as_int32(ids, "ids")
         plan = make_plan(context, ids, experts, first_experts=first)

@@ -27,8 +27,9 @@ def context_for(rank: Optional[int], world_size: Optional[int]) -> Context:
     Raises BadArgument (a rank or world size that is not theirs).
     """
     context = ep.alone() if world_size == 1 else ep.context()
-    if (rank or context.rank, world_size or context.size) != (context.rank, context.size):
-        raise BadArgument(f"this is rank {context.rank} of {context.size}, not {rank} of {world_size}")
+    for what, given, own in (("rank", rank, context.rank), ("world_size", world_size, context.size)):
+        if given not in (None, own):
+            raise BadArgument(f"{what} is {given}, but this is rank {context.rank} of {context.size}")
     return context
 
 
