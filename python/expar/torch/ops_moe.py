@@ -7,7 +7,6 @@ the last of its results, see states.py.
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 import expar
 
 from .ops import as_int32
+from .scratch import rounded_later
 from .states import attach, fake_handle, state_of
 
 _numbers = itertools.count(1)
@@ -88,7 +88,7 @@ class Core:
             # The losses are one number of all ranks: a rank's part of their gradient is wanted by every rank's loss.
             daux = _sum_over_ranks(self.context, daux)
         experts = parameters[: len(self.experts)]
-        gradients = _rounded_later.gradients(experts)
+        gradients = rounded_later.gradients(experts)
         self._lent = None
         self.native.lend(dict(zip(self.names, parameters)), dict(zip(self.experts, gradients)))
         dx = torch.empty_like(dout)
@@ -101,28 +101,6 @@ class Core:
             self.counts = [a + b for a, b in zip(self.counts, self.counts_of(kept.record, True))]
         # Autograd owns what it gets: not the memory that the next pass writes.
         return [dx] + [g.to(p.dtype) for g, p in zip(gradients, parameters)]
-
-
-class _Scratch(threading.local):
-    """Memory of this thread for gradients until they are rounded to a layer's bf16; all its layers use it. It is kept:
-    the first touch of fresh pages takes longer than the pass that writes them."""
-
-    memory: Optional[Tensor] = None
-
-    def gradients(self, parameters: Sequence[Tensor]) -> List[Tensor]:
-        """f32 of the shapes of parameters; of those that are f32 themselves, memory of its own."""
-        sizes = [0 if p.dtype == torch.float32 else -(-p.numel() // 16) * 16 for p in parameters]  # whole cache lines
-        if self.memory is None or self.memory.numel() < sum(sizes):
-            self.memory = None
-            self.memory = torch.empty(sum(sizes))
-        parts = self.memory[: sum(sizes)].split(sizes)
-        return [
-            torch.empty(p.shape) if p.dtype == torch.float32 else part[: p.numel()].view(p.shape)
-            for p, part in zip(parameters, parts)
-        ]
-
-
-_rounded_later = _Scratch()
 
 
 class _Kept:

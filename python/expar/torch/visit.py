@@ -35,6 +35,7 @@ from ..errors import BadArgument
 from .agree import told_to_all
 from .contexts import context_of, name_of
 from .ops import DTYPES, as_int32
+from .scratch import rounded_later
 from .states import attach, fake_handle, state_of
 
 
@@ -114,7 +115,7 @@ class Visit:
         c, dout, weights = self.context, dout.contiguous(), weights.detach().contiguous()
         came = dispatch(c, dout, weights, self.plan, payload=self.payload, lists_of=self.inbox)
         trained = [p for p in parameters if p is not None]
-        gradients = [torch.empty(p.shape) for p in trained]
+        gradients = rounded_later.gradients(trained)
         drows = make_outbox(c, self.inbox, self.shape.hidden, self.shape.dtype) if wants_dx else None
         dweights = make_outbox(c, self.inbox, 1)
         given, scratch = _given(self.shape, self.plan.local[1], *parameters), ExpertsScratch()
