@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable, NamedTuple, Optional, ParamSpec, Typ
 import torch
 from torch import Tensor
 
+from ..errors import BadArgument
 from .groups import by_name
 
 P = ParamSpec("P")
@@ -99,3 +100,10 @@ def taken(array: Any) -> Any:
 def new_like(tensor: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Room for as many elements in the same order of axes."""
     return tensor.new_empty(tensor.shape, dtype=dtype or tensor.dtype)
+
+
+def refuse_unless(**values: tuple[Any, ...]) -> None:
+    """name=(value, what it may be, ...). Raises BadArgument."""
+    for name, (value, *allowed) in values.items():
+        if value not in allowed:
+            raise BadArgument(f"{name} is {value}, should be {' or '.join(map(str, allowed))}")
