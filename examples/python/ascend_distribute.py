@@ -25,7 +25,7 @@ ep_world_size = moe_expert_num = options.ranks
 quant_mode = 2
 
 
-def run_rank(rank: int) -> float:
+def run_rank(rank: int) -> tuple[int, float]:
     ep_group = dist.new_group(range(ep_world_size), backend="gloo")
     told = dict(
         group_ep=torch_npu.get_hccl_comm_name(ep_group),
@@ -68,10 +68,11 @@ def run_rank(rank: int) -> float:
         comm_quant_mode=0,
         **told,
     )
-    print(f"rank {rank}: {int(expert_token_nums.sum())} rows came for {len(expert_token_nums)} experts", flush=True)
-    return worst_error(tokens, out, shared=0)
+    return int(expert_token_nums.sum()), worst_error(tokens, out, shared=0)
 
 
-worst = max(run_ranks(ep_world_size, run_rank))
+rows, errors = zip(*run_ranks(ep_world_size, run_rank))
+print("rows that came to each rank:", *rows)
+worst = max(errors)
 print(f"the worst error is {worst:.2f} of what rounding may do")
 raise SystemExit(worst > 1)

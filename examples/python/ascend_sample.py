@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import traceback
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +46,7 @@ def worst_error(told: Sample, out: torch.Tensor, shared: int) -> float:
     return float(((out.double() - want).abs() / allowed).max())
 
 
-def run_ranks(ranks: int, main: Callable[[int], float]) -> list[float]:
+def run_ranks(ranks: int, main: Callable[[int], Any]) -> list[Any]:
     """What main(rank) returns on each rank, a process with a gloo process group. Ends the program where one fails."""
     context = mp.get_context("fork")  # PyTorch is imported once
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def run_ranks(ranks: int, main: Callable[[int], float]) -> list[float]:
     return [returned[rank] for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, folder: str, main: Callable[[int], float], results: mp.SimpleQueue) -> None:
+def _rank(rank: int, ranks: int, folder: str, main: Callable[[int], Any], results: mp.SimpleQueue) -> None:
     torch.set_num_threads(1)
     result = None
     try:

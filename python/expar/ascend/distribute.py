@@ -18,20 +18,18 @@ from .. import _native
 from ..torch.states import attach, fake_handle, state_of
 from .domain import INFO_PER_ROW, WRONG, domain_of, dynamic_scales, message_elements, most_rows, rows_dtype
 from .groups import Group, group_of
-from .operators import dense, dtype_name, operator
+from .operators import dense, dtype_name, new_like, operator
 
 
 class _Posted(NamedTuple):
-    """What comm_cmd_info stands for: what was posted, of which tensor, and the memory that the other ranks read."""
+    """What comm_cmd_info stands for: what was posted, and the memory that the other ranks read."""
 
     info: _native._ascend_CommCmdInfo
-    given: Tensor
     sent: Tensor
 
-    def same(self, tensor: Tensor) -> Tensor:
-        """What was sent, if it is this tensor of which that was a dense copy."""
-        given = self.given
-        alike = tensor.data_ptr() == given.data_ptr() and (tensor.shape, tensor.stride()) == (given.shape, given.stride())
+    def of(self, tensor: Tensor) -> Any:
+        """What the setup sent, where this is it: a copy of it, in a graph or without strides, is it too."""
+        alike = (tensor.shape, tensor.dtype) == (self.sent.shape, self.sent.dtype)
         return self.sent if alike else dense(tensor)
 
 
@@ -108,7 +106,7 @@ def npu_moe_distribute_dispatch_setup(
         y_dtype=dtype_name(y_dtype),
         **written,
     )
-    return y, expand_idx, _comm_cmd_info(_Posted(info, y.detach(), y.detach()))
+    return y, expand_idx, _comm_cmd_info(_Posted(info, y.detach()))
 
 
 def _arrived(a: SimpleNamespace) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def npu_moe_distribute_dispatch_teardown(
         group_of("group_ep", group_ep),
         domain_of(a),
         x=dense(x),
-        y=posted.same(y),
+        y=posted.of(y),
         expert_ids=dense(expert_ids),
         comm_cmd_info=posted.info,
         quant_mode=quant_mode,
@@ -173,6 +171,20 @@ def npu_moe_distribute_dispatch_teardown(
         **room,
     )
     return _all(room)  # type: ignore[no-any-return]
+
+
+def _rows_to_send(a: SimpleNamespace) -> Any:
+    """A copy of the rows that came. A graph may write elsewhere what the teardown is given, and the memory of what the
+    setup is given over again before the other ranks have read it."""
+    expand_x = dense(a.expand_x)
+    try:
+        blocks = domain_of(a).local_expert_num * a.ep_world_size
+        rows = int(a.assist_info_for_combine[blocks - 1])
+        sent = new_like(expand_x)
+        sent[:rows] = expand_x[:rows]
+    except WRONG:
+        return expand_x  # the library says what is wrong, on every rank
+    return sent
 
 
 def _quantised(a: SimpleNamespace) -> Tensor:
@@ -201,16 +213,17 @@ def npu_moe_distribute_combine_setup(
 ) -> tuple[Tensor, Tensor]:
     """Posts each result to where its row came from.
 
-    expand_x : [A, H] f16 or bf16, in the order of the dispatch's; it must stay as it is until the teardown
+    expand_x : [A, H] f16 or bf16, in the order of the dispatch's
     returns  : quant_expand_x [A, ...] int8, the rows as they travel with comm_quant_mode 2, else anything; and
                comm_cmd_info, as of the other setup
+    Cost: one more copy of the rows than in C++.
     """
     a = SimpleNamespace(**locals())
     try:
-        quant_expand_x, written = (_quantised(a),) * 2
+        quant_expand_x = written = _quantised(a)
     except WRONG:
         quant_expand_x, written = torch.empty(0, dtype=torch.int8), None
-    sent = dense(expand_x)
+    sent = dense(expand_x) if comm_quant_mode else _rows_to_send(a)
     info = _native._ascend_moe_distribute_combine_setup(
         group_of("group_ep", group_ep),
         domain_of(a),
@@ -220,8 +233,7 @@ def npu_moe_distribute_combine_setup(
         comm_quant_mode=comm_quant_mode,
         quant_expand_x=written,
     )
-    posted = (quant_expand_x.detach(),) * 2 if comm_quant_mode else (expand_x.detach(), sent)
-    return quant_expand_x, _comm_cmd_info(_Posted(info, *posted))
+    return quant_expand_x, _comm_cmd_info(_Posted(info, quant_expand_x.detach() if comm_quant_mode else sent))
 
 
 @operator(fake=lambda a: a.expand_x.new_empty(a.expert_ids.shape[0], a.expand_x.shape[1]))
@@ -263,8 +275,8 @@ def npu_moe_distribute_combine_teardown(
     _native._ascend_moe_distribute_combine_teardown(
         group_of("group_ep", group_ep),
         domain_of(a),
-        expand_x=dense(expand_x) if comm_quant_mode else posted.same(expand_x),
-        quant_expand_x=posted.same(quant_expand_x) if comm_quant_mode else None,
+        expand_x=dense(expand_x) if comm_quant_mode else posted.of(expand_x),
+        quant_expand_x=posted.of(quant_expand_x) if comm_quant_mode else None,
         expert_ids=dense(expert_ids),
         expand_idx=dense(expand_idx),
         expert_scales=dense(expert_scales),
