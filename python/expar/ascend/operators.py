@@ -71,7 +71,7 @@ def operator(
 
         reads = register(name, ())
         # Inductor does not take an operator of one result that may write and is given nothing to write.
-        writing = register(f"{name}_writing_{mutates}", (mutates,)) if mutates else None
+        writing = register(f"{name}_writing_{mutates}", (mutates,)) if mutates else reads
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
