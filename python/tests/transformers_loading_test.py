@@ -183,7 +183,8 @@ def test_what_some_ranks_have_saved_other_ranks_load(checkpoints, on_3):
         shutil.copytree(checkpoints / family / "whole", folder)
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2)).save_pretrained(checkpoints / "dense")
+    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(checkpoints / "dense")
     on_processes(2, on_two, checkpoints, on_3[0])
 
 

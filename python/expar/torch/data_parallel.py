@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Iterator, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +96,43 @@ def distributed_data_parallel(module: nn.Module, **kwargs: Any) -> DistributedDa
     group. Raises BadArgument (a process group that holds a part of the ranks that share experts).
     """
     context = ranks.context(kwargs.get("process_group") or kwargs.get("device_mesh"))
-    _divide_on_the_way(module, context, same_values=kwargs.get("init_sync", True))
-    ignored = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *(n for n, _, _ in expert_parameters(module))]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+    keep_experts_out(module, context, same_values=kwargs.get("init_sync", True))
     return DistributedDataParallel(module, **kwargs)
+
+
+def keep_experts_out(module: nn.Module, context: Context, same_values: bool = True) -> None:
+    """Readies ``module`` for a DistributedDataParallel of the ranks of ``context`` that somebody else makes of it.
+
+    same_values : replicas of experts take the values of the first
+    Collective. Raises BadArgument as distributed_data_parallel.
+    """
+    _divide_on_the_way(module, context, same_values)
+    ignored = getattr(module, _IGNORED, [])
+    others = [] if isinstance(ignored, _Refusal) else ignored
+    names = [*others, *(name for name, _, _ in expert_parameters(module))]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def refuse_plain_ddp(module: nn.Module, instead: str) -> None:
+    """From now on torch's DistributedDataParallel(module), which would overwrite all ranks' experts with rank 0's, raises
+    BadArgument that says what to use ``instead``, unless keep_experts_out has been called."""
+    if not hasattr(module, _IGNORED):
+        setattr(module, _IGNORED, _Refusal(instead))
+
+
+# What DistributedDataParallel asks of the module that it is given.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+class _Refusal:
+    def __init__(self, instead: str) -> None:
+        self._instead = instead
+
+    def __iter__(self) -> Iterator[str]:
+        raise BadArgument(
+            "this model's experts differ on each rank, and DistributedDataParallel would make them alike: use "
+            + self._instead
+        )
 
 
 def fully_shard(
@@ -151,8 +184,9 @@ def average_gradients(module: nn.Module, context: Optional[Context] = None) -> N
 def clip_gradients(module: nn.Module, max_norm: float, context: Optional[Context] = None) -> Tensor:
     """Scales all gradients so that their norm, as one process would have it, is ``max_norm`` at the most.
 
-    context : all ranks that the module is on, those along tp too; None: all ranks
-    returns : [] f32, the norm before, the same bytes on every rank
+    max_norm : math.inf leaves them as they are
+    context  : all ranks that the module is on, those along tp too; None: all ranks
+    returns  : [] f32, the norm before, the same bytes on every rank
     Each part of an expert or of a sharded parameter counts once, wherever it lies; torch.nn.utils.clip_grad_norm_ sees
     this rank's alone or refuses them. After backward, and average_gradients where that is in use. Collective.
     """
@@ -166,8 +200,9 @@ def clip_gradients(module: nn.Module, max_norm: float, context: Optional[Context
     total = torch.empty(1)
     all_reduce(context, squares, total)
     norm = total[0].sqrt()
-    for gradient, _ in gradients:
-        local_of(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm < math.inf:
+        for gradient, _ in gradients:
+            local_of(gradient).mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 

@@ -9,6 +9,8 @@
     model(input_ids).loss                        # each rank hands in its own tokens
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from .version import check as _check
 
 _check()
@@ -17,4 +19,15 @@ from .experts import local_experts, slice_experts
 from .loading import from_pretrained
 from .model import enable
 
-__all__ = ["enable", "from_pretrained", "local_experts", "slice_experts"]
+__all__ = ["Trainer", "TrainerMixin", "enable", "from_pretrained", "local_experts", "slice_experts"]
+
+if _TYPE_CHECKING:
+    from .trainer import Trainer, TrainerMixin
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Trainer", "TrainerMixin"):  # these need accelerate
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

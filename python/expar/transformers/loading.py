@@ -28,7 +28,7 @@ from .replaced import replaced
 
 
 def from_pretrained(model_class: Any, name: Any, *args: Any, context: Where = None, **kwargs: Any) -> Any:
-    """enable(model_class.from_pretrained(name, *args, **kwargs), context), but no rank reads or holds more than its experts.
+    """enable(model_class.from_pretrained(name, *args, **kwargs), context), where no rank reads or holds others' experts.
 
     model_class : AutoModelForCausalLM, Qwen3MoeForCausalLM, ...
     name        : a directory or a name on the hub; safetensors in one file or many, or .bin

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..errors import BadArgument
+from ..torch.data_parallel import refuse_plain_ddp
 from ..torch.shards import ExpertShard, Where, shard_over
 from .experts import APART, find_experts, slice_experts
 from .forward import enabled, experts_forward
@@ -61,6 +62,8 @@ def enable(model: Model, context: Where = None) -> Model:
         generate_together(model, ranks)
     if ranks.size > 1 and hasattr(model, "save_pretrained"):
         save_whole(model)
+    if ranks.size > 1:
+        refuse_plain_ddp(model, "expar.transformers.Trainer, or expar.torch.distributed_data_parallel(model)")
     return model
 
 

@@ -25,16 +25,21 @@ from .streamed import bytes_of, write_safetensors
 def save_whole(model: Any) -> None:
     """From now on save_pretrained of a model that is enabled writes all experts, in Hugging Face's own format.
 
-    It is then collective over the ranks that share them. Arguments are the same, and so are the files and their tensors,
-    as if one process had the whole model. Of all processes PyTorch's rank 0 writes, where its ``is_main_process`` is
+    It is then collective over the ranks that share them. Arguments are the same, and so are the files and tensors, as
+    if one process had the whole model. Of all processes PyTorch's rank 0 writes, where its ``is_main_process`` is
     true. What is wrong is raised there as before, and on the ranks that share experts with it as Internal.
     Cost: rank 0 holds all experts of one module at a time, beside its own.
     """
     model.save_pretrained = MethodType(_save_pretrained, model)
 
 
+def saves_whole(model: Any) -> bool:
+    """Whether its save_pretrained is collective."""
+    return getattr(getattr(model, "save_pretrained", None), "__func__", None) is _save_pretrained
+
+
 def gather_rows(context: Context, mine: Tensor) -> Tensor:
-    """All ranks' ``mine`` [n_r, ...] one after the other on rank 0, [sum of n_r, ...]; [0, ...] elsewhere. Collective."""
+    """All ranks' ``mine`` [n_r, ...] in their order, on rank 0; [0, ...] elsewhere. Collective."""
     rows = torch.zeros(context.size, dtype=torch.int64)
     all_gather(context, torch.tensor([len(mine)]), rows)
     counts = rows.tolist() if context.rank == 0 else [0] * context.size

@@ -33,7 +33,10 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def write_safetensors(
-    path: Any, tensors: Mapping[str, Tensor], value: Callable[[str], Tensor], metadata: Optional[Mapping[str, str]] = None
+    path: Any,
+    tensors: Mapping[str, Tensor],
+    value: Callable[[str], Tensor],
+    metadata: Optional[Mapping[str, str]] = None,
 ) -> None:
     """Writes a file of ``tensors``; of those on device meta, value(name) is called for each, in the order of the file.
 
