@@ -328,6 +328,21 @@ def test_both_ways_of_gradient_checkpointing_give_the_same_bytes():
     assert on_processes(2, checkpointed) == [[True, True]] * 2
 
 
+def compiled():
+    model, ids = et.enable(random_model("Qwen3Moe", num_hidden_layers=1)), sequences(ep.context().rank, 2)
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        logits = run(ids).logits
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    return all(map(torch.equal, *found))
+
+
+def test_torch_compile_takes_a_model_as_one_graph_to_the_same_bytes():
+    assert on_processes(2, compiled) == [True, True]
+
+
 def copied():
     model = et.enable(random_model("Llama4"))
     twin = copy.deepcopy(model)
