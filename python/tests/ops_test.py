@@ -111,6 +111,26 @@ def test_weights_may_travel_with_the_rows_instead():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_may_lie_transposed(dtype):
+    def transposed(x, ids, weights, up, down, context):
+        sent = ep.dispatch(x, ids, context=context, experts=EXPERTS)
+        up, down = (w.transpose(1, 2).contiguous() for w in (up, down))
+        h = torch.relu(ep.grouped_mm(sent.rows, up, sent.counts, context=context, transposed=True))
+        y = ep.grouped_mm(h, down, sent.counts, context=context, transposed=True)
+        return ep.combine(y, sent, weights)
+
+    one, three, as_ever = (
+        joined(on_ranks(ranks, lambda c, body=body: step(c, dtype, body)))
+        for ranks, body in ((1, transposed), (3, transposed), (1, moe))
+    )
+    for a, b, wanted in zip(one, three, as_ever):
+        assert a.equal(b)
+        # Sums of some tens of products, which may end on either side of a rounding.
+        bound = 32 * torch.finfo(dtype).eps * wanted.abs().max()
+        assert (a - wanted).abs().max() <= bound
+
+
 def test_a_payload_rounds_rows_alike_everywhere():
     def rounded(*args):
         return moe(*args, payload="int8")
@@ -178,6 +198,8 @@ def test_opcheck_passes(context):
     opcheck(ops.combine, (rows, weights, sent.handle, TOKENS))
     opcheck(ops.combine, (rows, None, sent.handle, TOKENS))
     opcheck(ops.grouped_mm, (rows, up, sent.counts, name_of(context)))
+    across = up.detach().transpose(1, 2).contiguous().requires_grad_()
+    opcheck(ops.grouped_mm, (rows, across, sent.counts, name_of(context), True))
     opcheck(ops.sum_over, (x, name_of(context)))
     opcheck(ops.copy_over, (x, name_of(context)))
 
