@@ -6,44 +6,18 @@ import time
 
 import pytest
 import torch
+from ascend_samples import EXPERTS, HIDDEN, ROUNDED, TOKENS, TOPK, domain, sample, times_number
 from ranks import on_ranks
 
 import expar
 import expar.ascend as npu
 
-EXPERTS, TOKENS, HIDDEN, TOPK = 12, 6, 1024, 3
-# Results are rounded to bf16's 8 bits, and their sum once more; sums of both signs may cancel.
-ROUNDED = {"rtol": 2**-7, "atol": 2**-7}
 
-
-def sample(context, tokens=TOKENS, experts=EXPERTS):
-    """x, expert_ids and expert_scales of a rank."""
-    g = torch.Generator().manual_seed(context.rank)
-    x = torch.randn(tokens, HIDDEN, generator=g).bfloat16()
-    ids = torch.stack([torch.randperm(experts, generator=g)[:TOPK] for _ in range(tokens)]).int()
-    return x, ids, torch.rand(tokens, TOPK, generator=g)
-
-
-def domain(context, **options):
-    """What dispatch and combine are told alike."""
-    told = dict(group_ep=context, ep_world_size=context.size, ep_rank_id=context.rank, moe_expert_num=EXPERTS)
-    return {**told, **options}
-
-
-def times_number(rows, counts, first):
-    """Experts that multiply by their number plus one, in f32."""
-    numbers = torch.arange(first + 1.0, first + 1 + len(counts)).repeat_interleave(counts)
-    out = torch.full(rows.shape, torch.nan, dtype=rows.dtype)  # of rows that nobody sent
-    out[: len(numbers)] = rows[: len(numbers)] * numbers[:, None]
-    return out
-
-
-def there_and_back(context, *, experts_from=0, **options):
+def there_and_back(context, **options):
     x, ids, scales = sample(context)
     told = domain(context, **options)
     sent = npu.npu_moe_distribute_dispatch_v2(x, ids, **told)
-    experts = len(sent[3])
-    results = times_number(sent[0], sent[3], max(context.rank - experts_from, 0) * experts)
+    results = times_number(sent[0], sent[3], context.rank * len(sent[3]))
     return x, ids, scales, sent, npu.npu_moe_distribute_combine_v2(results, ids, sent[2], sent[4], scales, **told)
 
 

@@ -18,6 +18,6 @@ def test_the_notebooks_run_has_the_notebooks_losses(tmp_path):
 
 
 def test_with_one_target_the_ranks_learn_it(tmp_path):
-    lines = trained(2, tmp_path, "--profile", "--seed", 0, "--steps", 4001, timeout=600)
+    lines = trained(2, tmp_path, "--profile", "--seed", 0, "--steps", 1001, timeout=600)
     print(*lines, sep="\n")
-    assert lines[-1][1] < 0.12
+    assert lines[-1][1] < 0.06

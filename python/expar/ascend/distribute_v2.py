@@ -78,7 +78,7 @@ def _given(a: SimpleNamespace, name: str) -> bool:
     return isinstance(value, Tensor) or bool(value)
 
 
-@operator(fake=lambda a: _all(_dispatched(a)), mutates=["performance_info"])
+@operator(fake=lambda a: _all(_dispatched(a)), mutates="performance_info")
 def npu_moe_distribute_dispatch_v2(
     x: Tensor,
     expert_ids: Tensor,
@@ -171,7 +171,7 @@ def _results(a: SimpleNamespace) -> _native._ascend_CombineV2:
     )
 
 
-@operator(fake=_home, mutates=["performance_info"])
+@operator(fake=_home, mutates="performance_info")
 def npu_moe_distribute_combine_v2(
     expand_x: Tensor,
     expert_ids: Tensor,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _native
 from .._native import _ascend_Domain as Domain
-from .operators import dtype_name
+from ..errors import BadArgument
+from .operators import DTYPES, dtype_name
 
 # assist_info_for_combine has so many numbers for each row of expand_x.
 INFO_PER_ROW = 128
@@ -37,7 +38,9 @@ def domain_of(a: SimpleNamespace) -> Domain:
 
 
 def rows_dtype(x: Tensor, quant_mode: int, y_dtype: Optional[torch.dtype]) -> torch.dtype:
-    """Of dispatched values."""
+    """Of dispatched values. Raises BadArgument."""
+    if y_dtype not in (None, *DTYPES):
+        raise BadArgument(f"y_dtype is {y_dtype}, should be one of {', '.join(map(str, DTYPES))}")
     if quant_mode == 0:
         return x.dtype
     return y_dtype or (torch.int8 if quant_mode in (1, 2) else torch.float8_e4m3fn)

@@ -35,7 +35,9 @@ def get_hccl_comm_name(group: Union[dist.ProcessGroup, Context, None] = None) ->
 
 def by_name(value: Any) -> Any:
     """A group's name; anything else as it is."""
-    return get_hccl_comm_name(value) if isinstance(value, (dist.ProcessGroup, Context)) else value
+    if isinstance(value, Context):
+        return get_hccl_comm_name(value)
+    return value.group_name if hasattr(value, "group_name") else value
 
 
 def group_of(what: str, name: Group) -> Context:

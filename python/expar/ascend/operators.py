@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable, NamedTuple, Optional, ParamSpec, TypeVar, cast, get_type_hints
+from typing import Any, Callable, NamedTuple, Optional, ParamSpec, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ..errors import BadArgument
 from .groups import by_name
 
 P = ParamSpec("P")
@@ -36,13 +37,13 @@ class Gradient(NamedTuple):
 
 
 def operator(
-    *, fake: Callable[[SimpleNamespace], Any], mutates: Iterable[str] = (), gradient: Optional[Gradient] = None
+    *, fake: Callable[[SimpleNamespace], Any], mutates: str = "", gradient: Optional[Gradient] = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes an operator ``expar_ascend::<its name>`` of a function, which is called as before, and with groups that are
     none of strings.
 
     fake    : of the arguments by name, returns tensors of the shapes and dtypes that the function returns
-    mutates : arguments that are written
+    mutates : a keyword argument that is written, where it is given
     """
 
     def make(body: Callable[P, R]) -> Callable[P, R]:
@@ -60,14 +61,21 @@ def operator(
             [p.replace(kind=p.POSITIONAL_OR_KEYWORD, annotation=hints[p.name]) for p in parameters],
             return_annotation=hints["return"],
         )
-        made = torch.library.custom_op(f"expar_ascend::{name}", run, mutates_args=tuple(mutates))
-        made.register_fake(lambda *args, **kwargs: fake(SimpleNamespace(**named(args, kwargs))))
-        if gradient:
-            made.register_autograd(gradient.backward, setup_context=gradient.keep)
-        registered = getattr(torch.ops.expar_ascend, name).default
+
+        def register(name: str, writes: tuple[str, ...]) -> Any:
+            made = torch.library.custom_op(f"expar_ascend::{name}", run, mutates_args=writes)
+            made.register_fake(lambda *args, **kwargs: fake(SimpleNamespace(**named(args, kwargs))))
+            if gradient:
+                made.register_autograd(gradient.backward, setup_context=gradient.keep)
+            return getattr(torch.ops.expar_ascend, name).default
+
+        reads = register(name, ())
+        # Inductor does not take an operator of one result that may write and is given nothing to write.
+        writing = register(f"{name}_writing_{mutates}", (mutates,)) if mutates else reads
 
         @functools.wraps(body)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            registered = reads if kwargs.get(mutates) is None else writing
             result: R = registered(
                 *[by_name(value) for value in args], **{key: by_name(value) for key, value in kwargs.items()}
             )
@@ -99,3 +107,10 @@ def taken(array: Any) -> Any:
 def new_like(tensor: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Room for as many elements in the same order of axes."""
     return tensor.new_empty(tensor.shape, dtype=dtype or tensor.dtype)
+
+
+def refuse_unless(**values: tuple[Any, ...]) -> None:
+    """name=(value, what it may be, ...). Raises BadArgument."""
+    for name, (value, *allowed) in values.items():
+        if value not in allowed:
+            raise BadArgument(f"{name} is {value}, should be {' or '.join(map(str, allowed))}")

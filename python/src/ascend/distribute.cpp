@@ -1,4 +1,6 @@
 // include/expar/ascend/distribute.h
+#include <tuple>
+
 #include "python/src/ascend/ascend.h"
 
 namespace expar::python {
@@ -9,19 +11,19 @@ using ascend::CommCmdInfo;
 CommCmdInfo dispatch_setup(const Context& c, const DomainValue& domain, const In& x, const In& expert_ids,
                            const In& scales, const In& x_active_mask, std::int64_t quant_mode,
                            const std::optional<std::string>& y_dtype, const Out& y, const Out& expand_idx) {
-  ascend::DispatchSetup in;
-  Tensor rows, ordinals;
-  const Context asked = c.attempt([&] {
-    in = {.x = read(x, "x"),
-          .expert_ids = read(expert_ids, "expert_ids"),
-          .scales = read(scales, "scales"),
-          .x_active_mask = read(x_active_mask, "x_active_mask"),
-          .quant_mode = quant_mode,
-          .y_dtype = dtype_named(y_dtype)};
-    rows = written(y, "y");
-    ordinals = written(expand_idx, "expand_idx");
-  });
-  return ascend::moe_distribute_dispatch_setup(asked, domain.get(), in, rows, ordinals);
+  const auto handed = [&] {
+    return std::tuple(ascend::DispatchSetup{.x = read(x, "x"),
+                                            .expert_ids = read(expert_ids, "expert_ids"),
+                                            .scales = read(scales, "scales"),
+                                            .x_active_mask = read(x_active_mask, "x_active_mask"),
+                                            .quant_mode = quant_mode,
+                                            .y_dtype = dtype_named(y_dtype)},
+                      written(y, "y"), written(expand_idx, "expand_idx"));
+  };
+  return collective(c, handed,
+                    [&](const Context& asked, const ascend::DispatchSetup& in, Tensor rows, Tensor ordinals) {
+                      return ascend::moe_distribute_dispatch_setup(asked, domain.get(), in, rows, ordinals);
+                    });
 }
 
 /// What `read` does; if it throws, all rows are let in first, as the teardown would.
@@ -58,16 +60,17 @@ void dispatch_teardown(const Context& c, const DomainValue& domain, const In& x,
 
 CommCmdInfo combine_setup(const Context& c, const DomainValue& domain, const In& expand_x, const In& expert_ids,
                           const In& assist_info_for_combine, std::int64_t comm_quant_mode, const Out& quant_expand_x) {
-  ascend::CombineSetup in;
-  Tensor quantised;
-  const Context asked = c.attempt([&] {
-    in = {.expand_x = read(expand_x, "expand_x"),
-          .expert_ids = read(expert_ids, "expert_ids"),
-          .assist_info_for_combine = read(assist_info_for_combine, "assist_info_for_combine"),
-          .comm_quant_mode = comm_quant_mode};
-    quantised = written(quant_expand_x, "quant_expand_x");
+  const auto handed = [&] {
+    return std::tuple(
+        ascend::CombineSetup{.expand_x = read(expand_x, "expand_x"),
+                             .expert_ids = read(expert_ids, "expert_ids"),
+                             .assist_info_for_combine = read(assist_info_for_combine, "assist_info_for_combine"),
+                             .comm_quant_mode = comm_quant_mode},
+        written(quant_expand_x, "quant_expand_x"));
+  };
+  return collective(c, handed, [&](const Context& asked, const ascend::CombineSetup& in, Tensor quantised) {
+    return ascend::moe_distribute_combine_setup(asked, domain.get(), in, quantised);
   });
-  return ascend::moe_distribute_combine_setup(asked, domain.get(), in, quantised);
 }
 
 void combine_teardown(const Context& c, const DomainValue& domain, const In& expand_x, const In& quant_expand_x,

@@ -1,4 +1,6 @@
 // include/expar/ascend/distribute_v2.h
+#include <tuple>
+
 #include "python/src/ascend/ascend.h"
 
 namespace expar::python {
@@ -78,58 +80,52 @@ void dispatch(const Context& c, const DomainValue& domain, const V2Arrays& optio
               const std::optional<std::string>& y_dtype, std::int64_t expert_token_nums_type, const Out& expand_x,
               const Out& dynamic_scales, const Out& assist_info_for_combine, const Out& expert_token_nums,
               const Out& ep_recv_counts, const Out& tp_recv_counts, const Out& expand_scales) {
-  ascend::V2Options told;
-  ascend::DispatchV2 in;
-  ascend::DispatchedV2 out;
-  const Context asked = c.attempt([&] {
-    told = options.get();
-    in = {.x = read(x, "x"),
-          .expert_ids = read(expert_ids, "expert_ids"),
-          .scales = read(scales, "scales"),
-          .expert_scales = read(expert_scales, "expert_scales"),
-          .quant_mode = quant_mode,
-          .y_dtype = dtype_named(y_dtype),
-          .expert_token_nums_type = expert_token_nums_type};
-    out = {.expand_x = written(expand_x, "expand_x"),
-           .dynamic_scales = written(dynamic_scales, "dynamic_scales"),
-           .assist_info_for_combine = written(assist_info_for_combine, "assist_info_for_combine"),
-           .expert_token_nums = written(expert_token_nums, "expert_token_nums"),
-           .ep_recv_counts = written(ep_recv_counts, "ep_recv_counts"),
-           .tp_recv_counts = written(tp_recv_counts, "tp_recv_counts"),
-           .expand_scales = written(expand_scales, "expand_scales")};
-  });
-  ascend::moe_distribute_dispatch_v2(asked, domain.get(), told, in, out);
+  const auto handed = [&] {
+    return std::tuple(
+        options.get(),
+        ascend::DispatchV2{.x = read(x, "x"),
+                           .expert_ids = read(expert_ids, "expert_ids"),
+                           .scales = read(scales, "scales"),
+                           .expert_scales = read(expert_scales, "expert_scales"),
+                           .quant_mode = quant_mode,
+                           .y_dtype = dtype_named(y_dtype),
+                           .expert_token_nums_type = expert_token_nums_type},
+        ascend::DispatchedV2{.expand_x = written(expand_x, "expand_x"),
+                             .dynamic_scales = written(dynamic_scales, "dynamic_scales"),
+                             .assist_info_for_combine = written(assist_info_for_combine, "assist_info_for_combine"),
+                             .expert_token_nums = written(expert_token_nums, "expert_token_nums"),
+                             .ep_recv_counts = written(ep_recv_counts, "ep_recv_counts"),
+                             .tp_recv_counts = written(tp_recv_counts, "tp_recv_counts"),
+                             .expand_scales = written(expand_scales, "expand_scales")});
+  };
+  collective(
+      c, handed,
+      [&](const Context& asked, const ascend::V2Options& told, const ascend::DispatchV2& in,
+          const ascend::DispatchedV2& out) { ascend::moe_distribute_dispatch_v2(asked, domain.get(), told, in, out); });
 }
 
 void combine(const Context& c, const DomainValue& domain, const V2Arrays& options, const CombineArrays& arrays,
              const Out& out) {
-  ascend::V2Options told;
-  ascend::CombineV2 in;
-  Tensor to;
-  const Context asked = c.attempt([&] {
-    told = options.get();
-    in = arrays.get();
-    to = written(out, "out");
-  });
-  ascend::moe_distribute_combine_v2(asked, domain.get(), told, in, to);
+  collective(
+      c, [&] { return std::tuple(options.get(), arrays.get(), written(out, "out")); },
+      [&](const Context& asked, const ascend::V2Options& told, const ascend::CombineV2& in, Tensor to) {
+        ascend::moe_distribute_combine_v2(asked, domain.get(), told, in, to);
+      });
 }
 
 void combine_add_rms_norm(const Context& c, const DomainValue& domain, const V2Arrays& options,
                           const CombineArrays& arrays, const In& residual_x, const In& gamma, float norm_eps,
                           const Out& y, const Out& rstd, const Out& x) {
-  ascend::V2Options told;
-  ascend::CombineV2 in;
-  ascend::CombineAddRmsNorm norm;
-  Tensor to_y, to_rstd, to_x;
-  const Context asked = c.attempt([&] {
-    told = options.get();
-    in = arrays.get();
-    norm = {.residual_x = read(residual_x, "residual_x"), .gamma = read(gamma, "gamma"), .norm_eps = norm_eps};
-    to_y = written(y, "y");
-    to_rstd = written(rstd, "rstd");
-    to_x = written(x, "x");
-  });
-  ascend::moe_distribute_combine_add_rms_norm(asked, domain.get(), told, in, norm, to_y, to_rstd, to_x);
+  const auto handed = [&] {
+    const ascend::CombineAddRmsNorm norm{
+        .residual_x = read(residual_x, "residual_x"), .gamma = read(gamma, "gamma"), .norm_eps = norm_eps};
+    return std::tuple(options.get(), arrays.get(), norm, written(y, "y"), written(rstd, "rstd"), written(x, "x"));
+  };
+  collective(c, handed,
+             [&](const Context& asked, const ascend::V2Options& told, const ascend::CombineV2& in,
+                 const ascend::CombineAddRmsNorm& norm, Tensor to_y, Tensor to_rstd, Tensor to_x) {
+               ascend::moe_distribute_combine_add_rms_norm(asked, domain.get(), told, in, norm, to_y, to_rstd, to_x);
+             });
 }
 
 }  // namespace
