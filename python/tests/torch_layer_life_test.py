@@ -13,6 +13,7 @@ from ranks import on_ranks
 
 import expar
 from expar.torch import MoELayer
+from expar.torch.memory import recycled
 from expar.torch.states import live_states
 
 HIDDEN, INNER, TOKENS = 16, 12, 10
@@ -355,6 +356,18 @@ def test_gradients_stay_as_they_are_when_another_layer_goes_backward(dtype):
         expect_same(held, before)
 
     on_ranks(1, body)
+
+
+def test_memory_of_gradients_is_used_again_when_they_are_gone_and_not_before():
+    first = recycled((40, 16), torch.bfloat16)
+    second = recycled((40, 16), torch.bfloat16)
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2
+    row = second[3].fill_(1)
+    del first, second
+    third, fourth = recycled((16, 20), torch.float32), recycled((16, 20), torch.float32).zero_()
+    assert third.data_ptr() in places and fourth.data_ptr() not in places
+    assert bool((row == 1).all())
 
 
 def test_a_layer_that_was_made_without_memory_begins_as_any_other():

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import Context, all_gather, all_reduce, broadcast
 from ..errors import BadArgument
 from . import ranks
+from .memory import recycled
 from .shards import ExpertShard, expert_parameters, local_of
 
 # Of the ranks of a context: those that hold the same experts as this one, by what all hold; None where it is alone.
@@ -75,7 +76,7 @@ class _Mean:
             total = torch.empty(gradient.numel())
             all_reduce(self.replicas, gradient.float().reshape(1, -1), total)
             gradient = total.view(gradient.shape).to(gradient.dtype)
-        return gradient / self.divisor
+        return torch.div(gradient, self.divisor, out=recycled(gradient.shape, gradient.dtype))
 
     def hook(self, gradient: Tensor) -> Tensor:
         """The same for a gradient that may be a DTensor."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import expar
 
+from .memory import recycled, rounded
 from .ops import as_int32
-from .scratch import rounded_later
 from .states import attach, fake_handle, state_of
 
 _numbers = itertools.count(1)
@@ -87,8 +87,7 @@ class Core:
         if self.has_losses:
             # The losses are one number of all ranks: a rank's part of their gradient is wanted by every rank's loss.
             daux = _sum_over_ranks(self.context, daux)
-        experts = parameters[: len(self.experts)]
-        gradients = rounded_later.gradients(experts)
+        gradients = [recycled(p.shape, torch.float32) for p in parameters[: len(self.experts)]]
         self._lent = None
         self.native.lend(dict(zip(self.names, parameters)), dict(zip(self.experts, gradients)))
         dx = torch.empty_like(dout)
@@ -100,7 +99,7 @@ class Core:
             kept.counted = True
             self.counts = [a + b for a, b in zip(self.counts, self.counts_of(kept.record, True))]
         # Autograd owns what it gets: not the memory that the next pass writes.
-        return [dx] + [g.to(p.dtype) for g, p in zip(gradients, parameters)]
+        return [dx] + [rounded(g, p.dtype) for g, p in zip(gradients, parameters)]
 
 
 class _Kept:

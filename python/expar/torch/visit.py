@@ -34,8 +34,8 @@ from .. import (
 from ..errors import BadArgument
 from .agree import told_to_all
 from .contexts import context_of, name_of
+from .memory import recycled, rounded
 from .ops import DTYPES, as_int32
-from .scratch import rounded_later
 from .states import attach, fake_handle, state_of
 
 
@@ -115,7 +115,7 @@ class Visit:
         c, dout, weights = self.context, dout.contiguous(), weights.detach().contiguous()
         came = dispatch(c, dout, weights, self.plan, payload=self.payload, lists_of=self.inbox)
         trained = [p for p in parameters if p is not None]
-        gradients = rounded_later.gradients(trained)
+        gradients = [recycled(p.shape, torch.float32) for p in trained]
         drows = make_outbox(c, self.inbox, self.shape.hidden, self.shape.dtype) if wants_dx else None
         dweights = make_outbox(c, self.inbox, 1)
         given, scratch = _given(self.shape, self.plan.local[1], *parameters), ExpertsScratch()
@@ -138,7 +138,7 @@ class Visit:
             combine(c, self.plan, drows, None, dx)
         dslots = weights.new_empty(*weights.shape, 1)
         fetch_slots(c, self.plan, dweights, dslots)
-        return dx, [dslots.squeeze(2), *(g.to(p.dtype) for g, p in zip(gradients, trained))]
+        return dx, [dslots.squeeze(2), *(rounded(g, p.dtype) for g, p in zip(gradients, trained))]
 
 
 @torch.library.custom_op("expar::visit_experts", mutates_args=())
