@@ -10,7 +10,7 @@ import os
 import torch
 import torch.distributed as dist
 
-import expar.torch as ep
+import expar.ascend as torch_npu
 from expar.dlinfer import MoEConfig, fused_moe_all2all
 
 WORLD = int(os.environ["WORLD_SIZE"])
@@ -20,10 +20,17 @@ TOKENS, HIDDEN, INNER, EXPERTS, TOPK = 4 * 32, 16 * WORLD, 96, 2 * WORLD, 2
 # Step 3: the experts' kernel. group_list has the rows of each local expert.
 def expert_kernel(hidden_states, gate_up_weights, down_weights, context):
     def multiply(rows, weights):
-        return ep.grouped_mm(rows, weights, context["group_list"], context=ep.alone())
+        # The operator wants [L, in, out].
+        return torch_npu.npu_grouped_matmul(
+            [rows],
+            [weights.transpose(1, 2)],
+            group_list=context["group_list"],
+            split_item=2,
+            group_type=0,
+            group_list_type=context["group_list_type"],
+        )[0]
 
-    hidden = ep.activate(multiply(hidden_states, gate_up_weights), "swiglu", context=ep.alone())
-    return multiply(hidden, down_weights)
+    return multiply(torch_npu.npu_swiglu(multiply(hidden_states, gate_up_weights), dim=-1), down_weights)
 
 
 # Step 4: the layer. Experts are functions of `width` columns, and each rank holds some of them.
