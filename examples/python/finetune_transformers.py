@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainingArguments
@@ -73,13 +75,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
+def finetune(args: argparse.Namespace) -> None:
     settings = TrainingArguments(
         output_dir=str(args.output),
         use_cpu=True,
         max_steps=args.steps,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", "1")),
         learning_rate=2e-3,
         lr_scheduler_type="constant",
         max_grad_norm=0.5,
@@ -89,18 +90,24 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    settings.per_device_train_batch_size = BATCH // settings.world_size
 
-    if args.model:
-        load = AutoModelForCausalLM.from_pretrained if args.eager else expar.transformers.from_pretrained
-        model = load(*([] if args.eager else [AutoModelForCausalLM]), args.model)
+    if args.eager:
+        model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else random_model()
+    elif args.model:
+        model = expar.transformers.from_pretrained(AutoModelForCausalLM, args.model)
     else:
-        model = random_model() if args.eager else expar.transformers.enable(random_model())
+        model = expar.transformers.enable(random_model())
     trainer_class = transformers.Trainer if args.eager else expar.transformers.Trainer
     trainer = trainer_class(model=model, args=settings, train_dataset=Bytes(args.text.read_bytes()))
     trainer.train(resume_from_checkpoint=args.resume)
     if args.losses and trainer.is_world_process_zero():
         args.losses.write_text(json.dumps([entry for entry in trainer.state.log_history if "loss" in entry]))
+
+
+def main() -> None:
+    finetune(arguments())
+    if dist.is_initialized():
+        dist.destroy_process_group()  # after the model: DDP holds on to the group
 
 
 if __name__ == "__main__":

@@ -167,8 +167,9 @@ def test_autocast_to_bf16_follows_that_of_one_process(runs, tmp_path):
     for log in on_processes(2, in_bf16, "spread", tmp_path):
         for got, want, exact in zip(log, one, runs[0]["clipped"][0]):
             for name, value in want.items():
-                # 8 bits of mantissa, on both sides; f32 is farther from either than rounding to f32 is
-                torch.testing.assert_close(got[name], value, rtol=2**-6, atol=0)
+                # Numbers of 8 bits. Losses are means of many; gradients are rounded again in every layer, and only
+                # transformers rounds each expert's share of a token.
+                torch.testing.assert_close(got[name], value, rtol=2**-8 if "loss" in name else 2**-4, atol=0)
                 assert got[name] != exact[name]
 
 

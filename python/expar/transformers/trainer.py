@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any, Optional
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -43,21 +42,17 @@ class TrainerMixin(_AnyTrainer):  # type: ignore[misc]
                 raise Unsupported("a rank with fewer batches holds up all: leave even_batches on in accelerator_config")
             if training:
                 keep_experts_out(self.model, ranks.context())
+                self.accelerator.clip_grad_norm_ = self._clip
         wrapped: nn.Module = super()._wrap_model(model, training, *args, **kwargs)
         return wrapped
 
     def _spread(self) -> bool:
         return self.args.world_size > 1 and any(True for _ in expert_parameters(self.model))
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if not self._spread():
-            return super()._clip_grad_norm(model)
-        return clip_gradients(model, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._spread():
-            grad_norm = clip_gradients(model, math.inf)
-        return super()._get_grad_norm(model, grad_norm)
+    def _clip(self, parameters: object, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        if norm_type != 2.0:
+            raise Unsupported(f"a norm of type {norm_type}: gradients of experts on several ranks are clipped by type 2")
+        return clip_gradients(self.model, max_norm)
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
         if saves_whole(self.model) and not self.args.should_save:
