@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ascend_samples import ROUNDED, TOKENS, TOPK, domain, sample, times_number
+from ascend_samples import ROUNDED, TOKENS, TOPK, as_faked, domain, sample, times_number
 from ranks import on_ranks
 
 import expar
@@ -17,15 +17,14 @@ H = 1024
 def there_and_back(context, *, quant_mode=0, comm_quant_mode=0, strided=False, **options):
     x, ids, scales = (t.t().contiguous().t() if strided else t for t in sample(context))
     told = domain(context, **options)
-    y, idx, info = npu.npu_moe_distribute_dispatch_setup(x, ids, quant_mode=quant_mode, **told)
-    sent = npu.npu_moe_distribute_dispatch_teardown(x, y, ids, info, quant_mode=quant_mode, **told)
+    y, idx, info = as_faked(npu.npu_moe_distribute_dispatch_setup, x, ids, quant_mode=quant_mode, **told)
+    sent = as_faked(npu.npu_moe_distribute_dispatch_teardown, x, y, ids, info, quant_mode=quant_mode, **told)
     rows = sent[0] if sent[1].numel() == 0 else sent[0].bfloat16() * sent[1].bfloat16()[:, None]
     results = times_number(rows, sent[3], context.rank * len(sent[3]))
     results = results.t().contiguous().t() if strided else results
-    quantised, info = npu.npu_moe_distribute_combine_setup(results, ids, sent[2], comm_quant_mode=comm_quant_mode, **told)
-    out = npu.npu_moe_distribute_combine_teardown(
-        results, quantised, ids, idx, scales, info, comm_quant_mode=comm_quant_mode, **told
-    )
+    told["comm_quant_mode"] = comm_quant_mode
+    quantised, info = as_faked(npu.npu_moe_distribute_combine_setup, results, ids, sent[2], **told)
+    out = as_faked(npu.npu_moe_distribute_combine_teardown, results, quantised, ids, idx, scales, info, **told)
     return x, ids, scales, (y, idx, *sent), out
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 EXPERTS, TOKENS, HIDDEN, TOPK = 12, 6, 1024, 3
 # Results are rounded to bf16's 8 bits, and their sum once more; sums of both signs may cancel.
@@ -29,3 +31,13 @@ def times_number(rows, counts, first):
     out = torch.full(rows.shape, torch.nan, dtype=rows.dtype)  # of rows that nobody sent
     out[: len(numbers)] = rows[: len(numbers)] * numbers[:, None]
     return out
+
+
+def as_faked(call, *args, **kwargs):
+    """What the operator returns, once a fake one has been seen to have its shapes and dtypes."""
+    real = call(*args, **kwargs)
+    with FakeTensorMode() as mode:
+        args, kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        faked = call(*args, **kwargs)
+    assert [(t.shape, t.dtype) for t in tree_leaves(faked)] == [(t.shape, t.dtype) for t in tree_leaves(real)]
+    return real

@@ -18,7 +18,7 @@ from .. import _native
 from ..torch.states import attach, fake_handle, state_of
 from .domain import INFO_PER_ROW, WRONG, domain_of, dynamic_scales, message_elements, most_rows, rows_dtype
 from .groups import Group, group_of
-from .operators import dense, dtype_name, new_like, operator
+from .operators import dense, dtype_name, new_like, operator, results
 
 
 class _Posted(NamedTuple):
@@ -121,11 +121,7 @@ def _arrived(a: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-def _all(room: dict[str, Any]) -> Any:
-    return tuple(torch.empty(0) if made is None else made for made in room.values())
-
-
-@operator(fake=lambda a: _all(_arrived(a)))
+@operator(fake=lambda a: results(_arrived(a)))
 def npu_moe_distribute_dispatch_teardown(
     x: Tensor,
     y: Tensor,
@@ -170,7 +166,7 @@ def npu_moe_distribute_dispatch_teardown(
         expert_token_nums_type=expert_token_nums_type,
         **room,
     )
-    return _all(room)  # type: ignore[no-any-return]
+    return results(room)
 
 
 def _rows_to_send(a: SimpleNamespace) -> Any:

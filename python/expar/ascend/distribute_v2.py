@@ -12,7 +12,18 @@ from .. import _native
 from .._native import _ascend_Domain as Domain
 from .domain import INFO_PER_ROW, WRONG, domain_of, dynamic_scales, most_rows, rows_dtype
 from .groups import Group, group_of
-from .operators import dense, dtype_name, new_like, operator
+from .operators import dense, dtype_name, new_like, operator, results
+
+
+_DISPATCHED = (
+    "expand_x",
+    "dynamic_scales",
+    "assist_info_for_combine",
+    "expert_token_nums",
+    "ep_recv_counts",
+    "tp_recv_counts",
+    "expand_scales",
+)
 
 
 def _dispatched(a: SimpleNamespace) -> dict[str, Any]:
@@ -29,10 +40,6 @@ def _dispatched(a: SimpleNamespace) -> dict[str, Any]:
         "tp_recv_counts": a.x.new_empty(tp, dtype=torch.int32),
         "expand_scales": None if a.expert_scales is None else a.x.new_empty(rows, dtype=torch.float32),
     }
-
-
-def _all(room: dict[str, Any]) -> Any:
-    return tuple(torch.empty(0) if made is None else made for made in room.values())
 
 
 def _left(a: SimpleNamespace) -> Domain:
@@ -78,7 +85,7 @@ def _given(a: SimpleNamespace, name: str) -> bool:
     return isinstance(value, Tensor) or bool(value)
 
 
-@operator(fake=lambda a: _all(_dispatched(a)), mutates="performance_info")
+@operator(fake=lambda a: results(_dispatched(a)), mutates="performance_info")
 def npu_moe_distribute_dispatch_v2(
     x: Tensor,
     expert_ids: Tensor,
@@ -142,7 +149,7 @@ def npu_moe_distribute_dispatch_v2(
         expert_token_nums_type=expert_token_nums_type,
         **written,
     )
-    return _all(room)
+    return results(room)
 
 
 def _home(a: SimpleNamespace) -> Any:
@@ -301,14 +308,3 @@ def npu_moe_distribute_combine_add_rms_norm(
         x=x,
     )
     return y, rstd, x
-
-
-_DISPATCHED = (
-    "expand_x",
-    "dynamic_scales",
-    "assist_info_for_combine",
-    "expert_token_nums",
-    "ep_recv_counts",
-    "tp_recv_counts",
-    "expand_scales",
-)

@@ -104,6 +104,11 @@ def taken(array: Any) -> Any:
     return torch.empty(0) if array is None else torch.utils.dlpack.from_dlpack(array)
 
 
+def results(room: dict[str, Any]) -> Any:
+    """The tensors of an operator, one without elements in the place of each None."""
+    return tuple(torch.empty(0) if made is None else made for made in room.values())
+
+
 def new_like(tensor: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Room for as many elements in the same order of axes."""
     return tensor.new_empty(tensor.shape, dtype=dtype or tensor.dtype)
