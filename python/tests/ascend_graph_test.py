@@ -43,9 +43,10 @@ def compiled_and_not(layer, backend, named):
     group = npu.get_hccl_comm_name(dist.group.WORLD) if named else dist.group.WORLD
     graph = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
     eager = layer(x, ids, scales, group, None)
-    with_times = graph(x, ids, scales, group, waited)
-    without = graph(x, ids, scales, group, None)
-    return torch.equal(eager, with_times), torch.equal(eager, without), (waited >= 0).all().item()
+    same = [torch.equal(eager, graph(x, ids, scales, group, None))]
+    if layer is one_phase:
+        same += [torch.equal(eager, graph(x, ids, scales, group, waited)), waited.min().item() >= 0]
+    return all(same)
 
 
 @pytest.mark.parametrize(
@@ -54,4 +55,4 @@ def compiled_and_not(layer, backend, named):
     ids=["one_phase", "two_phases_of_a_group", "two_phases_by_inductor"],
 )
 def test_a_graph_gives_the_bytes_of_its_operators(layer, backend, named):
-    assert on_processes(2, compiled_and_not, layer, backend, named) == [(True, True, True)] * 2
+    assert on_processes(2, compiled_and_not, layer, backend, named) == [True] * 2
