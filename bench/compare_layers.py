@@ -47,7 +47,7 @@ SIZES = {
 }
 WHATS = ("forward", "step")
 TURN = 50e3  # microseconds that a turn takes at the least
-SLOW = 20e6  # who takes longer is timed once, and not with more tokens
+SLOW = 30e6  # who takes longer is timed once, and not with more tokens
 REST = 0.01  # seconds: threads of OpenMP look for work so long after they had some
 
 
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["f32", "bf16"])
     parser.add_argument("--notebook", default="", help="a file with class EPMoE in a cell, .ipynb or .md; it is run")
     parser.add_argument("--peers", nargs="+", help="only these")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of rounds, for each size and number of tokens")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of rounds, for each size and number of tokens")
     parser.add_argument("--json", help="where the rows are written")
     args = parser.parse_args()
     given = [getattr(args, name) for name in ("tokens", "hidden", "inner", "experts", "topk", "dtype")]
@@ -126,12 +126,12 @@ class Comparison:
         calls = [call for name in self.ranks for what in WHATS if (call := Call(name, what)) not in self.slow]
         first = {call: self.ranks[call.peer].results(call.what) for call in calls}
         wrong = {call: count_wrong_rows(call, task, results, wanted) for call, results in first.items()}
-        times = {call: [max(r.seconds for r in results) * 1e6] for call, results in first.items()}
-        for call, (us,) in times.items():
+        times = {c: [(max(r.seconds for r in rs) * 1e6, sum(r.cpu for r in rs) * 1e6)] for c, rs in first.items()}
+        for call, ((us, _),) in times.items():
             if us > SLOW:
                 self.slow[call] = f"took {us * 1e-6:.0f} s for {task.tokens} tokens, and was not run again"
         again = [call for call in calls if call not in self.slow]
-        times.update(self._times({call: times[call][0] for call in again}, seconds))
+        times.update(self._times({call: times[call][0][0] for call in again}, seconds))
         for call in again:
             wrong[call] += count_wrong_rows(call, task, self.ranks[call.peer].results(call.what), wanted)
         return [
@@ -145,10 +145,10 @@ class Comparison:
         for ranks in self.ranks.values():
             ranks.end()
 
-    def _times(self, cold: dict[Call, float], seconds: float) -> dict[Call, list[float]]:
-        """Microseconds, one number for each round."""
+    def _times(self, cold: dict[Call, float], seconds: float) -> dict[Call, list[tuple[float, float]]]:
+        """Microseconds, one pair for each round: passed, and of CPU time."""
         calls = {call: round(TURN / us) + 1 for call, us in cold.items()}
-        times: dict[Call, list[float]] = {call: [] for call in calls}
+        times: dict[Call, list[tuple[float, float]]] = {call: [] for call in calls}
         order, shuffled = list(times), random.Random(3)
         end, rounds = time.monotonic() + seconds, 0
         while rounds < 3 or time.monotonic() < end:
@@ -160,13 +160,21 @@ class Comparison:
         return times
 
     def _row(self, task: Task, mine: Call, ranks: int, times, wrong) -> dict[str, Any]:
-        p50 = {call: statistics.median(all_times) for call, all_times in times.items()}
+        p50 = {call: statistics.median(us for us, _ in pairs) for call, pairs in times.items()}
+        cpu = {call: statistics.median(us for _, us in pairs) for call, pairs in times.items()}
         row = {"what": f"layer_{mine.what}", "ranks": ranks, **dataclasses.asdict(task)}
-        row.update(tokens=task.total // ranks, p50_us=p50[mine], rounds=len(times[mine]), wrong=wrong[mine], peers={})
+        row.update(tokens=task.total // ranks, p50_us=p50[mine], cpu_us=cpu[mine])
+        row.update(rounds=len(times[mine]), wrong=wrong[mine], peers={})
         for call, us in p50.items():
             if call.what == mine.what and call.peer != mine.peer:
-                peer = {"p50_us": us, "ratio": us / p50[mine], "rounds": len(times[call]), "wrong": wrong[call]}
-                row["peers"][call.peer] = peer
+                row["peers"][call.peer] = {
+                    "p50_us": us,
+                    "ratio": us / p50[mine],
+                    "cpu_us": cpu[call],
+                    "cpu_ratio": cpu[call] / cpu[mine],
+                    "rounds": len(times[call]),
+                    "wrong": wrong[call],
+                }
         return row
 
 
@@ -189,7 +197,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         shape = "T {tokens} H {hidden} F {inner} E {experts} K {topk} {dtype}".format(**row)
         print(f"{row['what']}, {row['ranks']} ranks, {shape}: {row['p50_us']:.0f} us, wrong {row['wrong']}")
         for name, peer in row["peers"].items():
-            print(f"    {name:24} {peer['p50_us']:12.0f} us   ratio {peer['ratio']:7.2f}   wrong {peer['wrong']}")
+            ratios = f"ratio {peer['ratio']:7.2f}   of CPU time {peer['cpu_ratio']:7.2f}"
+            print(f"    {name:24} {peer['p50_us']:12.0f} us   {ratios}   wrong {peer['wrong']}")
 
 
 def main() -> int:

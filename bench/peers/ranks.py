@@ -33,6 +33,7 @@ class Result:
 
     parts: dict[str, Tensor]  # by name: "out", or those of Gradients
     seconds: float
+    cpu: float  # seconds of CPU time
 
 
 class Ranks:
@@ -58,11 +59,12 @@ class Ranks:
         """The tokens of all ranks, in shared memory."""
         self._ask("give", x, dout)
 
-    def turn(self, what: str, calls: int) -> float:
-        """Microseconds per call, from the first rank's start to the last one's end. A turn of several calls begins with
-        one that is not timed, because others have had the caches."""
-        times = self._ask("turn", what, calls, time.perf_counter() + _START)
-        return (max(end for _, end in times) - min(begin for begin, _ in times)) / calls * 1e6
+    def turn(self, what: str, calls: int) -> tuple[float, float]:
+        """Microseconds per call, from the first rank's start to the last one's end, and of CPU time of all ranks. A turn
+        of several calls begins with one that is not timed, because others have had the caches."""
+        turns = self._ask("turn", what, calls, time.perf_counter() + _START)
+        seconds = max(end for _, end, _ in turns) - min(begin for begin, _, _ in turns)
+        return seconds / calls * 1e6, sum(cpu for _, _, cpu in turns) / calls * 1e6
 
     def results(self, what: str) -> list[Result]:
         """Of a call of its own, from each rank."""
@@ -114,26 +116,26 @@ class _Rank:
     def give(self, x: Tensor, dout: Tensor) -> None:
         self.x, self.dout = (t.chunk(self.ranks)[self.rank] for t in (x, dout))
 
-    def turn(self, what: str, calls: int, start: float) -> tuple[float, float]:
+    def turn(self, what: str, calls: int, start: float) -> tuple[float, float, float]:
         if calls > 1:
             self._call(what)
         else:
             while time.perf_counter() < start:
                 pass
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         for _ in range(calls):
             self._call(what)
-        end = time.perf_counter()
+        end, cpu = time.perf_counter(), time.process_time() - cpu
         self.layer.forget()
-        return begin, end
+        return begin, end, cpu
 
     def result(self, what: str) -> Result:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         out = self._call(what)
-        seconds = time.perf_counter() - begin
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         parts = {"out": out} if what == "forward" else vars(self.layer.gradients())
         self.layer.forget()
-        return Result(parts, seconds)
+        return Result(parts, seconds, cpu)
 
     def _call(self, what: str) -> Optional[Tensor]:
         return self.layer.forward(self.x) if what == "forward" else self.layer.step(self.x, self.dout)
