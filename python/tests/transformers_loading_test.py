@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from processes import on_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_utils
 from transformers.utils import logging
 
@@ -78,7 +78,10 @@ def enabled(folder, **kwargs):
 
 
 def assert_same(found, wanted):
-    found, wanted = found.state_dict(), wanted.state_dict()
+    assert_same_tensors(found.state_dict(), wanted.state_dict())
+
+
+def assert_same_tensors(found, wanted):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -186,6 +189,39 @@ def test_what_some_ranks_have_saved_other_ranks_load(checkpoints, on_3):
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(checkpoints / "dense")
     on_processes(2, on_two, checkpoints, on_3[0])
+
+
+def quantized(folder):
+    """What 2 ranks have of it, and how much they read; saved again."""
+    model, read = loaded(folder)
+    model.save_pretrained(f"{folder}/saved", save_original_format=False)
+    return read, {name for name, _, _ in ep.expert_parameters(model)}, model.state_dict()
+
+
+def test_experts_in_mxfp4_are_read_by_rows_and_become_bf16(tmp_path):
+    """As openai/gpt-oss-20b is stored: 32 numbers in 16 bytes, with a scale for each 32."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+    random_model("GptOss", **sizes).to(torch.bfloat16).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, outputs, inputs // 32), dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.mlp.router"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    ranks = on_processes(2, quantized, tmp_path)
+    for name, tensor in wanted.items():
+        assert tensor.dtype == torch.bfloat16
+        parts = [state[name] for _, _, state in ranks]
+        assert torch.equal(torch.cat(parts) if name in ranks[0][1] else parts[0], tensor), name
+    dense = sum(tensor.nbytes for name, tensor in tensors.items() if "experts" not in name)
+    assert sum(read - dense for read, _, _ in ranks) == sum(t.nbytes for n, t in tensors.items() if "experts" in n)
+    assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict(), wanted)
 
 
 def odd_saves(checkpoints, out):
