@@ -59,6 +59,20 @@ def test_the_bytes_are_those_of_one_phase():
     assert on_ranks(3, both) == [(True, True)] * 3
 
 
+def test_results_may_be_written_over_once_they_are_posted():
+    def body(context):
+        x, ids, scales = sample(context)
+        told = domain(context)
+        y, idx, info = npu.npu_moe_distribute_dispatch_setup(x, ids, **told)
+        rows, _, assist, _ = npu.npu_moe_distribute_dispatch_teardown(x, y, ids, info, **told)
+        quantised, info = npu.npu_moe_distribute_combine_setup(rows, ids, assist, **told)
+        rows.zero_()
+        return x, scales, npu.npu_moe_distribute_combine_teardown(rows, quantised, ids, idx, scales, info, **told)
+
+    for x, scales, out in on_ranks(2, body):
+        torch.testing.assert_close(out.float(), x.float() * scales.sum(1, keepdim=True), **ROUNDED)
+
+
 def test_what_a_setup_leaves_goes_with_its_tensors():
     before = live_states()
     on_ranks(2, there_and_back)

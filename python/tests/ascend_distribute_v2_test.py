@@ -220,3 +220,5 @@ def test_what_one_rank_does_wrong_every_rank_is_told_and_goes_on(wrong, why):
 def test_a_group_that_nobody_knows_is_refused_by_name():
     with pytest.raises(expar.BadArgument, match="group_ep is 'world', which no process group here is called"):
         on_ranks(2, lambda c: npu.npu_moe_distribute_dispatch_v2(*sample(c)[:2], **domain(c, group_ep="world")))
+    with pytest.raises(expar.BadArgument, match="init_process_group"):
+        npu.get_hccl_comm_name()

@@ -14,7 +14,6 @@ from .domain import INFO_PER_ROW, WRONG, domain_of, dynamic_scales, most_rows, r
 from .groups import Group, group_of
 from .operators import dense, dtype_name, new_like, operator, results
 
-
 _DISPATCHED = (
     "expand_x",
     "dynamic_scales",
