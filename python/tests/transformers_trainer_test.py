@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from processes import on_processes
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ def rows(count, seed):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def trainer(kind, folder, model=None, **changes):
+def trainer(kind, folder, where=None, **changes):
     """Of ``kind`` "eager": all of it transformers', else expert-parallel."""
     options = dict(
         output_dir=folder,
@@ -52,9 +53,9 @@ def trainer(kind, folder, model=None, **changes):
     )
     settings = TrainingArguments(**{**options, **changes})
     settings.per_device_train_batch_size //= settings.world_size * settings.gradient_accumulation_steps
-    model = model or random_model("Qwen3Moe")
+    model = random_model("Qwen3Moe")
     if kind != "eager":
-        et.enable(model)
+        et.enable(model, where)
     made = (transformers.Trainer if kind == "eager" else et.Trainer)(
         model=model, args=settings, train_dataset=rows(40, 1), eval_dataset=rows(BATCH, 2)
     )
@@ -83,7 +84,7 @@ WAYS = {
     "clipped": {"max_grad_norm": 1.0},
     "not_clipped": {"max_grad_norm": 0.0, "learning_rate": 0.02},
     "accumulated": {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
+    "adamw": {"optim": "adamw_torch", "learning_rate": 1e-3},
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2},
 }
 
@@ -138,6 +139,24 @@ def resumed(folder):
     for name, parameter in et.from_pretrained(AutoModelForCausalLM, middle).named_parameters():
         assert torch.equal(held[name], parameter) and not torch.equal(parameter, parameters[name]), name
     return log
+
+
+def in_rows(folder):
+    """Two sets of all experts, each on two ranks; saves, loads and goes on."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+    log, _, _ = run("spread", folder, where=mesh, **ADAMW)
+    torch.distributed.barrier()  # all have what rank 0 has written
+    again, _, _ = run("again", folder, f"{folder}/spread/checkpoint-2", where=mesh, **ADAMW)
+    assert again == log
+    return log
+
+
+def test_replicas_of_experts_train_as_one_process(runs, tmp_path):
+    wanted = runs[0]["adamw"][0]
+    for found in on_processes(4, in_rows, tmp_path):
+        for got, want in zip(found, wanted, strict=True):
+            for name, value in want.items():
+                torch.testing.assert_close(got[name], value, **CLOSE)
 
 
 def elsewhere(kind, folder):
