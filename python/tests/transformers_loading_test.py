@@ -235,6 +235,8 @@ def odd_saves(checkpoints, out):
     error, text = here if ep.context().rank == 0 else there
     with pytest.raises(error, match=text):
         model.save_pretrained(f"{out}/file/folder")
+    with pytest.raises(expar.Unsupported, match="leave out distributed_checkpoint"):
+        model.save_pretrained(f"{out}/parts", distributed_checkpoint=True)
     # Every rank goes on.
     model.save_pretrained(f"{out}/again")
 

@@ -16,7 +16,7 @@ from transformers import modeling_utils
 from transformers.core_model_loading import revert_weight_conversion
 
 from .. import Context, all_gather, all_to_all_v, broadcast
-from ..errors import Internal
+from ..errors import Internal, Unsupported
 from .experts import find_experts, weight_names
 from .replaced import replaced
 from .streamed import bytes_of, write_safetensors
@@ -27,7 +27,8 @@ def save_whole(model: Any) -> None:
 
     It is then collective over the ranks that share them. Arguments are the same, and so are the files and tensors, as
     if one process had the whole model. Of all processes PyTorch's rank 0 writes, where its ``is_main_process`` is
-    true. What is wrong is raised there as before, and on the ranks that share experts with it as Internal.
+    true. What is wrong is raised there as before, and on the ranks that share experts with it as Internal; Unsupported
+    (distributed_checkpoint).
     Cost: rank 0 holds all experts of one module at a time, beside its own.
     """
     model.save_pretrained = MethodType(_save_pretrained, model)
@@ -62,6 +63,8 @@ def _save_pretrained(
     save_original_format: bool = True,
     **kwargs: Any,
 ) -> None:
+    if kwargs.get("distributed_checkpoint"):
+        raise Unsupported("save_pretrained writes one whole checkpoint from rank 0: leave out distributed_checkpoint")
     modules: list[tuple[str, Any]] = list(find_experts(self))
     context = modules[0][1].expar.context
     state = dict(self.state_dict() if state_dict is None else state_dict)

@@ -28,9 +28,9 @@ class TrainerMixin(_AnyTrainer):  # type: ignore[misc]
 
     A model with experts has been through enable or from_pretrained of this package before it comes here, for all ranks
     of the job; others are trained as ever. The dense part is in DistributedDataParallel, the experts are not: their
-    gradients are those of the mean loss all the same. Norms of gradients, which clipping goes by, are those of the whole model.
-    Checkpoints are those of one process: model, optimizer and all, to be resumed on any number of ranks. As passes are
-    collective, batches must be evened out, as they are unless ``accelerator_config`` says otherwise.
+    gradients are those of the mean loss all the same. Norms of gradients, which clipping goes by, are those of the
+    whole model. Checkpoints are those of one process: model, optimizer and all, to be resumed on any number of ranks.
+    As passes are collective, batches must be evened out, as they are unless ``accelerator_config`` says otherwise.
     Raises Unsupported (FSDP, DeepSpeed, uneven batches), BadArgument (a model enabled for some of the ranks only).
     """
 
