@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import on_processes
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_utils
 from transformers.utils import logging
 
 sys.path.append(os.path.join(os.path.dirname(__file__), "../../tests/python"))
@@ -172,7 +172,7 @@ def on_two(checkpoints, saved_by_3):
         AutoModelForCausalLM, f"{checkpoints}/Qwen3Moe/sharded", output_loading_info=True
     )
     assert not any(info.values())
-    with pytest.raises(expar.Unsupported, match=r"experts.down_proj in the checkpoint is \[7, 33, 40\], should hold 9"):
+    with pytest.raises(expar.BadArgument, match=r"experts.down_proj in the checkpoint is \[7, 33, 40\], should hold 9"):
         et.from_pretrained(AutoModelForCausalLM, f"{checkpoints}/GptOss/whole", num_local_experts=9)
     with pytest.raises(expar.BadArgument, match="has no experts that expar knows"):
         et.from_pretrained(AutoModelForCausalLM, f"{checkpoints}/dense")
@@ -189,6 +189,34 @@ def test_what_some_ranks_have_saved_other_ranks_load(checkpoints, on_3):
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(checkpoints / "dense")
     on_processes(2, on_two, checkpoints, on_3[0])
+
+
+def refused(folder):
+    with pytest.raises(expar.BadArgument) as raised:
+        et.from_pretrained(AutoModelForCausalLM, folder)
+    return raised.value.message
+
+
+@pytest.mark.parametrize("lost", ["0", "3", "6"])
+def test_no_expert_takes_the_place_of_one_that_the_checkpoint_lacks(checkpoints, tmp_path, lost):
+    """Wherever it is, every rank says so, those too that would not have read it."""
+    folder = tmp_path / "lacking"
+    shutil.copytree(checkpoints / "Qwen3Moe/whole", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.1.mlp.experts.{lost}.up_proj.weight"
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for text in on_processes(3, refused, folder):
+        assert text == f"the checkpoint lacks {name}: the model has experts 0 to 6"
+
+
+def test_a_checkpoint_with_more_experts_than_the_model_is_refused(checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "Qwen3Moe/whole", tmp_path / "more")
+    config = AutoConfig.from_pretrained(tmp_path / "more")
+    config.num_experts = 6
+    config.save_pretrained(tmp_path / "more")
+    for text in on_processes(2, refused, tmp_path / "more"):
+        assert "the checkpoint has model.layers.0.mlp.experts.6." in text and text.endswith("the model has experts 0 to 5")
 
 
 def quantized(folder):

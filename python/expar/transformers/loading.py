@@ -7,7 +7,7 @@ experts are sliced, and the tensors are narrowed to the slice: what belongs to o
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import defaultdict
 from typing import Any, Iterator, Optional
 
 from torch import nn
@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from ..errors import Unsupported
+from ..errors import BadArgument, Unsupported
 from ..torch.shards import Where
 from .experts import find_experts, local_experts, weight_names
 from .model import enable
@@ -34,8 +34,8 @@ def from_pretrained(model_class: Any, name: Any, *args: Any, context: Where = No
     name        : a directory or a name on the hub; safetensors in one file or many, or .bin
     context     : as for enable
     Collective as enable is. One thread of a process at a time.
-    Raises Unsupported (a way of loading that shows its checkpoint to nobody, as DeepSpeed's), and as enable and
-    model_class.from_pretrained.
+    Raises BadArgument (a checkpoint with more or fewer experts than the model, on all ranks that load it), Unsupported
+    (a way of loading that shows its checkpoint to nobody, as DeepSpeed's), and as enable and model_class.from_pretrained.
     Cost: memory of the dense parameters and of E / P experts, one layer's of them twice while it is put together.
     """
     with _enabled_on_the_way(context) as seen:
@@ -70,9 +70,9 @@ def _narrowed(model: PreTrainedModel, checkpoint: dict[str, Any], conversions: l
     parameters = model.state_dict()
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
     converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    places: Counter[tuple[str, Optional[str]]] = Counter()
+    found: defaultdict[tuple[str, Optional[str]], dict[int, str]] = defaultdict(dict)
     mine = {}
-    # In the order in which transformers stacks them.
+    # In transformers' order: what some of its renamings do depends on the names before.
     for key in sorted(checkpoint, key=dot_natural_key):
         tensor = checkpoint[key]
         target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
@@ -80,14 +80,32 @@ def _narrowed(model: PreTrainedModel, checkpoint: dict[str, Any], conversions: l
             module = experts[target]
             first, count = local_experts(module.num_experts, module.expar.context)
             if len(_shape(tensor)) == parameters[target].ndim - 1:  # one expert's
-                place = places[target, pattern]
-                places[target, pattern] += 1
-                if not first <= place < first + count:
+                _, expert, _ = _around_expert(key)
+                found[target, pattern][expert] = key
+                if not first <= expert < first + count:
                     continue
             else:
                 tensor = _rows(key, tensor, first, count, module.num_experts)
         mine[key] = tensor
+    for (target, _), names in found.items():
+        _check_experts(names, experts[target].num_experts)
     return mine
+
+
+def _around_expert(key: str) -> tuple[str, int, str]:
+    """The number of the expert in the name of its tensor, and what is before and after it."""
+    parts = key.split(".")
+    place = max(index for index, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:place]), int(parts[place]), ".".join(parts[place + 1 :])
+
+
+def _check_experts(names: dict[int, str], experts: int) -> None:
+    """transformers stacks what is there, in whose place it may be. So each rank looks at all names, also of others."""
+    before, _, after = _around_expert(next(iter(names.values())))
+    wrong = min(set(names) ^ set(range(experts)), default=None)
+    if wrong is not None:
+        verb = "has" if wrong in names else "lacks"
+        raise BadArgument(f"the checkpoint {verb} {before}.{wrong}.{after}: the model has experts 0 to {experts - 1}")
 
 
 def _shape(tensor: Any) -> list[int]:
@@ -97,7 +115,7 @@ def _shape(tensor: Any) -> list[int]:
 
 def _rows(key: str, tensor: Any, first: int, count: int, experts: int) -> Any:
     if _shape(tensor)[0] != experts:
-        raise Unsupported(f"{key} in the checkpoint is {_shape(tensor)}, should hold {experts} experts along its rows")
+        raise BadArgument(f"{key} in the checkpoint is {_shape(tensor)}, should hold {experts} experts along its rows")
     return _Rows(tensor, first, count) if hasattr(tensor, "get_shape") else tensor[first : first + count]
 
 
