@@ -27,9 +27,7 @@ class ExparLayer(Trained):
         mine = weights.of_rank(rank, ranks)
         self.packed = _make(task, mine, self.context).for_inference()
         self.layer = _make(task, mine.clone() if task.adamw else mine, self.context)
-        # Where steps end with an optimizer the router learns from all ranks' tokens.
-        self.averages = task.adamw and ranks > 1
-        self.model: nn.Module = ep.distributed_data_parallel(self.layer) if self.averages else self.layer
+        self.ranks = ranks
         super().__init__(task, self.layer.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,15 +35,21 @@ class ExparLayer(Trained):
             return self.packed(x)
 
     def train_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model(x)
-        return out, self.layer.aux_loss
+        return self.layer(x), self.layer.aux_loss
+
+    def share_gradients(self) -> None:
+        import expar
+
+        if self.ranks == 1:
+            return
+        for p in self.layer.router.parameters():
+            mine = p.grad.reshape(1, -1).clone()
+            expar.all_reduce(self.context, mine, p.grad.view(-1))
 
     def gradients(self) -> Gradients:
         experts = self.layer.experts
-        times = self.context.size if self.averages else 1  # the experts' were divided
-        return Gradients(
-            self.dx, times * norms(experts.up.grad), times * norms(experts.down.grad), self.layer.router.weight.grad
-        )
+        router = self.layer.router.weight.grad / (self.ranks if self.optimizer else 1)
+        return Gradients(self.dx, norms(experts.up.grad), norms(experts.down.grad), router)
 
 
 def _make(task: Task, mine: Weights, context) -> nn.Module:
