@@ -444,6 +444,68 @@ def test_an_error_of_one_rank_is_raised_on_all():
     assert on_processes(2, refusals_together) == [1, 1]
 
 
+def refused_by_one():
+    """Rank 1 has something wrong in its last layer."""
+    model = random_model("Qwen3Moe")
+    if ep.context().rank == 1:
+        list(find_experts(model))[-1][1].half()
+    shapes = [p.shape for p in model.parameters()]
+    refused(r"rank 1: .*gate_up_proj of Qwen3MoeExperts is torch.float16", model)
+    none = nn.Linear(1, 1) if ep.context().rank == 1 else model.float()
+    refused("rank 1: .*Linear has no experts that expar knows", none)
+    return shapes == [p.shape for p in model.parameters()] and not hasattr(first_experts(model), "expar")
+
+
+def test_what_one_rank_refuses_is_refused_on_all_and_changes_nothing():
+    assert on_processes(2, refused_by_one) == [True, True]
+
+
+class Adapted(nn.Module):
+    """Experts with an adapter, as PEFT's target_parameters wraps them."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.base_layer = experts
+        self.lora_A = nn.Linear(HIDDEN, 2)
+
+
+class Scaled(nn.Module):
+    """A parametrization."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, w):
+        return self.scale * w
+
+
+def adapted(model, way):
+    mlp = model.model.layers[1].mlp
+    if way == "wrapper":
+        mlp.experts = Adapted(mlp.experts)
+    else:
+        nn.utils.parametrize.register_parametrization(mlp.experts, "down_proj", Scaled())
+    return model
+
+
+def adapter_refusals():
+    for way, name in (("wrapper", "lora_A.weight"), ("parametrization", "parametrizations.down_proj")):
+        wanted = rf"layers.1.mlp.experts.{name}.* changes the weights of the experts model.layers.1.mlp.experts"
+        refused(wanted, adapted(random_model("Qwen3Moe"), way))
+        model = adapted(et.enable(random_model("Qwen3Moe")), way)
+        for use in (ep.average_gradients, ep.distributed_data_parallel, ep.fully_shard):
+            with pytest.raises(expar.BadArgument, match=wanted):
+                use(model)
+    elsewhere = et.enable(random_model("Qwen3Moe"))
+    elsewhere.lm_head = Adapted(elsewhere.lm_head)
+    assert any("experts" in name for name, _, _ in ep.expert_parameters(elsewhere))
+
+
+def test_adapters_of_experts_are_refused_before_and_after():
+    on_processes(2, adapter_refusals)
+
+
 @pytest.mark.parametrize("version", ["4.57.1", None])
 def test_a_release_that_is_not_supported_says_what_to_type(version, tmp_path):
     folder = tmp_path / "transformers"

@@ -94,7 +94,7 @@ def distributed_data_parallel(module: nn.Module, **kwargs: Any) -> DistributedDa
 
     Gradients are those of the mean of all ranks' losses. The process group holds whole groups of ranks that share
     experts. Replicas of experts begin with the values of the first, as dense parameters do. Collective over the process
-    group. Raises BadArgument (a process group that holds a part of the ranks that share experts).
+    group. Raises BadArgument (a process group that holds a part of the ranks that share experts; adapters of experts).
     """
     context = ranks.context(kwargs.get("process_group") or kwargs.get("device_mesh"))
     keep_experts_out(module, context, same_values=kwargs.get("init_sync", True))
@@ -148,7 +148,7 @@ def fully_shard(
     mesh : the ranks that have different tokens, in one dim or two (replicas, shards); None: all ranks
     Gradients are those of the mean of all ranks' losses. Like torch's it is called bottom-up, on blocks and then on the
     model, and all ranks begin with the same values. Collective over the mesh.
-    Raises BadArgument (a mesh that holds a part of the ranks that share experts).
+    Raises BadArgument (a mesh that holds a part of the ranks that share experts; adapters of experts).
     """
     context = ranks.context(mesh)
     ignored = set(ignored_params or ())
@@ -165,7 +165,8 @@ def average_gradients(module: nn.Module, context: Optional[Context] = None) -> N
     context : the ranks that have different tokens; None: all ranks
     Dense gradients are summed in f32 in rank order, in one exchange. A parameter that no rank has used keeps no
     gradient; one that some have used gets one on all. Collective.
-    Raises BadArgument (ranks that are a part of those that share experts; gradients that DDP or FSDP averages already).
+    Raises BadArgument (ranks that are a part of those that share experts; adapters of experts; gradients that DDP or
+    FSDP averages already).
     """
     context = context or ranks.context()
     experts = [parameter for _, parameter, _ in expert_parameters(module)]

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from .. import Communicator, Context, Parallel
+from ..errors import BadArgument
 from . import ranks
 
 Where = Union[None, Context, Communicator, Parallel, DeviceMesh, ProcessGroup]
@@ -53,12 +54,31 @@ def shard_over(where: Where) -> tuple[Context, Optional[Communicator], ExpertSha
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, ExpertShard]]:
-    """(name, parameter, shard) of every expert parameter in ``module``, in its order."""
+    """(name, parameter, shard) of every expert parameter in ``module``, in its order. Raises as refuse_adapters."""
     for prefix, child in module.named_modules():
         shard = getattr(child, "expert_shard", None)
         if shard is not None:
+            refuse_adapters(module, prefix, child)
             for name, parameter in child.named_parameters(prefix):
                 yield name, parameter, shard
+
+
+def refuse_adapters(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Raises BadArgument where weights of ``experts``, which are ``name`` in ``model``, are computed from others: by
+    torch's parametrizations, or in a wrapper that calls what it wraps base_layer, as PEFT's do.
+
+    Those others know nothing of ranks: what belongs to different experts would be averaged.
+    """
+    outer = name
+    while outer.rpartition(".")[2] == "base_layer":
+        outer = outer.rpartition(".")[0]
+    own = {id(p) for path, p in experts.named_parameters() if ".parametrizations." not in f".{path}"}
+    for path, parameter in model.get_submodule(outer).named_parameters(outer):
+        if id(parameter) not in own:
+            raise BadArgument(
+                f"{path} changes the weights of the experts {outer}, of which each rank has others: keep adapters and "
+                "parametrizations off experts (PEFT: target_parameters), elsewhere they are fine"
+            )
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -19,7 +19,12 @@ APART = frozenset({"Llama4TextExperts"})
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds experts in a way that this package knows."""
-    return type(module).__name__ in APART or all(hasattr(module, flag) for flag in FLAGS)
+    return _is_apart(module) or all(hasattr(module, flag) for flag in FLAGS)
+
+
+def _is_apart(module: nn.Module) -> bool:
+    # A parametrized module is of a class derived from its own.
+    return any(base.__name__ in APART for base in type(module).__mro__)
 
 
 def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -29,7 +34,7 @@ def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a weight is [E, inputs, outputs]."""
-    return type(module).__name__ in APART or bool(getattr(module, "is_transposed"))
+    return _is_apart(module) or bool(getattr(module, "is_transposed"))
 
 
 def weight_names(module: nn.Module) -> list[str]:
@@ -46,11 +51,22 @@ def local_experts(num_experts: int, context: Context) -> tuple[int, int]:
 def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
     """Keeps of a module with experts those of this rank: parameters [E, ...] become [L, ...], in memory of their own.
 
-    Parameters stay the same objects, so that an optimizer that has them goes on with them; gradients are dropped. What
-    is this rank's slice already stays as it is. ``module.num_experts`` stays E. Not collective.
-    Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where``
-    the module is.
+    Parameters stay the same objects, so that an optimizer made before goes on with them, unless it has stepped: its
+    state is of all experts still. Gradients are dropped. What is this rank's slice already stays as it is.
+    ``module.num_experts`` stays E. Not collective. Raises as check_experts.
     """
+    check_experts(module, context, where)
+    first, count = local_experts(module.num_experts, context)  # type: ignore[arg-type]
+    for name in weight_names(module):
+        parameter = getattr(module, name)
+        if parameter.shape[0] != count:
+            parameter.data = _part(parameter, first, count)
+            parameter.grad = None
+
+
+def check_experts(module: nn.Module, context: Context, where: str = "") -> None:
+    """Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where``
+    the module is. Not collective."""
     experts: int = module.num_experts  # type: ignore[assignment]
     first, count = local_experts(experts, context)
     wanted = weight_names(module)
@@ -77,10 +93,6 @@ def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
                 f"is {list(parameter.shape)}, should hold all {experts} experts, or the {count} of rank {context.rank} "
                 f"of {context.size}",
             )
-    for name in wanted:
-        if held[name].shape[0] != count:
-            held[name].data = _part(held[name], first, count)
-            held[name].grad = None
 
 
 def _part(whole: Tensor, first: int, count: int) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from .. import Communicator, Context, barrier
 from ..errors import BadArgument
+from ..torch.agree import told_to_all
 from ..torch.data_parallel import refuse_plain_ddp
-from ..torch.shards import ExpertShard, Where, shard_over
-from .experts import APART, find_experts, slice_experts
+from ..torch.shards import ExpertShard, Where, refuse_adapters, shard_over
+from .experts import APART, check_experts, find_experts, slice_experts
 from .forward import enabled, experts_forward
 from .generation import generate_together
 from .llama4 import block_forward
@@ -38,21 +40,15 @@ def enable(model: Model, context: Where = None) -> Model:
     the same ranks does nothing.
 
     Collective over these ranks. Raises BadArgument (no experts that this package knows; experts that it cannot compute,
-    by module and attribute; slices of experts; other ranks than before; another owner of the name "expar" among
-    transformers' experts implementations), and as expar.torch.context.
+    by module and attribute; adapters of experts; slices of experts; other ranks than before; another owner of the name "expar" among
+    transformers' experts implementations), on all these ranks and before anything has changed, and as
+    expar.torch.context.
     """
-    modules = list(find_experts(model))
-    if not modules:
-        raise BadArgument(
-            f"{type(model).__name__} has no experts that expar knows: it takes models whose experts transformers "
-            "computes through its experts implementations (Mixtral, Qwen3-MoE, DeepSeek-V3, GPT-OSS, ...), and Llama 4"
-        )
-    _register()
     ranks, slices, shard = shard_over(context)
-    if slices is not None and slices.size > 1:
-        raise BadArgument("the mesh slices experts along tp, which enable cannot: hand in a mesh of the dims dp and ep")
+    with told_to_all(ranks):
+        modules = _checked(model, ranks, slices, shard)
+    barrier(ranks)  # where one that found nothing wrong is told; before anything has changed
     for name, module in modules:
-        _check_owner(name, module, shard)
         slice_experts(module, ranks, name)
     for _, module in modules:
         module.expert_shard = shard  # type: ignore[assignment]
@@ -65,6 +61,26 @@ def enable(model: Model, context: Where = None) -> Model:
     if ranks.size > 1:
         refuse_plain_ddp(model, "expar.transformers.Trainer, or expar.torch.distributed_data_parallel(model)")
     return model
+
+
+def _checked(
+    model: nn.Module, ranks: Context, slices: Optional[Communicator], shard: ExpertShard
+) -> list[tuple[str, nn.Module]]:
+    """What find_experts finds. Raises what enable() does; the model stays as it is."""
+    modules = list(find_experts(model))
+    if not modules:
+        raise BadArgument(
+            f"{type(model).__name__} has no experts that expar knows: it takes models whose experts transformers "
+            "computes through its experts implementations (Mixtral, Qwen3-MoE, DeepSeek-V3, GPT-OSS, ...), and Llama 4"
+        )
+    if slices is not None and slices.size > 1:
+        raise BadArgument("the mesh slices experts along tp, which enable cannot: hand in a mesh of the dims dp and ep")
+    _register()
+    for name, module in modules:
+        _check_owner(name, module, shard)
+        refuse_adapters(model, name, module)
+        check_experts(module, ranks, name)
+    return modules
 
 
 def _check_owner(name: str, module: nn.Module, shard: ExpertShard) -> None:
