@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import on_processes
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_utils
 from transformers.utils import logging
 
@@ -278,3 +279,21 @@ def test_what_rank_0_cannot_write_every_rank_hears_of(checkpoints, tmp_path):
             tensor *= 2
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "given"), wanted)
 
+
+def saved_from(mesh_of, checkpoints, out):
+    """The ranks of a mesh are not in PyTorch's order. Only the main process says that it is."""
+    mesh = DeviceMesh("cpu", mesh_of, mesh_dim_names=("dp", "ep"))
+    model = et.from_pretrained(AutoModelForCausalLM, f"{checkpoints}/Qwen3Moe/whole", context=mesh)
+    model.save_pretrained(f"{out}/all")
+    model.save_pretrained(f"{out}/main", is_main_process=torch.distributed.get_rank() == 0)
+    model.save_pretrained(f"{out}/nobody", is_main_process=torch.distributed.get_rank() != 0)
+
+
+@pytest.mark.parametrize("mesh", ([[1, 0]], [[1, 0], [3, 2]], [[2, 3], [1, 0]]))
+def test_a_model_is_saved_wherever_rank_0_is_in_the_mesh(checkpoints, tmp_path, mesh):
+    on_processes(sum(map(len, mesh)), saved_from, mesh, checkpoints, tmp_path)
+    expected = checkpoints / "Qwen3Moe/whole"
+    for found in ("all", "main"):
+        for name in os.listdir(expected):
+            assert filecmp.cmp(expected / name, tmp_path / found / name, shallow=False), name
+    assert not (tmp_path / "nobody").exists()

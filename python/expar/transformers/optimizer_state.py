@@ -7,17 +7,19 @@ from typing import Any, Callable
 from torch import Tensor, nn
 
 from .experts import find_experts, local_experts
-from .saving import gather_rows
+from .saving import gather_rows, writer_of
 
 
 def whole_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
-    """optimizer.state_dict() where state that has a row for each expert has them all, on rank 0; elsewhere it has none.
+    """optimizer.state_dict() where state that has a row for each expert has them all, on PyTorch's rank 0; elsewhere it
+    is of no use.
 
     Collective over the ranks that share experts. Cost: rank 0 holds the state of all experts.
     """
+    writer = writer_of(next(module for _, module in find_experts(model)))
 
     def whole(module: Any, tensor: Tensor) -> Tensor:
-        return gather_rows(module.expar.context, tensor)
+        return tensor if writer is None else gather_rows(module.expar.context, tensor, writer)
 
     def rows(module: Any) -> int:
         return local_experts(module.num_experts, module.expar.context)[1]

@@ -1,6 +1,7 @@
 """save_pretrained of a model whose experts are spread over ranks: the checkpoint that one process would write.
 
-Rank 0 writes. When it comes to the experts of a module it asks the other ranks for theirs, and forgets them again.
+PyTorch's rank 0 writes. When it comes to the experts of a module it asks the ranks that it shares them with for theirs,
+and forgets them again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def save_whole(model: Any) -> None:
     if one process had the whole model. Of all processes PyTorch's rank 0 writes, where its ``is_main_process`` is
     true. What is wrong is raised there as before, and on the ranks that share experts with it as Internal; Unsupported
     (distributed_checkpoint).
-    Cost: rank 0 holds all experts of one module at a time, beside its own.
+    Cost: the rank that writes holds all experts of one module at a time, beside its own.
     """
     model.save_pretrained = MethodType(_save_pretrained, model)
 
@@ -39,14 +40,26 @@ def saves_whole(model: Any) -> bool:
     return getattr(getattr(model, "save_pretrained", None), "__func__", None) is _save_pretrained
 
 
-def gather_rows(context: Context, mine: Tensor) -> Tensor:
-    """All ranks' ``mine`` [n_r, ...] in their order, on rank 0; [0, ...] elsewhere. Collective."""
+def writer_of(module: Any, is_main_process: bool = True) -> Optional[int]:
+    """Which of the ranks that share these experts is PyTorch's rank 0. None: it is with a replica, or not main.
+
+    Where PyTorch knows of no ranks, it is the first of the first replica. Collective over these ranks.
+    """
+    context, replica = module.expar.context, module.expert_shard.replica
+    first = dist.get_rank() == 0 if dist.is_initialized() else context.rank == replica == 0
+    told = torch.zeros(context.size, dtype=torch.int64)
+    all_gather(context, torch.tensor([int(first and is_main_process)]), told)
+    return int(told.argmax()) if told.any() else None
+
+
+def gather_rows(context: Context, mine: Tensor, root: int) -> Tensor:
+    """All ranks' ``mine`` [n_r, ...] in their order, on rank ``root``; [0, ...] elsewhere. Collective."""
     rows = torch.zeros(context.size, dtype=torch.int64)
     all_gather(context, torch.tensor([len(mine)]), rows)
-    counts = rows.tolist() if context.rank == 0 else [0] * context.size
+    counts = rows.tolist() if context.rank == root else [0] * context.size
     whole = mine.new_empty(sum(counts), *mine.shape[1:])
     width = math.prod(mine.shape[1:]) * mine.element_size()
-    sent = [len(mine)] + [0] * (context.size - 1)
+    sent = [len(mine) if rank == root else 0 for rank in range(context.size)]
     all_to_all_v(context, _as_rows(mine, width), sent, _as_rows(whole, width), counts)
     return whole
 
@@ -67,14 +80,20 @@ def _save_pretrained(
         raise Unsupported("save_pretrained writes one whole checkpoint from rank 0: leave out distributed_checkpoint")
     modules: list[tuple[str, Any]] = list(find_experts(self))
     context = modules[0][1].expar.context
+    writer = writer_of(modules[0][1], is_main_process)
+    if writer is None:
+        return
     state = dict(self.state_dict() if state_dict is None else state_dict)
 
     def names(index: int) -> list[str]:
         prefix, module = modules[index]
         return [f"{prefix}.{name}" for name in weight_names(module)]
 
-    talk = _Talk(context, lambda index: {name: gather_rows(context, state[name]) for name in names(index)})
-    if context.rank > 0:
+    def gathered(index: int) -> dict[str, Tensor]:
+        return {name: gather_rows(context, state[name], writer) for name in names(index)}
+
+    talk = _Talk(context, writer, gathered)
+    if context.rank != writer:
         talk.answer()
         return
 
@@ -82,8 +101,6 @@ def _save_pretrained(
         return revert_weight_conversion(self, tensors) if save_original_format else tensors
 
     with talk:
-        if not is_main_process or (dist.is_initialized() and dist.get_rank() > 0):
-            return
         whole, module_of = dict(state), dict[str, int]()
         for index, (_, module) in enumerate(modules):
             absent = {name: _absent(state[name], module.num_experts) for name in names(index)}
@@ -112,20 +129,21 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Talk:
-    """Rank 0 asks for modules, all ranks then gather that one's experts, until rank 0 leaves the context.
+    """The writer asks for modules, all ranks then gather that one's experts, until the writer leaves the context.
 
-    gathered : what rank 0 gets of a module. Collective.
+    writer   : its rank
+    gathered : what it gets of a module. Collective.
     """
 
     _DONE, _FAILED = -1, -2
 
-    def __init__(self, context: Context, gathered: Callable[[int], dict[str, Tensor]]) -> None:
-        self._context, self._gathered = context, gathered
+    def __init__(self, context: Context, writer: int, gathered: Callable[[int], dict[str, Tensor]]) -> None:
+        self._context, self._writer, self._gathered = context, writer, gathered
         self._heard = True  # by the others: an error in what they do too is theirs already
 
     def ask(self, index: int) -> dict[str, Tensor]:
         self._heard = False
-        broadcast(self._context, torch.tensor([index]), 0)
+        broadcast(self._context, torch.tensor([index]), self._writer)
         got = self._gathered(index)
         self._heard = True
         return got
@@ -133,11 +151,15 @@ class _Talk:
     def answer(self) -> None:
         asked = torch.zeros(1, dtype=torch.int64)
         while True:
-            broadcast(self._context, asked, 0)
+            broadcast(self._context, asked, self._writer)
             if asked == self._DONE:
                 return
             if asked == self._FAILED:
-                raise Internal("rank 0 could not write the checkpoint, as it says", rank=0, operation="save_pretrained")
+                raise Internal(
+                    f"rank {self._writer} could not write the checkpoint, as it says",
+                    rank=self._writer,
+                    operation="save_pretrained",
+                )
             self._gathered(int(asked))
 
     def __enter__(self) -> None:
@@ -145,7 +167,7 @@ class _Talk:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._heard:
-            broadcast(self._context, torch.tensor([self._FAILED if kind else self._DONE]), 0)
+            broadcast(self._context, torch.tensor([self._FAILED if kind else self._DONE]), self._writer)
 
 
 class _Written:
