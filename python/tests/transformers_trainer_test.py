@@ -210,3 +210,16 @@ def odd_uses(folder):
 def test_what_would_go_wrong_is_refused_and_uneven_evaluation_ends(tmp_path):
     first, second = on_processes(2, odd_uses, tmp_path)
     assert first == second
+
+
+def saved_under_a_file(folder):
+    made = trainer("spread", folder)
+    with pytest.raises(expar.IoError, match="Not a directory"):
+        made.save_model(f"{folder}/file/model")
+    made.save_model(f"{folder}/model")  # every rank goes on
+
+
+def test_every_rank_hears_of_a_folder_that_rank_0_cannot_make(tmp_path):
+    (tmp_path / "file").touch()
+    on_processes(2, saved_under_a_file, tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from ..errors import Unsupported
+from ..errors import IoError, Unsupported
 from ..torch import clip_gradients, expert_parameters, ranks
+from ..torch.agree import told_to_all
 from ..torch.data_parallel import keep_experts_out
 from .experts import find_experts
 from .loading import from_pretrained
@@ -55,9 +56,26 @@ class TrainerMixin(_AnyTrainer):  # type: ignore[misc]
         return clip_gradients(self.model, max_norm)
 
     def save_model(self, output_dir: Optional[str] = None, _internal_call: bool = False) -> None:
-        if saves_whole(self.model) and not self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir)  # hands in this rank's experts
+        """As Trainer.save_model; all ranks call it, as they share the experts.
+
+        Where the folder cannot be made, all of them that share experts with rank 0 raise IoError.
+        """
+        if saves_whole(self.model):
+            folder = output_dir or self.args.output_dir
+            if self.args.should_save:
+                self._make_folder(folder)
+            else:
+                self.model.save_pretrained(folder)  # hands in this rank's experts
         super().save_model(output_dir, _internal_call)
+
+    def _make_folder(self, folder: str) -> None:
+        """What Trainer does before save_pretrained, where the others are waiting already."""
+        module: Any = next(module for _, module in find_experts(self.model))
+        with told_to_all(module.expar.context):
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as error:
+                raise IoError(str(error)) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = whole_state(self.optimizer, self.model) if self._spread() else self.optimizer.state_dict()
