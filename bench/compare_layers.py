@@ -106,6 +106,7 @@ class Comparison:
         self.weights = draw_weights(task, seed=1)
         self.ranks: dict[str, Ranks] = {}
         self.absent: dict[str, str] = {}
+        self.broken = False  # a peer that is there did not start
         self.slow: dict[Call, str] = {}
         for peer in peers:
             reason = peer.available(task)
@@ -114,6 +115,7 @@ class Comparison:
                     self.ranks[peer.name] = Ranks(peer, task, self.weights)
                     continue
                 except Failed as failed:
+                    self.broken = True
                     reason = str(failed).strip().splitlines()[-1]
                     print(failed, file=sys.stderr)
             self.absent[peer.name] = reason
@@ -213,6 +215,7 @@ def main() -> int:
         notebook_layer.peer(args.notebook),
     ]
     peers = [peer for peer in peers if args.peers is None or peer.name in args.peers]
+    broken = False
     report: dict[str, Any] = {"machine": machine(), "rows": [], "absent": {}}
     print("#", json.dumps(report["machine"]))
     for size in args.size:
@@ -227,10 +230,11 @@ def main() -> int:
             print(f"  {name}: {reason}")
         report["absent"][size] = absent
         comparison.end()
+        broken |= comparison.broken
     if args.json:
         with open(args.json, "w") as file:
             json.dump(report, file, indent=1)
-    return int(any(row["wrong"] + sum(p["wrong"] for p in row["peers"].values()) for row in report["rows"]))
+    return int(broken or any(row["wrong"] + sum(p["wrong"] for p in row["peers"].values()) for row in report["rows"]))
 
 
 if __name__ == "__main__":

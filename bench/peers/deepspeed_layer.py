@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .peer import Peer, Trained
-from .task import RANKS, Gradients, Task, Weights
+from .task import RANKS, Gradients, Task, Weights, seen
 
 
 def available(task: Task) -> str:
@@ -73,10 +73,7 @@ class DeepSpeedLayer(Trained):
         return out, loss
 
     def gradients(self) -> Gradients:
-        def norm(p: nn.Parameter) -> Tensor:
-            return p.grad.float().norm() if p.grad is not None else torch.zeros(())
-
-        up, down = (torch.stack([norm(getattr(e, name).weight) for e in self.experts]) for name in ("up", "down"))
+        up, down = (seen(getattr(e, name).weight.grad for e in self.experts) for name in ("up", "down"))
         return Gradients(self.dx, up, down, self.moe.deepspeed_moe.gate.wg.weight.grad)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .peer import Peer, Trained
-from .task import RANKS, Gradients, Task, Weights, norms
+from .task import RANKS, Gradients, Task, Weights, seen
 
 
 def available(task: Task) -> str:
@@ -49,7 +49,7 @@ class ExparLayer(Trained):
     def gradients(self) -> Gradients:
         experts = self.layer.experts
         router = self.layer.router.weight.grad / (self.ranks if self.optimizer else 1)
-        return Gradients(self.dx, norms(experts.up.grad), norms(experts.down.grad), router)
+        return Gradients(self.dx, seen(experts.up.grad), seen(experts.down.grad), router)
 
 
 def _make(task: Task, mine: Weights, context) -> nn.Module:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .peer import Peer, Trained
-from .task import RANKS, Gradients, Task, Weights, norms, scores_of
+from .task import RANKS, Gradients, Task, Weights, seen, scores_of
 
 
 def available(task: Task) -> str:
@@ -92,7 +92,7 @@ class GlooLayer(Trained):
 
     def gradients(self) -> Gradients:
         router = self.w.router.grad / (RANKS if self.optimizer else 1)
-        return Gradients(self.dx, norms(self.w.up.grad), norms(self.w.down.grad), router)
+        return Gradients(self.dx, seen(self.w.up.grad), seen(self.w.down.grad), router)
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .peer import Peer, Trained
-from .task import RANKS, Gradients, Task, Weights
+from .task import RANKS, Gradients, Task, Weights, seen
 
 CLASSES = ("MoEConfig", "PyTorchAllToAll", "EPMoE")
 _BLOCK = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -89,10 +89,7 @@ class Notebook(Trained):
         return self.model(x)
 
     def gradients(self) -> Gradients:
-        def norm(p: nn.Parameter) -> Tensor:
-            return p.grad.norm() if p.grad is not None else torch.zeros(())
-
-        up, down = (torch.stack([norm(e.net[i].weight) for e in self.model.experts]) for i in (0, 2))
+        up, down = (seen(e.net[i].weight.grad for e in self.model.experts) for i in (0, 2))
         return Gradients(self.dx, up, down, self.model.gate.module.weight.grad)
 
 

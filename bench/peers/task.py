@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
+from typing import Iterable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +74,28 @@ class Gradients:
     """What a step leaves, of one rank's tokens and experts."""
 
     dx: Tensor  # [T, H]
-    up: Tensor  # [E] f32, norms of the gradients of each expert's matrix
+    up: Tensor  # [E, VIEWS] f32, seen() of the gradients of each expert's matrix
     down: Tensor
     router: Tensor  # [E, H] f32; summed over the ranks it is the gradient of all tokens
 
 
-def norms(gradient: Tensor) -> Tensor:
-    """[E] of [E, ...]."""
-    return torch.stack([g.float().norm() for g in gradient])
+VIEWS = 8
+
+
+def seen(gradients: Iterable[Optional[Tensor]]) -> Tensor:
+    """[E, VIEWS] f32: each [N, K] gradient as u G v for VIEWS random pairs of u and v; of none, zeros.
+
+    An error of G shows in proportion, its sign and its place too, and nobody keeps whole gradients.
+    """
+    rows = []
+    for gradient in gradients:
+        if gradient is None:
+            rows.append(torch.zeros(VIEWS))
+            continue
+        drawn = torch.Generator().manual_seed(4)
+        u, v = (torch.randn(size, VIEWS, generator=drawn) for size in gradient.shape)
+        rows.append((u * (gradient.float() @ v)).sum(0))
+    return torch.stack(rows)
 
 
 def scores_of(task: Task, w: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +138,7 @@ def expected(task: Task, w: Weights, x: Tensor, dout: Tensor) -> tuple[Tensor, G
     x, dout = x.float().requires_grad_(), dout.float()
     weights, ids = scores_of(task, w, x)
     out, dx, dweights = torch.zeros_like(dout), torch.zeros_like(dout), torch.zeros_like(weights)
-    up_norms, down_norms = torch.zeros(task.experts), torch.zeros(task.experts)
+    dup, ddown = torch.zeros(task.experts, VIEWS), torch.zeros(task.experts, VIEWS)
     for e in range(task.experts):
         tokens, slots = (ids == e).nonzero(as_tuple=True)
         if len(tokens) == 0:
@@ -140,9 +154,9 @@ def expected(task: Task, w: Weights, x: Tensor, dout: Tensor) -> tuple[Tensor, G
         out.index_add_(0, tokens, weight * y)
         dweights[tokens, slots] = (y * dout[tokens]).sum(-1)
         dx.index_add_(0, tokens, rows.grad)
-        up_norms[e], down_norms[e] = up.grad.norm(), down.grad.norm()
+        dup[e], ddown[e] = seen([up.grad, down.grad])
     weights.backward(dweights)
-    return out, Gradients(dx + x.grad, up_norms, down_norms, w.router.grad)
+    return out, Gradients(dx + x.grad, dup, ddown, w.router.grad)
 
 
 def count_wrong(task: Task, got: Tensor, want: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .peer import Peer, Trained
-from .task import Gradients, Task, Weights, norms
+from .task import Gradients, Task, Weights, seen
 
 
 def available(task: Task) -> str:
@@ -54,7 +54,7 @@ class QwenBlock(Trained):
     def gradients(self) -> Gradients:
         experts = self.block.experts
         return Gradients(
-            self.dx, norms(experts.gate_up_proj.grad), norms(experts.down_proj.grad), self.block.gate.weight.grad
+            self.dx, seen(experts.gate_up_proj.grad), seen(experts.down_proj.grad), self.block.gate.weight.grad
         )
 
 

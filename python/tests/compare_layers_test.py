@@ -73,6 +73,7 @@ def test_a_token_that_went_to_another_expert_is_wrong():
     assert task.count_wrong(small, other, right) == small.total
     assert task.count_wrong(small, other_gradients.dx, gradients.dx) == small.total
     assert task.count_wrong(small, other_gradients.up, gradients.up) > 0
+    assert task.count_wrong(small, -gradients.up, gradients.up) == gradients.up.any(1).sum()
     assert task.count_wrong(small, right * float("nan"), right) == small.total
 
 
