@@ -141,3 +141,26 @@ def test_what_does_not_fit_is_named():
         call(up, down, activation="tanh")
     with pytest.raises(expar.BadArgument, match="down is torch.float64, x is f32"):
         call(up, down.double())
+    with pytest.raises(expar.BadArgument, match=r"x is \[12, 16\], down \[5, 16\]; should be \[T, H\] and \[L, H, F\]"):
+        call(up, down[..., 0])
+
+
+def test_what_one_rank_hands_in_wrongly_all_are_told_and_go_on():
+    ids, _, (x, weights, up, down) = batch("gelu", False)
+
+    def body(context):
+        def call(up, down, **changes):
+            parameters = mine(up, context), mine(down, context)
+            where = {"context": context, "experts": EXPERTS, "activation": "gelu", **changes}
+            return ep.visit_experts(x, ids, weights, *parameters, **where)
+
+        def refused(match, *changes, error=expar.BadArgument, own=expar.BadArgument, **others):
+            wrong = context.rank == 1
+            with pytest.raises(own if wrong else error, match=match):
+                call(*(changes if wrong else (up, down)), **(others if wrong else {}))
+            assert call(up, down).shape == x.shape
+
+        refused(r"^rank 1: .*down \[3, 16\]; should be", up, down[..., 0])
+        refused("out of range", up, down, error=expar.Internal, own=IndexError, first_experts=[0])
+
+    on_ranks(2, body, timeout=5)

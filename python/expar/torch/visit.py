@@ -93,11 +93,13 @@ class Visit:
         x, weights = x.detach().contiguous(), weights.detach().contiguous()
         dtype, bias = DTYPES.get(x.dtype, str(x.dtype)), parameters[2] is not None
         first = list(first_experts)
-        local = experts_of(context.rank, context.size, experts)[1]
-        if first:
-            local = first[context.rank + 1] - first[context.rank]
         with told_to_all(context):
+            if x.dim() != 2 or parameters[1].dim() != 3:
+                raise BadArgument(f"x is {list(x.shape)}, down {list(parameters[1].shape)}; should be [T, H] and [L, H, F]")
             shape = ExpertShape(x.shape[1], parameters[1].shape[2], activation=activation, bias=bias, dtype=dtype)
+            local = experts_of(context.rank, context.size, experts)[1]
+            if first:
+                local = first[context.rank + 1] - first[context.rank]
             given = _given(shape, local, *parameters)
             ids = as_int32(ids, "ids")
         plan = make_plan(context, ids, experts, first_experts=first)
