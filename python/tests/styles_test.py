@@ -287,12 +287,15 @@ def refusals():
 
 def wrong_counts():
     experts = ep.ExpertParallel().apply(weights(), init_device_mesh("cpu", (2,)))
-    counts = torch.tensor([1, 1, 0, 0, 0])
-    counts[3] = torch.distributed.get_rank()
-    with pytest.raises(expar.BadArgument, match="rank 1: dispatch: x has 2 tokens, the plan 3"):
-        experts(torch.zeros(2, HIDDEN), counts)
-    counts[3] = 0
-    assert experts(torch.zeros(2, HIDDEN), counts).shape == (2, HIDDEN)
+    x, right = torch.zeros(2, HIDDEN), torch.tensor([1, 1, 0, 0, 0])
+    for forward in (experts, torch.compile(experts, backend="aot_eager", fullgraph=True)):
+        for wrong, why in (
+            (torch.tensor([1, 1, 0, 1, 0]), "adds up to 3, routed_input has 2 rows"),
+            (right[:3], r"is \[3\], should be \[5\]: one for every expert"),
+        ):
+            with pytest.raises(expar.BadArgument, match="^rank 1: .*num_tokens_per_expert " + why):
+                forward(x, wrong if torch.distributed.get_rank() == 1 else right)
+            assert forward(x, right).shape == (2, HIDDEN)
 
 
 def test_counts_that_do_not_fit_one_rank_s_rows_are_told_to_all():

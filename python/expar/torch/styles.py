@@ -24,6 +24,8 @@ from torch.distributed.tensor.placement_types import Placement
 from .. import Context
 from ..errors import BadArgument
 from . import ranks
+from .agree import told_to_all
+from .contexts import context_of, name_of
 from .ops import Dispatched, combine, copy_over, dispatch, reduce_over
 from .shards import ExpertShard
 
@@ -163,15 +165,27 @@ def _replica(mesh: DeviceMesh) -> int:
     return int(mesh.mesh.min())
 
 
+@torch.library.custom_op("expar::experts_of_rows", mutates_args=())
+def _experts_of_rows(counts: Tensor, rows: int, experts: int, context: str) -> Tensor:
+    """[rows, 1] of rows that are sorted by expert. An operator, so that a traced rank tells the others what is wrong too."""
+    with told_to_all(context_of(context)):
+        if counts.shape != (experts,):
+            raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
+        if counts.sum() != rows:
+            raise BadArgument(f"num_tokens_per_expert adds up to {counts.sum()}, routed_input has {rows} rows")
+        return torch.arange(experts).repeat_interleave(counts)[:, None]
+
+
+@_experts_of_rows.register_fake
+def _(counts, rows, experts, context):
+    return counts.new_empty(rows, 1, dtype=torch.int64)
+
+
 def send(way: Way, x: Tensor, counts: Tensor) -> Dispatched:
     """``x`` [N, H], sorted by expert, ``counts`` [E] for each, to the experts; combine brings the results home."""
     experts = way.first[-1]
-    if counts.shape != (experts,):
-        raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
-    # Traced, they are as many as the rows; else dispatch compares the two, for all ranks.
-    size = x.shape[0] if torch.compiler.is_compiling() else None
-    ids = torch.arange(experts).repeat_interleave(counts, output_size=size)
-    return dispatch(x, ids[:, None], context=way.context, experts=experts, first_experts=way.first, slices=way.slices)
+    ids = torch.ops.expar.experts_of_rows(counts, x.shape[0], experts, name_of(way.context))
+    return dispatch(x, ids, context=way.context, experts=experts, first_experts=way.first, slices=way.slices)
 
 
 def _travel(way: Way, forward: Callable[..., Tensor], x: Tensor, counts: Tensor) -> Tensor:
