@@ -13,7 +13,7 @@ from ranks import on_ranks
 
 import expar
 from expar.torch import MoELayer
-from expar.torch.memory import recycled
+from expar.torch.memory import _Memory, recycled
 from expar.torch.states import live_states
 
 HIDDEN, INNER, TOKENS = 16, 12, 10
@@ -368,6 +368,26 @@ def test_memory_of_gradients_is_used_again_when_they_are_gone_and_not_before():
     third, fourth = recycled((16, 20), torch.float32), recycled((16, 20), torch.float32).zero_()
     assert third.data_ptr() in places and fourth.data_ptr() not in places
     assert bool((row == 1).all())
+
+
+def test_memory_that_is_kept_is_never_more_than_was_in_use_at_one_time():
+    memory = _Memory()
+
+    def use(*sizes):
+        blocks = [memory.take(size) for size in sizes]
+        places = {block.data_ptr() for block in blocks}
+        for block in blocks:
+            memory.free(block)
+        return places
+
+    for size in range(1000, 1050):
+        use(size)
+        assert memory.kept() <= size
+    first = use(1000, 500, 500)
+    assert memory.kept() == 2000
+    assert use(1000, 500, 500) == first
+    use(1600)
+    assert memory.kept() == 1600  # 400 would be left, and nothing is as small
 
 
 def test_a_layer_that_was_made_without_memory_begins_as_any_other():
