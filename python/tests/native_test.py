@@ -217,15 +217,17 @@ import expar
 
 def body(communicator):
     context = expar.Context(communicator)
-    if communicator.rank == 1:
-        time.sleep(float(sys.argv[1]))
+    if communicator.rank == 0:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    elif sys.argv[1] == "threads":
+        time.sleep(3)
+    else:
+        input()  # until rank 0 is gone
     expar.barrier(context)
 
 began = time.monotonic()
 try:
-    if os.environ.get("RANK") != "1":
-        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    if sys.argv[2] == "threads":
+    if sys.argv[1] == "threads":
         expar.run_threads(2, body)
     else:
         body(expar.init())
@@ -237,17 +239,16 @@ except expar.Error as error:
 
 
 def test_ctrl_c_ends_threads_that_wait():
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "3", "threads"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, "threads"], capture_output=True, text=True, timeout=60)
     assert "interrupted after" in done.stdout, done.stdout + done.stderr
 
 
 def test_ctrl_c_ends_a_process_that_waits_and_tells_the_others():
     environment = dict(os.environ, WORLD_SIZE="2", MASTER_PORT=str(20000 + os.getpid() % 20000))
-    command = [sys.executable, "-c", INTERRUPTED, "3", "processes"]
-    ranks = [
-        subprocess.Popen(command, env=dict(environment, RANK=str(r)), stdout=subprocess.PIPE, text=True) for r in (0, 1)
-    ]
-    first, second = (rank.communicate(timeout=60)[0] for rank in ranks)
+    command = [sys.executable, "-c", INTERRUPTED, "processes"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen(command, env=dict(environment, RANK=str(r)), **pipes) for r in (0, 1)]
+    first, second = (rank.communicate("\n", timeout=60)[0] for rank in ranks)
     assert "interrupted after" in first, first
     assert "told: rank 0: " in second and "interrupted" in second, second
 
