@@ -178,7 +178,7 @@ def test_what_cannot_be_says_what_to_do():
         refused("group_list_type is 2", expert_kwargs={"group_list_type": 2})
         refused("partition is 'whole'", partition="whole")
         refused("experts_per_token is 5", moe_config=MoEConfig(EXPERTS, 5, 2))
-        refused(f"in ep_group this is rank {context.rank} of 2", ep_rank=7)
+        refused("^rank 0: ep_rank is 7, but this is rank 0 of 2", ep_rank=7)
         refused(r"returned \[0, 8\], should be \[\d+, 8\]", expert_kernel=lambda rows, context: rows[:0])
 
     on_ranks(2, rank_main)
@@ -198,15 +198,37 @@ def test_what_one_rank_does_wrong_all_are_told_and_go_on():
         refused("^rank 1: .*quant_type is 'w8a8'", expar.Unsupported, quant_type="w8a8")
         refused(r"^rank 1: .*expert_kernel returned \[0, 8\]", expert_kernel=lambda rows, context: rows[:0])
         refused("^rank 1: .*should be float32 or bfloat16", expert_kernel=lambda rows, context: rows.double())
+        refused("^rank 1: .*ep_rank is 0, but this is rank 1 of 2", ep_rank=0)
+        refused("^rank 1: .*ep_size is 4, but this is rank 1 of 2", ep_size=4)
 
-    on_ranks(2, rank_main)
+    on_ranks(2, rank_main, timeout=5)
 
 
-def test_gathering_slices_of_different_tokens_is_told_to_all():
+def test_an_exception_of_one_rank_s_kernel_is_internal_to_the_others():
+    def kernel(rows, context):
+        raise IndexError("no such expert")
+
     def rank_main(context):
-        logits = torch.eye(TOKENS, EXPERTS) + context.rank * torch.arange(EXPERTS)
+        wrong = {"expert_kernel": kernel} if context.rank == 1 else {}
+        error, match = (IndexError, "^no such expert") if wrong else (expar.Internal, "^rank 1: .*IndexError: no such expert")
+        with pytest.raises(error, match=match):
+            call(context, **wrong)
+        assert call(context).shape == (TOKENS, HIDDEN // 2)
+
+    on_ranks(2, rank_main, timeout=5)
+
+
+@pytest.mark.parametrize("how", ["as many for each expert", "others", "fewer tokens"])
+def test_gathering_slices_of_different_tokens_is_told_to_all(how):
+    def rank_main(context):
+        logits = torch.eye(TOKENS, EXPERTS)
+        logits = {
+            "as many for each expert": logits.flip(0),
+            "others": logits + torch.arange(EXPERTS),
+            "fewer tokens": logits[:-1],
+        }[how] if context.rank == 1 else logits
         with pytest.raises(expar.Mismatch, match="all ranks of the ep group hand in the same tokens"):
-            call(context, router_logits=logits, partition="gathered")
+            call(context, hidden_states=torch.ones(len(logits), HIDDEN), router_logits=logits, partition="gathered")
         assert call(context, partition="gathered").shape == (TOKENS, HIDDEN // 2)
 
     on_ranks(2, rank_main)
@@ -322,3 +344,39 @@ def test_layouts_of_weights_that_nothing_here_has_are_refused():
         moe.fused_moe_all2all(drawn[0], drawn[2], drawn[3], weights, ids[:, :1], False, 1, 0, None)
     with pytest.raises(expar.BadArgument, match=r"should be \[7, 3\]"):
         fused_moe(drawn[0], drawn[2], drawn[3], weights, ids, 3, False, MoeMetadata())
+
+
+def test_what_one_rank_tells_fused_moe_wrongly_all_are_told_and_go_on():
+    drawn = draw(HIDDEN)
+    weights, ids = routed(drawn[1], False)
+
+    def rank_main(context):
+        tp = context.on(context.communicator.split(context.rank // 2, context.rank))
+
+        def run(topk=TOPK, down=drawn[3], **changes):
+            told = {
+                "tp_size": 2,
+                "tp_rank": tp.rank,
+                "tp_group": tp,
+                "ep_size": 4,
+                "ep_rank": context.rank,
+                "ep_group": context,
+                "moe_comm_type": MoECommType.MC2,
+            }
+            held = slice(context.rank, context.rank + 1)
+            return fused_moe(
+                drawn[0], drawn[2][held], down[held], weights, ids, topk, False, MoeMetadata(**{**told, **changes})
+            )
+
+        def refused(match, error=expar.BadArgument, own=None, **changes):
+            with pytest.raises(own if own and context.rank == 3 else error, match=match):
+                run(**(changes if context.rank == 3 else {}))
+            assert run().shape == (TOKENS, HIDDEN)
+
+        refused(r"^rank 3: .*topk_ids is \[7, 2\], should be \[7, 3\]", topk=3)
+        refused("^rank 3: .*ep_rank is 0, but this is rank 3 of 4", ep_rank=0)
+        refused("^rank 3: .*tp_rank is 0, but this is rank 1 of 2", tp_rank=0)
+        refused(r"^rank 3: .*down \[1, 16\]; should be \[T, H\] and \[L, H, F\]", down=drawn[3][..., 0])
+        refused("size of tensor", expar.Internal, RuntimeError, x_active_mask=torch.ones(6, dtype=torch.bool))
+
+    on_ranks(4, rank_main, timeout=5)

@@ -280,6 +280,8 @@ def test_what_cannot_be_is_named():
     ata = PyTorchAllToAll(config(), 0, 1)
     with pytest.raises(expar.BadArgument, match="17 tokens, max_num_tokens is 16"):
         ata.dispatch(torch.zeros(17, HIDDEN), torch.zeros(17, TOPK, dtype=torch.int64))
+    with pytest.raises(expar.BadArgument, match=r"indices \[9\]; should be \[T, H\] and \[T, K\]"):
+        ata.dispatch(torch.zeros(9, HIDDEN), torch.zeros(9, dtype=torch.int64))
     with pytest.raises(expar.BadArgument, match="got 18 rows, room is for 16: some"):
         ata.dispatch(torch.zeros(9, HIDDEN), torch.zeros(9, TOPK, dtype=torch.int64))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, NamedTuple, Optional, Protocol
+import hashlib
+from typing import Any, Callable, Mapping, NamedTuple, Optional, Protocol, Union
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import Context
+from .. import Context, all_gather
 from ..errors import BadArgument, Mismatch, Unsupported
 from ..torch.agree import told_to_all
-from ..torch.ops import Dispatched, combine, dispatch
-from ..torch.states import state_of
-from .group import Group, context_of_group
+from ..torch.ops import combine, dispatch
+from ..torch.ranks import Where, numbered
 
 PARTITIONS = ("sliced", "gathered")
 
@@ -41,7 +42,7 @@ def fused_moe_all2all(
     router_logits: Tensor,
     *,
     moe_config: Config,
-    ep_group: Group,
+    ep_group: Union[Where, Context],
     ep_rank: int,
     ep_size: int,
     expert_kernel: Callable[..., Tensor],
@@ -76,9 +77,10 @@ def fused_moe_all2all(
     are those of the sum of all ranks' losses. Collective, backward too.
     Raises BadArgument, Unsupported (a quant_type), Mismatch (gathered, and ranks route other tokens), and as
     ``expar.torch.dispatch``: the same on every rank. Another exception of the kernel is for this rank to end with.
-    Cost: each slice of a row travels once to each rank that has one of its experts, and its results once back.
+    Cost: each slice of a row travels once to each rank that has one of its experts, and its results once back; gathered,
+    also a digest of the routes.
     """
-    context = context_of_group("ep", ep_group, ep_rank, ep_size)
+    context = numbered(ep_group, ep_rank, ep_size, ("ep_rank", "ep_size"))
     kwargs = dict(expert_kwargs or {})
     with told_to_all(context):
         _check(hidden_states, router_logits, moe_config, ep_size, kwargs, quant_type, bias, partition)
@@ -87,6 +89,8 @@ def fused_moe_all2all(
 
     scores = router_logits.float()
     weights, ids = (scores.softmax(-1) if normalize_router_logits else scores).topk(moe_config.experts_per_token)
+    if partition == "gathered":
+        _require_same(context, ids)
     on_input = apply_router_weight_on_input
     sent = dispatch(
         hidden_states[:, columns],
@@ -100,7 +104,7 @@ def fused_moe_all2all(
         if partition == "sliced":
             results = _run(expert_kernel, kwargs, rows, sent.counts)
         else:
-            slices = _slices(context, sent)
+            slices = _slices(context.size, sent.counts)
             whole = rows[slices.of_row].flatten(1)
             results = _run(expert_kernel, kwargs, whole, slices.counts)
             results = results.view(-1, width)[slices.of_row.flatten().argsort()]
@@ -129,20 +133,26 @@ class _Slices(NamedTuple):
     counts: Tensor  # [L] whole rows of each local expert
 
 
-def _slices(context: Context, sent: Dispatched) -> _Slices:
-    """Of the rows of an expert, those of rank 0 stand before those of rank 1: its slices 0, then its slices 1."""
-    of_ranks = state_of(sent.handle).plan.counts.reshape(context.size, -1)
-    for rank, others in enumerate(of_ranks):
-        if not (others == of_ranks[0]).all():
+def _require_same(context: Context, ids: Tensor) -> None:
+    """Collective."""
+    mine = np.frombuffer(hashlib.sha256(ids.numpy().tobytes()).digest(), np.int32)[None]
+    digests = np.empty((context.size, mine.shape[1]), np.int32)
+    all_gather(context, mine, digests)
+    for rank, digest in enumerate(digests):
+        if (digest != digests[0]).any():
             raise Mismatch(
                 f"ranks 0 and {rank} send their tokens to other experts: with partition='gathered' all ranks of the ep "
                 "group hand in the same tokens"
             )
-    counts = sent.counts // context.size
+
+
+def _slices(size: int, counts: Tensor) -> _Slices:
+    """Of the rows of an expert, those of rank 0 stand before those of rank 1: its slices 0, then its slices 1."""
+    counts = counts // size
     each = counts.repeat_interleave(counts)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    first = starts * (context.size - 1) + torch.arange(len(each))
-    return _Slices(first[:, None] + each[:, None] * torch.arange(context.size), counts)
+    first = starts * (size - 1) + torch.arange(len(each))
+    return _Slices(first[:, None] + each[:, None] * torch.arange(size), counts)
 
 
 def _check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch import Tensor
 from .. import Context, all_gather
 from ..errors import BadArgument, Unsupported
 from ..torch.agree import told_to_all
-from ..torch.ranks import alone
+from ..torch.ranks import Where, alone, numbered
 from ..torch.visit import visit_experts
-from .group import Group, context_of_group
+
+
+Group = Union[Where, Context]
 
 
 class MoECommType(enum.Enum):
@@ -78,7 +80,7 @@ def fused_moe_all2all(
     sum of all ranks' losses. Collective over ep_group, backward too. Raises BadArgument, Unsupported (a chunked layout),
     and as ``expar.torch.visit_experts``, which has its cost.
     """
-    context = context_of_group("ep", ep_group, ep_rank, ep_size)
+    context = _ep(ep_group, ep_rank, ep_size)
     return _experts(
         context,
         hidden_states,
@@ -113,38 +115,48 @@ def fused_moe(
     For inference where tp_size is more than 1. Collective over ep_group and tp_group. Raises: as fused_moe_all2all.
     """
     m = moe_metadata
-    weights = gate_up_weights, down_weights
-    if topk_ids.shape[-1] != topk:
-        raise BadArgument(f"topk_ids is {list(topk_ids.shape)}, should be [{hidden_states.shape[0]}, {topk}]")
-    if m.ep_size <= 1:
-        return _experts(
-            alone(), hidden_states, *weights, topk_weights, topk_ids, renormalize, layout=chunked_moe_layout
-        )
-    tokens = hidden_states.shape[0]
-    each = -(-(tokens + m.pad_size) // m.tp_size)
-    share = slice(min(m.tp_rank * each, tokens), min((m.tp_rank + 1) * each, tokens))
-    x = hidden_states[share]
-    routes = share if topk_ids.shape[0] == tokens else slice(0, x.shape[0])
-    ids = topk_ids[routes]
-    if m.moe_comm_type.name == "MC2" and m.x_active_mask is not None:
-        ids = ids.masked_fill(~m.x_active_mask[share, None], -1)
-    mine = fused_moe_all2all(
+    here = m.ep_size <= 1
+    context = alone() if here else _ep(m.ep_group, m.ep_rank, m.ep_size)
+    x, weights, ids, tp = hidden_states, topk_weights, topk_ids, None
+    if not here and m.tp_size > 1:
+        tp = numbered(m.tp_group, m.tp_rank, m.tp_size, ("tp_rank", "tp_size"), among=context)
+    with told_to_all(context):
+        if ids.shape[-1] != topk:
+            raise BadArgument(f"topk_ids is {list(ids.shape)}, should be [{x.shape[0]}, {topk}]")
+        if not here:
+            x, weights, ids = _share(m, x, weights, ids)
+    mine = _experts(
+        context,
         x,
-        *weights,
-        topk_weights[routes],
+        gate_up_weights,
+        down_weights,
+        weights,
         ids,
         renormalize,
-        m.ep_size,
-        m.ep_rank,
-        m.ep_group,
-        m.expert_ids_per_ep_rank,
+        None if here else m.expert_ids_per_ep_rank,
         chunked_moe_layout,
     )
-    if m.tp_size == 1:
+    if tp is None:
         return mine
     out = torch.empty_like(hidden_states)
-    all_gather(context_of_group("tp", m.tp_group, m.tp_rank, m.tp_size), mine, out)
+    all_gather(tp, mine, out)
     return out
+
+
+def _ep(group: Group, rank: int, size: int) -> Context:
+    return numbered(group, rank, size, ("ep_rank", "ep_size"))
+
+
+def _share(m: MoeMetadata, x: Tensor, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What of them this rank of tp_group computes."""
+    tokens = x.shape[0]
+    each = -(-(tokens + m.pad_size) // m.tp_size)
+    share = slice(min(m.tp_rank * each, tokens), min((m.tp_rank + 1) * each, tokens))
+    routes = share if ids.shape[0] == tokens else slice(0, x[share].shape[0])
+    ids = ids[routes]
+    if m.moe_comm_type.name == "MC2" and m.x_active_mask is not None:
+        ids = ids.masked_fill(~m.x_active_mask[share, None], -1)
+    return x[share], weights[routes], ids
 
 
 def _experts(

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import Communicator, Context, Job, Parallel, default_timeout, init, join
 from ..errors import BadArgument, Timeout
+from .agree import told_to_all
 
 Where = Union[None, dist.ProcessGroup, DeviceMesh]
 
@@ -74,6 +75,32 @@ def alone() -> Context:
     if process not in _alone:
         _alone[process] = Context(join(Job("alone", secrets.token_hex(16), 0, 1, 0, 1)))
     return _alone[process]
+
+
+def numbered(
+    where: Union[Where, Context],
+    rank: Optional[int],
+    size: Optional[int],
+    names: tuple[str, str] = ("rank", "world_size"),
+    among: Optional[Context] = None,
+) -> Context:
+    """context(where) for a call that also says which rank this is and of how many; None: it does not say.
+
+    where : may be a Context, as it is. None of size 1: this process alone
+    names : what the call calls rank and size
+    among : who are told what is wrong, where these ranks are some of those who meet next; None: these ranks
+    Collective over the ranks, where they are new. Raises BadArgument (a rank or a size that is not theirs: on all who are
+    told).
+    """
+    if isinstance(where, Context):
+        found = where
+    else:
+        found = alone() if where is None and size == 1 else context(where)
+    with told_to_all(among or found):
+        for name, given, own in zip(names, (rank, size), (found.rank, found.size)):
+            if given not in (None, own):
+                raise BadArgument(f"{name} is {given}, but this is rank {found.rank} of {found.size}")
+    return found
 
 
 def parallel(mesh: DeviceMesh, *, threads: int = 0, timeout: Optional[float] = None) -> Parallel:

@@ -12,25 +12,13 @@ from torch import Tensor
 
 import expar.torch as ep
 from expar.torch.agree import told_to_all
+from expar.torch.ranks import numbered
 
-from .. import Context
 from ..errors import BadArgument
 from .config import MoEConfig, keep_within
 
 # Smaller numbers have the bits of a finite float32.
 _NUMBERS = 0x7F800000
-
-
-def context_for(rank: Optional[int], world_size: Optional[int]) -> Context:
-    """The ranks of torchrun or of the process group; of a world of 1, this one alone. Collective.
-
-    Raises BadArgument (a rank or world size that is not theirs).
-    """
-    context = ep.alone() if world_size == 1 else ep.context()
-    for what, given, own in (("rank", rank, context.rank), ("world_size", world_size, context.size)):
-        if given not in (None, own):
-            raise BadArgument(f"{what} is {given}, but this is rank {context.rank} of {context.size}")
-    return context
 
 
 class PyTorchAllToAll:
@@ -43,7 +31,7 @@ class PyTorchAllToAll:
 
         Raises BadArgument (ranks that cannot hold as many experts each; buffers too large to number their rows).
         """
-        self.context = context_for(rank, world_size)
+        self.context = numbered(None, rank, world_size)
         self.cfg = cfg
         self.rank, self.world_size = self.context.rank, self.context.size
         if cfg.num_experts % self.world_size != 0:
@@ -63,8 +51,11 @@ class PyTorchAllToAll:
         Differentiable in dp_x. Collective, backward too: the loss of a rank that got no rows uses expert_x as well.
         Raises BadArgument (too many tokens), and as expar.torch.dispatch.
         """
-        cfg, (tokens, topk) = self.cfg, indices.shape
+        cfg = self.cfg
         with told_to_all(self.context):
+            if indices.dim() != 2 or indices.shape[0] != dp_x.shape[0]:
+                raise BadArgument(f"dp_x is {list(dp_x.shape)}, indices {list(indices.shape)}; should be [T, H] and [T, K]")
+            tokens, topk = indices.shape
             if tokens > cfg.max_num_tokens:
                 raise BadArgument(f"{tokens} tokens, max_num_tokens is {cfg.max_num_tokens}: raise it")
         places = torch.arange(tokens * topk, dtype=torch.int32) + self.rank * cfg.max_num_tokens * topk
