@@ -58,7 +58,7 @@ def in_bf16():
     context, found = ep.context(), {}
     for family in FAMILIES:
         if family == "Llama4":
-            continue  # its experts take no ids
+            continue  # its experts take no ids: see below
         module = first_experts(et.enable(random_model(family).bfloat16()))
         x, ids, weights = (part(t, context.rank, context.size) for t in routes(module.num_experts))
         with torch.no_grad():
@@ -240,20 +240,19 @@ def test_experts_of_any_layout_and_gate_give_what_transformers_gives():
             torch.testing.assert_close(one, other, rtol=0, atol=200 * 2**-24 * other.abs().max(), msg=str(kind))
 
 
-def with_weights_for_all():
+def with_slots_left_out():
     module = et.enable(experts_of_its_own())
     x, ids, weights = routes(EXPERTS)
-    whole = torch.zeros(TOKENS, EXPERTS).scatter(1, ids, weights)
     left_out = ids.clone()
     left_out[:, 0] = -1
-    return (
-        torch.equal(module(x, ids, whole), module(x, ids, weights)),
-        torch.equal(module(x, left_out, weights), module(x, ids, weights * torch.tensor([0.0, 1, 1]))),
-    )
+    for_all = torch.zeros(TOKENS, EXPERTS).scatter(1, ids, weights)
+    with pytest.raises(expar.BadArgument, match=r"weights"):
+        module(x, ids, for_all)
+    return torch.equal(module(x, left_out, weights), module(x, ids, weights * torch.tensor([0.0, 1, 1])))
 
 
-def test_weights_may_be_those_of_all_experts_and_slots_may_be_left_out():
-    assert on_processes(1, with_weights_for_all) == [(True, True)]
+def test_slots_may_be_left_out_and_weights_of_all_experts_are_refused():
+    assert on_processes(1, with_slots_left_out) == [True]
 
 
 # Around a model
@@ -360,6 +359,40 @@ def test_a_copy_has_weights_of_its_own_and_a_second_call_does_nothing():
     assert on_processes(2, copied) == [(True, True, True)] * 2
 
 
+# generate
+
+
+WAYS = {
+    "static cache": dict(cache_implementation="static"),
+    "no cache": dict(use_cache=False),
+    "sampling": dict(do_sample=True, top_k=10),
+    "beams": dict(num_beams=3),
+    "beams in a static cache": dict(num_beams=2, cache_implementation="static"),
+}
+
+
+def generated(model, rank, way):
+    """Prompts and completions of lengths that differ per rank."""
+    torch.manual_seed(rank)
+    ids = torch.randint(VOCABULARY, (2, 3 + 2 * rank))
+    more = 4 + 9 * rank
+    options = {"do_sample": False, "max_new_tokens": more, "min_new_tokens": more, "pad_token_id": 0, **WAYS[way]}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options).tolist()
+
+
+def generated_together(family):
+    model, rank = et.enable(random_model(family)), ep.context().rank
+    return [generated(model, rank, way) for way in WAYS]
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+def test_a_rank_that_has_its_tokens_takes_part_in_any_way_to_generate(family):
+    model = random_model(family)
+    for rank, found in enumerate(on_processes(2, generated_together, family)):
+        for way, tokens in zip(WAYS, found):
+            assert tokens == generated(model, rank, way), way
+
+
 # Memory
 
 
@@ -438,6 +471,26 @@ def refusals_together():
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ep", "tp"))
     refused("slices experts along tp", random_model("Mixtral"), mesh)
     return error.value.rank
+
+
+def dtype_refusals():
+    context = ep.context()
+    ids = sequences(context.rank, context.size)
+    for family in ("Qwen3Moe", "GptOss", "Llama4"):
+        model = et.enable(random_model(family))
+        wanted = "rank 1: .*layers.0.*experts of .*Experts is to compute in torch.float16, .*: "
+        with torch.autocast("cpu", torch.float16 if context.rank == 1 else torch.bfloat16):
+            with pytest.raises(expar.BadArgument, match=wanted + "autocast to torch.bfloat16"):
+                model(ids)
+        if context.rank == 1:
+            model.half()
+        with pytest.raises(expar.BadArgument, match=wanted + r"call model.to\(torch.bfloat16\)"):
+            model(ids)
+        model.bfloat16()(ids)
+
+
+def test_a_dtype_of_one_rank_that_is_not_computed_with_is_refused_on_all():
+    on_processes(2, dtype_refusals)
 
 
 def test_an_error_of_one_rank_is_raised_on_all():

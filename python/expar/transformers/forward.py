@@ -12,6 +12,8 @@ from transformers.integrations.moe import _default_apply_gate
 from .. import Context
 from ..errors import BadArgument
 from ..torch import activate, combine, dispatch, grouped_mm, visit_experts
+from ..torch.agree import told_to_all
+from ..torch.ops import DTYPES
 from .experts import is_transposed, weight_names
 
 # transformers' activations in a gate, and alone, by the names of expar's kernels.
@@ -28,6 +30,7 @@ PLAIN = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "Re
 class Enabled:
     """``module.expar``: how a module with experts is computed."""
 
+    name: str  # of the module in its model
     context: Context
     weights: list[str]  # the parameters' names, as weight_names() has them
     transposed: bool
@@ -38,11 +41,11 @@ class Enabled:
         return self  # copies of a model live on the same ranks
 
 
-def enabled(module: nn.Module, context: Context) -> Enabled:
-    """How ``module`` is to be computed on the ranks of ``context``."""
+def enabled(name: str, module: nn.Module, context: Context) -> Enabled:
+    """How ``module``, ``name`` in its model, is to be computed on the ranks of ``context``."""
     transposed, activation = is_transposed(module), _kernel_of(module)
     visits = activation != "" and not transposed and getattr(module, "is_concatenated", True)
-    return Enabled(context, weight_names(module), transposed, activation, visits)
+    return Enabled(name, context, weight_names(module), transposed, activation, visits)
 
 
 def _kernel_of(module: nn.Module) -> str:
@@ -63,14 +66,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     self          : a module with experts that enable() has seen
     hidden_states : [T, H] this rank's tokens; T may differ per rank and be 0
     top_k_index   : [T, K] integers in [-1, E); -1 is not routed
-    top_k_weights : [T, K], or [T, E] of which the chosen are taken
+    top_k_weights : [T, K]
     Summed in f32 in the order of slots, rounded once. Differentiable in the tokens, the weights and the experts.
     Collective, backward too: each rank makes the same number of passes. Raises as expar.torch.dispatch, the same on
     every rank (ids that are E, as in transformers' own expert parallelism, among them); BadArgument (a module that
-    enable() has not seen).
+    enable() has not seen; a dtype that expar does not compute with).
     """
-    if top_k_weights.shape != top_k_index.shape:
-        top_k_weights = top_k_weights.gather(1, top_k_index.clamp(min=0))
     return travel(self, hidden_states, top_k_index, top_k_weights.float(), before=False)
 
 
@@ -83,7 +84,10 @@ def travel(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, *, before
             "expar.transformers.enable(model), or give the model a config of its own"
         )
     experts: int = module.num_experts  # type: ignore[assignment]
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else getattr(module, "down_proj").dtype
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else getattr(module, "down_proj").dtype
+    if dtype not in DTYPES:
+        _refuse_dtype(module, way, dtype, autocast)
     context, rows = way.context, x.to(dtype)
     up, down, *biases = (getattr(module, name).to(dtype) for name in way.weights)
     if way.visits and not before:
@@ -97,6 +101,14 @@ def travel(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor, *, before
     h = _act(module, way, _linear(way, rows, up, up_bias, sent.counts))
     y = _linear(way, h, down, down_bias, sent.counts)
     return combine(y, sent, None if before else weights).to(x.dtype)
+
+
+def _refuse_dtype(module: nn.Module, way: Enabled, dtype: torch.dtype, autocast: bool) -> None:
+    with told_to_all(way.context):
+        raise BadArgument(
+            f"{way.name} of {type(module).__name__} is to compute in {dtype}, expar computes in float32 or bfloat16: "
+            + ("autocast to torch.bfloat16" if autocast else "call model.to(torch.bfloat16)")
+        )
 
 
 def _linear(way: Enabled, x: Tensor, w: Tensor, bias: Optional[Tensor], counts: Tensor) -> Tensor:

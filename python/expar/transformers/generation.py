@@ -1,4 +1,4 @@
-"""``generate`` over ranks: passes are collective, so a rank that has its tokens goes on until all have theirs."""
+"""``generate`` over ranks: passes are collective, so a rank that has its tokens takes part until all have theirs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,19 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _has_unfinished_sequences(self: Any, this_peer_finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Where this rank has finished it returns once all have: False."""
     if not synced_gpus:
         return not this_peer_finished
-    unfinished = torch.empty(1)
-    all_reduce(self.expar_ranks.context, torch.tensor([[0.0 if this_peer_finished else 1.0]]), unfinished)
-    return bool(unfinished > 0)
+    unfinished = _any(self.expar_ranks.context, not this_peer_finished)
+    while unfinished and this_peer_finished:
+        # The others' next pass, of a token that does not count: this rank's own cache may be full.
+        self(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+        unfinished = _any(self.expar_ranks.context, False)
+    return unfinished
+
+
+def _any(context: Context, mine: bool) -> bool:
+    """Whether it is so on some rank. Collective."""
+    found = torch.empty(1)
+    all_reduce(context, torch.tensor([[float(mine)]]), found)
+    return bool(found > 0)

@@ -50,9 +50,9 @@ def enable(model: Model, context: Where = None) -> Model:
     barrier(ranks)  # where one that found nothing wrong is told; before anything has changed
     for name, module in modules:
         slice_experts(module, ranks, name)
-    for _, module in modules:
+    for name, module in modules:
         module.expert_shard = shard  # type: ignore[assignment]
-        module.expar = enabled(module, ranks)  # type: ignore[assignment]
+        module.expar = enabled(name, module, ranks)  # type: ignore[assignment]
     _select(model, [module for _, module in modules])
     if ranks.size > 1 and hasattr(model, "generate"):
         generate_together(model, ranks)
