@@ -28,6 +28,7 @@ import expar
 import expar.torch as ep
 import expar.transformers as et
 from expar.transformers.experts import find_experts
+from expar.transformers.forward import travel
 
 TOKENS, EXPERTS = 10, 5
 
@@ -57,13 +58,21 @@ def in_bf16():
     """Each family's experts on this rank's part of the tokens."""
     context, found = ep.context(), {}
     for family in FAMILIES:
-        if family == "Llama4":
-            continue  # its experts take no ids: see below
         module = first_experts(et.enable(random_model(family).bfloat16()))
         x, ids, weights = (part(t, context.rank, context.size) for t in routes(module.num_experts))
         with torch.no_grad():
-            found[family] = module(x.bfloat16(), ids, weights.bfloat16())
+            found[family] = weighed(module, x.bfloat16(), ids, weights.bfloat16())
     return found
+
+
+def weighed(module, x, ids, weights):
+    """Llama 4's experts take no ids, but every token as weighed for each of them."""
+    if type(module).__name__ != "Llama4TextExperts":
+        return module(x, ids, weights)
+    if hasattr(module, "expar"):
+        return travel(module, x, ids, weights.float(), before=True)
+    for_all = torch.zeros(len(x), module.num_experts).scatter(1, ids, weights)
+    return module((for_all.T[:, :, None] * x).flatten(0, 1)).view(module.num_experts, *x.shape).sum(0)
 
 
 def test_experts_compute_in_bf16_as_in_f32_but_for_roundings():
@@ -72,7 +81,7 @@ def test_experts_compute_in_bf16_as_in_f32_but_for_roundings():
         module = first_experts(random_model(family).bfloat16().float())
         x, ids, weights = routes(module.num_experts)
         with torch.no_grad():
-            wanted = module(x.bfloat16().float(), ids, weights.bfloat16().float())
+            wanted = weighed(module, x.bfloat16().float(), ids, weights.bfloat16().float())
         got = torch.cat([rank[family] for rank in found])
         assert got.dtype == torch.bfloat16
         # 2^-9 of a number's size where the up product, its bias, the gate, the down product, its bias and the sum are
@@ -238,6 +247,43 @@ def test_experts_of_any_layout_and_gate_give_what_transformers_gives():
         for one, other in zip(got, [*wanted[:3], *wanted[3].values()]):
             # Sums of some hundreds of products in f32, in another order.
             torch.testing.assert_close(one, other, rtol=0, atol=200 * 2**-24 * other.abs().max(), msg=str(kind))
+
+
+def bytes_of_all_kinds():
+    context, found = ep.context(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in KINDS:
+            module = et.enable(experts_of_its_own(**kind).to(dtype))
+            x, ids, weights = (part(t, context.rank, context.size) for t in routes(EXPERTS))
+            x = x.to(dtype).requires_grad_()
+            out = module(x, ids, weights)
+            (out * torch.linspace(0, 1, HIDDEN)).sum().backward()
+            found.append((out.detach(), x.grad, *(p.grad for p in module.parameters())))
+    return found
+
+
+def test_experts_of_any_layout_and_gate_give_the_same_bytes_on_any_number_of_ranks():
+    (wanted,) = on_processes(1, bytes_of_all_kinds)
+    for ranks in (2, 3):
+        for i, rows in enumerate(zip(*on_processes(ranks, bytes_of_all_kinds))):
+            for got, one in zip(map(torch.cat, zip(*rows)), wanted[i]):
+                assert torch.equal(got, one), (ranks, KINDS[i % len(KINDS)])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.get("act") in ("mish", "tanh") or "gate" in kind])
+def test_threads_of_torch_change_no_bytes(kind):
+    module = et.enable(experts_of_its_own(**kind), ep.alone())
+    x, ids, weights = routes(EXPERTS, tokens=1100)  # 3300 rows, of 33 or 66 columns: more than torch gives one thread
+    threads = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            torch.set_num_threads(1)
+            wanted = torch.cat([module(*(t[at] for t in (x, ids, weights))) for at in (slice(7), slice(7, None))])
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(module(x, ids, weights), wanted), count
+    finally:
+        torch.set_num_threads(threads)
 
 
 def with_slots_left_out():

@@ -25,6 +25,9 @@ GATED = {
 }
 PLAIN = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "ReLUSquaredActivation": "relu2"}
 
+# Of torch's elementwise kernels: elements of two of the widest vectors, bf16 in AVX-512; at::internal::GRAIN_SIZE.
+LANES, GRAIN = 64, 32768
+
 
 @dataclass(frozen=True)
 class Enabled:
@@ -125,5 +128,23 @@ def _act(module: nn.Module, way: Enabled, pre: Tensor) -> Tensor:
             pre = pre.view(len(pre), pre.shape[1] // 2, 2).transpose(1, 2).flatten(1)
         return activate(pre, way.activation, context=way.context)
     act = module._apply_gate if getattr(module, "has_gate", True) else module.act_fn
-    h: Tensor = act(pre)  # type: ignore[operator]
-    return h
+    more = _even_rows(*pre.shape) - len(pre)
+    h: Tensor = act(torch.nn.functional.pad(pre, (0, 0, 0, more)) if more else pre)  # type: ignore[operator]
+    return h[: len(pre)]
+
+
+def _even_rows(rows: int, columns: int) -> int:
+    """As many rows or more, of which torch computes each to the same bytes whatever their number.
+
+    torch's elementwise kernels end on single elements, which they round otherwise, where a thread's part is no multiple
+    of two vectors. Threads share what is larger than a grain, as many as there are grains, evenly.
+    """
+    threads = torch.get_num_threads()
+    if _up(rows, LANES) * columns <= GRAIN or threads == 1:
+        return _up(rows, LANES)
+    narrowest = max(1, columns // 2)  # a gate's result
+    return _up(max(rows, -(-threads * GRAIN // narrowest)), LANES * threads)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
