@@ -65,8 +65,8 @@ def slice_experts(module: nn.Module, context: Context, where: str = "") -> None:
 
 
 def check_experts(module: nn.Module, context: Context, where: str = "") -> None:
-    """Raises BadArgument (weights that are no experts, or of a dtype that expar does not compute with), naming ``where``
-    the module is. Not collective."""
+    """Raises BadArgument, naming ``where`` the module is: weights that are no experts, or of a dtype that expar does not
+    compute with. Not collective."""
     experts: int = module.num_experts  # type: ignore[assignment]
     first, count = local_experts(experts, context)
     wanted = weight_names(module)

@@ -40,8 +40,8 @@ def enable(model: Model, context: Where = None) -> Model:
     the same ranks does nothing.
 
     Collective over these ranks. Raises BadArgument (no experts that this package knows; experts that it cannot compute,
-    by module and attribute; adapters of experts; slices of experts; other ranks than before; another owner of the name "expar" among
-    transformers' experts implementations), on all these ranks and before anything has changed, and as
+    by module and attribute; adapters of experts; slices of experts; other ranks than before; another owner of the name
+    "expar" among transformers' experts implementations), on all these ranks and before anything has changed, and as
     expar.torch.context.
     """
     ranks, slices, shard = shard_over(context)
