@@ -77,8 +77,8 @@ def fused_moe_all2all(
     are those of the sum of all ranks' losses. Collective, backward too.
     Raises BadArgument, Unsupported (a quant_type), Mismatch (gathered, and ranks route other tokens), and as
     ``expar.torch.dispatch``: the same on every rank. Another exception of the kernel is for this rank to end with.
-    Cost: each slice of a row travels once to each rank that has one of its experts, and its results once back; gathered,
-    also a digest of the routes.
+    Cost: each slice of a row travels once to each rank that has one of its experts, and its results once back;
+    gathered, also a digest of the routes.
     """
     context = numbered(ep_group, ep_rank, ep_size, ("ep_rank", "ep_size"))
     kwargs = dict(expert_kwargs or {})

@@ -13,8 +13,8 @@ from ..errors import Error
 def told_to_all(context: Context) -> Iterator[None]:
     """An exception that is raised inside, every rank raises where they meet next, this one here.
 
-    One that is no expar.Error stays what it is on this rank; the others raise Internal. For what is not collective itself
-    and comes before something that is, of this context. The communicator stays usable.
+    One that is no expar.Error stays what it is on this rank; the others raise Internal. For what is not collective
+    itself and comes before something that is, of this context. The communicator stays usable.
     """
     try:
         yield

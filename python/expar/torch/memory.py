@@ -62,8 +62,8 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """torch.empty(shape, dtype=dtype); when the tensor and all its views are gone, the next one of that size gets its
     memory.
 
-    The first touch of fresh pages takes longer than most passes over them, and gradients are freed in every step. As much
-    as was in use at one time stays with the process.
+    The first touch of fresh pages takes longer than most passes over them, and gradients are freed in every step. As
+    much as was in use at one time stays with the process.
     """
     size = math.prod(shape) * dtype.itemsize
     if size == 0:

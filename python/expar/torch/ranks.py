@@ -89,8 +89,8 @@ def numbered(
     where : may be a Context, as it is. None of size 1: this process alone
     names : what the call calls rank and size
     among : who are told what is wrong, where these ranks are some of those who meet next; None: these ranks
-    Collective over the ranks, where they are new. Raises BadArgument (a rank or a size that is not theirs: on all who are
-    told).
+    Collective over the ranks, where they are new. Raises BadArgument (a rank or a size that is not theirs: on all who
+    are told).
     """
     if isinstance(where, Context):
         found = where

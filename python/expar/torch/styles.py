@@ -167,10 +167,12 @@ def _replica(mesh: DeviceMesh) -> int:
 
 @torch.library.custom_op("expar::experts_of_rows", mutates_args=())
 def _experts_of_rows(counts: Tensor, rows: int, experts: int, context: str) -> Tensor:
-    """[rows, 1] of rows that are sorted by expert. An operator, so that a traced rank tells the others what is wrong too."""
+    """[rows, 1] of rows that are sorted by expert. An operator, so that traced ranks too tell the others what is wrong."""
     with told_to_all(context_of(context)):
         if counts.shape != (experts,):
-            raise BadArgument(f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert")
+            raise BadArgument(
+                f"num_tokens_per_expert is {list(counts.shape)}, should be [{experts}]: one for every expert"
+            )
         if counts.sum() != rows:
             raise BadArgument(f"num_tokens_per_expert adds up to {counts.sum()}, routed_input has {rows} rows")
         return torch.arange(experts).repeat_interleave(counts)[:, None]

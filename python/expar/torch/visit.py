@@ -95,7 +95,8 @@ class Visit:
         first = list(first_experts)
         with told_to_all(context):
             if x.dim() != 2 or parameters[1].dim() != 3:
-                raise BadArgument(f"x is {list(x.shape)}, down {list(parameters[1].shape)}; should be [T, H] and [L, H, F]")
+                shapes = f"x is {list(x.shape)}, down {list(parameters[1].shape)}"
+                raise BadArgument(f"{shapes}; should be [T, H] and [L, H, F]")
             shape = ExpertShape(x.shape[1], parameters[1].shape[2], activation=activation, bias=bias, dtype=dtype)
             local = experts_of(context.rank, context.size, experts)[1]
             if first:

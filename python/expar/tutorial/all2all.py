@@ -54,7 +54,8 @@ class PyTorchAllToAll:
         cfg = self.cfg
         with told_to_all(self.context):
             if indices.dim() != 2 or indices.shape[0] != dp_x.shape[0]:
-                raise BadArgument(f"dp_x is {list(dp_x.shape)}, indices {list(indices.shape)}; should be [T, H] and [T, K]")
+                shapes = f"dp_x is {list(dp_x.shape)}, indices {list(indices.shape)}"
+                raise BadArgument(f"{shapes}; should be [T, H] and [T, K]")
             tokens, topk = indices.shape
             if tokens > cfg.max_num_tokens:
                 raise BadArgument(f"{tokens} tokens, max_num_tokens is {cfg.max_num_tokens}: raise it")
