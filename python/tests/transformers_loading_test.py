@@ -223,7 +223,14 @@ def test_a_checkpoint_with_more_experts_than_the_model_is_refused(checkpoints, t
 def quantized(folder):
     """What 2 ranks have of it, and how much they read; saved again."""
     model, read = loaded(folder)
+    assert_same(model, enabled(folder))
+    error, text = (expar.Unsupported, "was MXFP4") if ep.context().rank == 0 else (expar.Internal, "rank 0 could not")
+    with pytest.raises(error, match=text):
+        model.save_pretrained(f"{folder}/refused")
+    assert not os.path.exists(f"{folder}/refused")
     model.save_pretrained(f"{folder}/saved", save_original_format=False)
+    torch.distributed.barrier()  # all have what rank 0 has written
+    loaded(f"{folder}/saved")[0].save_pretrained(f"{folder}/again")
     return read, {name for name, _, _ in ep.expert_parameters(model)}, model.state_dict()
 
 
@@ -250,7 +257,8 @@ def test_experts_in_mxfp4_are_read_by_rows_and_become_bf16(tmp_path):
         assert torch.equal(torch.cat(parts) if name in ranks[0][1] else parts[0], tensor), name
     dense = sum(tensor.nbytes for name, tensor in tensors.items() if "experts" not in name)
     assert sum(read - dense for read, _, _ in ranks) == sum(t.nbytes for n, t in tensors.items() if "experts" in n)
-    assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict(), wanted)
+    for saved in ("saved", "again"):
+        assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / saved).state_dict(), wanted)
 
 
 def odd_saves(checkpoints, out):

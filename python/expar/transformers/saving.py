@@ -29,7 +29,7 @@ def save_whole(model: Any) -> None:
     It is then collective over the ranks that share them. Arguments are the same, and so are the files and tensors, as
     if one process had the whole model. Of all processes PyTorch's rank 0 writes, where its ``is_main_process`` is
     true. What is wrong is raised there as before, and on the ranks that share experts with it as Internal; Unsupported
-    (distributed_checkpoint).
+    (distributed_checkpoint; experts that were MXFP4, unless save_original_format is False).
     Cost: the rank that writes holds all experts of one module at a time, beside its own.
     """
     model.save_pretrained = MethodType(_save_pretrained, model)
@@ -104,8 +104,10 @@ def _save_pretrained(
         whole, module_of = dict(state), dict[str, int]()
         for index, (_, module) in enumerate(modules):
             absent = {name: _absent(state[name], module.num_experts) for name in names(index)}
+            reverted = converted(absent)
+            _refuse_unpacked(reverted)
             whole |= absent
-            module_of |= dict.fromkeys(converted(absent), index)
+            module_of |= dict.fromkeys(reverted, index)
         parameters = self.num_parameters() + sum(t.numel() - state[name].numel() for name, t in whole.items())
         written = _Written(module_of, lambda index: converted(talk.ask(index)))
         with (
@@ -115,6 +117,16 @@ def _save_pretrained(
         ):
             type(self).save_pretrained(
                 self, save_directory, state_dict=whole, save_original_format=save_original_format, **kwargs
+            )
+
+
+def _refuse_unpacked(tensors: dict[str, Tensor]) -> None:
+    """transformers reverts the names of MXFP4 (5.23) or makes them a pattern's (5.17), and packs no numbers."""
+    for name, tensor in tensors.items():
+        if name.endswith(("_blocks", "_scales", "$")) and tensor.is_floating_point():
+            raise Unsupported(
+                f"transformers would save {name} as {tensor.dtype}, and cannot load that: this model was MXFP4, save it "
+                "with save_original_format=False, and train what you load from there"
             )
 
 
