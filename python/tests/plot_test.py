@@ -87,7 +87,9 @@ def test_pictures_are_saved_and_returned(tmp_path, draw):
     assert isinstance(figure, Figure)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     draw(some_loads(), path=tmp_path / "a.svg")
-    assert "<svg" in (tmp_path / "a.svg").read_text()
+    picture = (tmp_path / "a.svg").read_text()
+    draw(some_loads(), path=tmp_path / "b.svg")
+    assert "<svg" in picture and picture == (tmp_path / "b.svg").read_text()
 
 
 @pytest.mark.parametrize("draw", [plot.load_heatmap, lambda loads, **others: plot.rank_loads(loads, 2, **others)])
