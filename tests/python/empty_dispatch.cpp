@@ -1,4 +1,5 @@
-// Prints the nanoseconds that a dispatch of no tokens takes, called from C++: what python/tests/cost_test.py compares with.
+// Prints the nanoseconds that a dispatch of no tokens takes, called from C++: what python/tests/cost_test.py compares
+// with.
 #include <expar/expar.h>
 
 #include <chrono>
