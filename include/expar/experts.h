@@ -69,7 +69,8 @@ struct ExpertsScratch {
 ///   dx       : [R, H]  gradient of each gathered row, to be combined unweighted; null: no rank asks for it
 ///   dweights : [R, 1]  f32, gradient of each row's weight, to be fetched by slot
 /// Not collective. Throws Error: bad_argument (as forward; packed weights; gradients, record, dx or dweights disagree
-/// with the shape; dout came by another plan), no_memory. Cost: two GEMMs per forward GEMM, one less without dx.
+/// with the shape; dout came by another plan), no_memory. Cost: two GEMMs per forward GEMM; without dx one less,
+/// unless the weights count on the input.
 void experts_backward(const Context& context, const ExpertShape& shape, const ExpertWeights& weights,
                       const Inbox& inbox, const Inbox& dout, const Outbox& y, const ExpertsRecord& record,
                       const ExpertGradients& gradients, Outbox* dx, Outbox& dweights, ExpertsScratch& scratch);
